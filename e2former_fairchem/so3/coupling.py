@@ -1,0 +1,72 @@
+r"""Coupling of a feature with a direction: which paths there are, their coefficients, the axis-aligned constants.
+
+A path takes degree l1 with a vector to degree l3, \|l1-1\| <= l3 <= l1+1. Its coefficients are
+:math:`\sqrt{2 l_3+1}` times e3nn's 3j symbol, so that the squares for one output row sum to one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from e3nn import o3
+from torch import Tensor
+
+from e2former_kernels.eaas import EAASTables
+
+
+@dataclass(frozen=True)
+class PathTable:
+    """The paths up to lmax. Path rows are ordered (l3, m3, l1): all paths of one output row stand together.
+
+    paths: for every l3, the l1 of its paths, ascending. coupling: [P, 3, M], float64, b = x, y, z.
+    """
+
+    lmax: int
+    paths: tuple[tuple[int, ...], ...]
+    coupling: Tensor
+
+    @property
+    def row_paths(self) -> tuple[int, ...]:
+        return tuple(len(p) for p in self.paths)
+
+
+def path_table(lmax: int, reflection_equivariant: bool = False) -> PathTable:
+    """Paths and coefficients for features up to ``lmax``.
+
+    reflection_equivariant: drop the cross-product paths (l1 = l3), which are the ones that mix parities when
+    degree l has parity (-1)^l.
+    """
+    paths = tuple(
+        tuple(
+            l1
+            for l1 in range(max(abs(l3 - 1), 0), min(l3 + 1, lmax) + 1)
+            if abs(l1 - 1) <= l3 and not (reflection_equivariant and l1 == l3)
+        )
+        for l3 in range(lmax + 1)
+    )
+    rows = []
+    for l3, sources in enumerate(paths):
+        blocks = {l1: o3.wigner_3j(l1, 1, l3, dtype=torch.float64) * math.sqrt(2 * l3 + 1) for l1 in sources}
+        for m3 in range(2 * l3 + 1):
+            for l1 in sources:
+                row = torch.zeros(3, (lmax + 1) ** 2, dtype=torch.float64)
+                row[:, l1 * l1 : (l1 + 1) ** 2] = blocks[l1][:, :, m3].T
+                rows.append(row)
+    return PathTable(lmax, paths, torch.stack(rows))
+
+
+def eaas_tables(table: PathTable) -> EAASTables:
+    """Constants of :func:`e2former_kernels.eaas.axis_aligned_contraction_reference`, in float64."""
+    along = table.coupling[:, 1]  # b = y: what is left of the direction in its own frame
+    if int((along.abs() > 1e-12).sum(1).max()) > 1:
+        raise RuntimeError("axis-aligned frame: a path row couples to more than one row")
+    index = along.abs().argmax(1)
+    recursion = tuple(
+        (o3.wigner_3j(1, l - 1, l, dtype=torch.float64) * math.sqrt(2 * l + 1)).reshape(-1, 2 * l + 1).T.contiguous()
+        for l in range(2, table.lmax + 1)
+    )
+    return EAASTables(
+        table.coupling, index, along.gather(1, index.unsqueeze(1)).squeeze(1), recursion, table.row_paths
+    )

@@ -1,0 +1,53 @@
+"""Real spherical and solid harmonics in e3nn's order, for any degree, in plain PyTorch.
+
+The polar axis is y: degree l has rows m = -l..l, and (z, x) play the part that (x, y) play in most textbooks,
+so that degree one reads (x, y, z). "Component" normalisation: the squares of one degree sum to 2l+1 on the sphere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
+    r"""Regular solid harmonics :math:`|r|^l Y^l_m(\hat r)`, component normalisation.
+
+    They are polynomials, so every derivative exists everywhere, the origin included.
+
+    Recurrences (with :math:`P^m_l` the associated Legendre polynomials without the Condon-Shortley phase, made
+    homogeneous by :math:`\Pi^m_l = r^{l-m} P^m_l(y/r) / \sin^m`):
+    :math:`\Pi^l_l = (2l-1)!!`, :math:`\Pi^m_{m+1} = (2m+1)\, y\, \Pi^m_m`,
+    :math:`(l-m) \Pi^m_l = (2l-1)\, y\, \Pi^m_{l-1} - (l+m-1)\, r^2\, \Pi^m_{l-2}`;
+    the azimuthal part is the real and imaginary part of :math:`(z + i x)^m`.
+
+    vec: [..., 3], any length unit. lmax: 0 or more. Returns [..., (lmax+1)^2] in vec's dtype.
+    """
+    x, y, z = vec.unbind(-1)
+    r2 = (vec * vec).sum(-1)
+    one = torch.ones_like(x)
+    # azimuthal parts: cos_m = Re (z + ix)^m, sin_m = Im (z + ix)^m
+    cos, sin = [one], [torch.zeros_like(x)]
+    for _ in range(lmax):
+        c, s = cos[-1], sin[-1]
+        cos.append(c * z - s * x)
+        sin.append(s * z + c * x)
+    polar: dict[tuple[int, int], Tensor] = {(0, 0): one}
+    for m in range(lmax + 1):
+        if m > 0:
+            polar[m, m] = one * math.prod(range(1, 2 * m, 2))
+        if m < lmax:
+            polar[m + 1, m] = (2 * m + 1) * y * polar[m, m]
+        for degree in range(m + 2, lmax + 1):
+            polar[degree, m] = (
+                (2 * degree - 1) * y * polar[degree - 1, m] - (degree + m - 1) * r2 * polar[degree - 2, m]
+            ) / (degree - m)
+    rows = []
+    for degree in range(lmax + 1):
+        for m in range(-degree, degree + 1):
+            a = abs(m)
+            scale = (2 * degree + 1) * math.factorial(degree - a) / math.factorial(degree + a) * (1 if m == 0 else 2)
+            rows.append(math.sqrt(scale) * polar[degree, a] * (sin[a] if m < 0 else cos[a]))
+    return torch.stack(rows, -1)

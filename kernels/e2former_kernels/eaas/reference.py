@@ -1,0 +1,168 @@
+r"""Equivariant axis-aligned sparsification (EAAS) in plain PyTorch.
+
+The tensor product of an atom's features with its own position, T(r) v, is dense in the lab frame. In a frame whose
+polar axis points along r only one component of r is left, and with it one coefficient for each output row: the
+product becomes a re-indexing (arXiv:2601.16622). So: rotate v, pick and scale rows, rotate back.
+
+The result is bilinear in v and r and therefore smooth; the frame is not. It is undefined at r = 0, and any choice of
+it turns somewhere. Differentiating through the frame gives wrong forces there, so nothing is: the derivatives are
+written down from the bilinear form. The one with respect to v is the same re-indexing transposed, the one with
+respect to r is the contraction with the coefficients.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class EAASTables(NamedTuple):
+    """Constants of the layer (made by ``e2former_fairchem.so3``; P path rows in (l3, m3, l1) order, M = (lmax+1)^2).
+
+    coupling: [P, 3, M] Clebsch-Gordan coefficients C[p, b, m] with b = x, y, z.
+    aligned_index: [P] the one row m of each path row with C[p, y, m] != 0 (0 where there is none).
+    aligned_value: [P] that coefficient (0 where there is none).
+    recursion: lmax tensors; the l-th builds the Wigner matrix of degree l+2 from degrees 1 and l+1,
+        [2l+5, 3 * (2l+3)], orthonormal rows.
+    row_paths: for every l3, the number of paths n_l3.
+    """
+
+    coupling: Tensor
+    aligned_index: Tensor
+    aligned_value: Tensor
+    recursion: tuple[Tensor, ...]
+    row_paths: tuple[int, ...]
+
+
+def axis_rotation(direction: Tensor) -> Tensor:
+    """Rotation matrices R with R n = y for unit vectors n.
+
+    The shortest rotation, 1 + K + K^2 / (1 + n_y), where n_y >= 0; below, n is first turned by pi about x, so the
+    denominator stays above one. direction: [N, 3], unit length. Returns [N, 3, 3].
+    """
+    below = direction[:, 1] < 0
+    flip = torch.where(below, -1.0, 1.0).to(direction.dtype)
+    x, y, z = direction[:, 0], direction[:, 1] * flip, direction[:, 2] * flip
+    # K = [n x y]_x for n = (x, y, z): n x e_y = (-z, 0, x)
+    zero = torch.zeros_like(x)
+    cross = torch.stack(
+        [torch.stack([zero, -x, zero], -1), torch.stack([x, zero, z], -1), torch.stack([zero, -z, zero], -1)], -2
+    )
+    eye = torch.eye(3, dtype=direction.dtype, device=direction.device)
+    rotation = eye + cross + cross @ cross / (1.0 + y)[:, None, None]
+    turn = torch.stack([torch.ones_like(flip), flip, flip], -1)  # diag(1, -1, -1) where below
+    return rotation * turn.unsqueeze(-2)
+
+
+def wigner_blocks(rotation: Tensor, tables: EAASTables) -> list[Tensor]:
+    """Wigner matrices of degrees 0..lmax in e3nn's basis, built up degree by degree from the rotation itself.
+
+    rotation: [N, 3, 3]. Returns [N, 2l+1, 2l+1] for every l. D^l = K (D^1 x D^(l-1)) K^T.
+    """
+    nodes = rotation.shape[0]
+    blocks = [rotation.new_ones(nodes, 1, 1)]
+    if len(tables.row_paths) > 1:
+        blocks.append(rotation)
+    for step in tables.recursion:
+        lower = blocks[-1]
+        size = 3 * lower.shape[-1]
+        kron = torch.einsum("nab,ncd->nacbd", rotation, lower).reshape(nodes, size, size)
+        k = step.to(rotation.dtype)
+        blocks.append(k @ kron @ k.T)
+    return blocks
+
+
+def _frame(position: Tensor, tables: EAASTables) -> tuple[Tensor, list[Tensor]]:
+    length = position.square().sum(-1).sqrt()
+    y = torch.zeros_like(position)
+    y[:, 1] = 1.0
+    safe = torch.where(length > 0, length, torch.ones_like(length)).unsqueeze(-1)
+    direction = torch.where((length > 0).unsqueeze(-1), position / safe, y)
+    return length, wigner_blocks(axis_rotation(direction), tables)
+
+
+def _rotate_in(x: Tensor, blocks: list[Tensor], transpose: bool) -> Tensor:
+    """Apply the block-diagonal Wigner matrix to rows [N, M, C]."""
+    parts = []
+    for degree, block in enumerate(blocks):
+        rows = x[:, degree * degree : (degree + 1) ** 2]
+        parts.append(torch.bmm(block.mT if transpose else block, rows))
+    return torch.cat(parts, 1)
+
+
+def _rotate_paths(x: Tensor, blocks: list[Tensor], row_paths: tuple[int, ...], transpose: bool) -> Tensor:
+    """Apply the Wigner matrices to path rows [N, P, C] in (l3, m3, path) order."""
+    nodes, _, channels = x.shape
+    parts, start = [], 0
+    for degree, paths in enumerate(row_paths):
+        size = (2 * degree + 1) * paths
+        rows = x[:, start : start + size].reshape(nodes, 2 * degree + 1, paths * channels)
+        block = blocks[degree]
+        parts.append(torch.bmm(block.mT if transpose else block, rows).reshape(nodes, size, channels))
+        start += size
+    return torch.cat(parts, 1)
+
+
+class _Contract(torch.autograd.Function):
+    """(v, r) -> T(r) v through the axis-aligned frame."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
+        ctx.tables = tables
+        ctx.save_for_backward(value, position)
+        length, blocks = _frame(position, tables)
+        aligned = _rotate_in(value, blocks, transpose=False).index_select(1, tables.aligned_index)
+        scale = length.unsqueeze(-1) * tables.aligned_value.to(value.dtype)
+        return _rotate_paths(aligned * scale.unsqueeze(-1), blocks, tables.row_paths, transpose=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        value, position = ctx.saved_tensors
+        grad_value = _Transposed.apply(grad, position, ctx.tables) if ctx.needs_input_grad[0] else None
+        grad_position = _bilinear(grad, value, ctx.tables) if ctx.needs_input_grad[1] else None
+        return grad_value, grad_position, None
+
+
+class _Transposed(torch.autograd.Function):
+    """(g, r) -> T(r)^T g, the transpose of :class:`_Contract` in its first argument."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
+        ctx.tables = tables
+        ctx.save_for_backward(grad, position)
+        length, blocks = _frame(position, tables)
+        scale = length.unsqueeze(-1) * tables.aligned_value.to(grad.dtype)
+        aligned = _rotate_paths(grad, blocks, tables.row_paths, transpose=False) * scale.unsqueeze(-1)
+        rows = aligned.new_zeros(grad.shape[0], len(tables.row_paths) ** 2, grad.shape[-1])
+        return _rotate_in(rows.index_add(1, tables.aligned_index, aligned), blocks, transpose=True)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        grad, position = ctx.saved_tensors
+        first = _Contract.apply(grad_out, position, ctx.tables) if ctx.needs_input_grad[0] else None
+        second = _bilinear(grad, grad_out, ctx.tables) if ctx.needs_input_grad[1] else None
+        return first, second, None
+
+
+def _bilinear(paths: Tensor, rows: Tensor, tables: EAASTables) -> Tensor:
+    """sum_{p,m,c} C[p,b,m] paths[n,p,c] rows[n,m,c] -> [N, 3]."""
+    pair = torch.bmm(paths, rows.mT)  # [N, P, M]
+    coupling = tables.coupling.to(pair.dtype)
+    return pair.flatten(1) @ coupling.transpose(1, 2).reshape(-1, 3)
+
+
+@torch.compiler.disable()
+def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
+    r""":math:`(T(r) v)_{p} = \sum_{b,m} C_{pbm}\, r_b\, v_m`, computed as |r| D^T (pick and scale) D v.
+
+    value: [N, (lmax+1)^2, C]. position: [N, 3], any length unit; zero and the polar axis are allowed. tables: constants.
+    Returns [N, P, C]. Differentiable to any order.
+    """
+    return _Contract.apply(value, position, tables)
+
+
+def dense_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
+    """The same function without a frame: contraction with the full coefficient tensor. Arguments as above."""
+    return torch.einsum("pbm,nb,nmc->npc", tables.coupling.to(value.dtype), position, value)

@@ -1,0 +1,5 @@
+"""Edge-degree embedding: distances and directions of an atom's neighbours as its first features."""
+
+from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE, edge_degree_embedding_reference
+
+__all__ = ["AVERAGE_DEGREE", "edge_degree_embedding_reference"]

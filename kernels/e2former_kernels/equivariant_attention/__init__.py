@@ -1,0 +1,6 @@
+"""Equivariant attention over neighbours: E2Former-V2's on-the-fly operation (arXiv:2601.16622)."""
+
+from e2former_kernels.equivariant_attention.reference import DotWeights, equivariant_attention_reference
+from e2former_kernels.equivariant_attention.spec import AttentionSpec
+
+__all__ = ["AttentionSpec", "DotWeights", "equivariant_attention_reference"]

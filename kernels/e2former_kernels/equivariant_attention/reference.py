@@ -1,0 +1,329 @@
+"""Equivariant attention in plain PyTorch: the definition that every kernel is held to.
+
+Three forms of the order-1 message are here. They are the same function:
+
+``dense``      Clebsch-Gordan contraction on every edge (the standard implementation; tensors of size E x rows x C);
+``relative``   the contraction is bilinear, so it leaves the sum: accumulate the outer product of direction and value
+               per receiver and contract once per atom;
+``sum``        a plain weighted sum of rows prepared per node: what the node-factored form (``eaas``) needs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from e2former_kernels.common.checks import check_same_dtype, check_shape
+from e2former_kernels.common.chunked import IMAGE, SOURCE, TARGET, WHOLE, Chunk, chunked, make_chunks
+from e2former_kernels.common.chunked import EDGE as EDGE_KIND
+from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
+from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
+
+Form = Literal["dense", "relative", "sum"]
+# Working memory of one chunk of the recomputing form, in numbers (not bytes): 64 MB in float32.
+CHUNK_NUMBERS = 1 << 24
+
+
+class DotWeights(NamedTuple):
+    """Weights of the directional gate.
+
+    ``qk_dot``: ``radial`` (K = (lmax+1) * D) and ``weight`` [H, (lmax+1)*D], ``bias`` [H]; the rest is None.
+    ``qk_dot_scalar``: ``weight`` [H, H], ``bias`` [H], ``norm_weight``, ``norm_bias`` [H], ``out`` [H, H],
+    ``out_bias`` [H]; ``radial`` is None (the gate's radial factor is the second half of the main network).
+    """
+
+    radial: RadialWeights | None
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    out: Tensor | None = None
+    out_bias: Tensor | None = None
+
+
+def segment_max(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
+    """Largest value per receiver, differentiable (to the first edge that attains it); 0 where there is no edge.
+
+    values: [E, H]; target: [E]. Returns [num_nodes, H].
+    """
+    num_edges, heads = values.shape
+    index = target.unsqueeze(1).expand(-1, heads)
+    with torch.no_grad():
+        top = values.new_full((num_nodes, heads), -math.inf).scatter_reduce(0, index, values, "amax")
+        position = torch.arange(num_edges, device=values.device).unsqueeze(1).expand(-1, heads)
+        position = torch.where(values == top.index_select(0, target), position, num_edges)
+        first = position.new_full((num_nodes, heads), num_edges).scatter_reduce(0, index, position, "amin")
+    # one row of zeros stands in for "no edge"
+    return torch.cat([values, values.new_zeros(1, heads)]).gather(0, first)
+
+
+def segment_sum(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
+    """Sum of edge values per receiver: values [E, ...], target [E] -> [num_nodes, ...]."""
+    return values.new_zeros((num_nodes, *values.shape[1:])).index_add(0, target, values)
+
+
+def attention_weights(
+    score: Tensor, head: Tensor, envelope: Tensor, target: Tensor, num_nodes: int, norm: str
+) -> Tensor:
+    r"""Edge weights from scores a, input heads p and the envelope u.
+
+    ``smooth``:  w = exp(a) u p / (sum exp(a) u + c), c = 1e-3, evaluated as U p / (sum U + c exp(-m)) with
+    U = exp(a - m) u and any m: continuous when an edge enters or leaves, and when the strongest edge changes.
+    ``molfm``:   w = U p / (sum U + c) with m = max_j a; m is part of the function and is differentiated.
+    ``softplus``, ``sigmoid``: w = f(a) u p.
+
+    score, head: [E, H]; envelope: [E]; target: [E]. Returns [E, H].
+    """
+    u = envelope.unsqueeze(-1)
+    if norm == "softplus":
+        return F.softplus(score) * u * head
+    if norm == "sigmoid":
+        return torch.sigmoid(score) * u * head
+    if norm == "smooth":
+        top = segment_max(score.detach(), target, num_nodes).clamp(min=0.0)
+        floor = SOFTMAX_EPS * torch.exp(-top)
+    else:
+        top = segment_max(score, target, num_nodes)
+        floor = torch.full_like(top, SOFTMAX_EPS)
+    unnormalised = torch.exp(score - top.index_select(0, target)) * u
+    total = segment_sum(unnormalised, target, num_nodes) + floor
+    return unnormalised * head / total.index_select(0, target)
+
+
+def directional_gate(
+    spec: AttentionSpec, vec: Tensor, distance: Tensor, dot: Tensor, radial: Tensor, weights: DotWeights
+) -> Tensor:
+    r"""The gate g of ``qk_dot`` and ``qk_dot_scalar``.
+
+    z[l, k] = sum_m Y^l_m D_i[l, m, k], with Y "integral"-normalised on the unit sphere (``qk_dot``) or solid and
+    "component"-normalised (``qk_dot_scalar``).
+    ``qk_dot``: g = W (z * radial) + b. ``qk_dot_scalar``: g = W2 SiLU(LN(W1 (z[:H] * radial) + b1)) + b2.
+
+    vec: [E, 3]; dot: [E, M, D], the receiver's projection; radial: [E, (lmax+1) D] or [E, H]. Returns [E, H].
+    """
+    if spec.score == "qk_dot":
+        harmonics = solid_harmonics(vec / distance.unsqueeze(-1), spec.lmax) / math.sqrt(4 * math.pi)
+    else:
+        harmonics = solid_harmonics(vec, spec.lmax)
+    product = harmonics.to(dot.dtype).unsqueeze(-1) * dot
+    z = torch.cat([product[:, l * l : (l + 1) ** 2].sum(1) for l in range(spec.lmax + 1)], -1)
+    if spec.score == "qk_dot":
+        return F.linear(z * radial, weights.weight, weights.bias)
+    x = F.linear(z[:, : spec.num_heads] * radial, weights.weight, weights.bias)
+    x = F.silu(F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, 1e-5))
+    return F.linear(x, weights.out, weights.out_bias)
+
+
+def edge_weights(
+    spec: AttentionSpec,
+    vec: Tensor,
+    query: Tensor,
+    key: Tensor,
+    dot: Tensor | None,
+    target: Tensor,
+    num_nodes: int,
+    target_species: Tensor,
+    source_species: Tensor,
+    radial: RadialWeights,
+    dot_weights: DotWeights | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention weights of a set of edges that holds every edge of its receivers, and the edges' lengths.
+
+    vec: [E, 3] r_i - r_j, Å; query, key: [E, H, S], gathered; dot: [E, M, D], gathered, or None; target: [E].
+    Returns ([E, H], [E]).
+    """
+    heads = spec.num_heads
+    distance = vec.square().sum(-1).sqrt()
+    basis = gaussian_basis(distance, spec.cutoff, spec.num_basis)
+    features = radial_network(basis, target_species, source_species, radial).squeeze(1)
+    if spec.score == "qk":
+        gate, head = features[:, :heads], features[:, heads:]
+    elif spec.score == "qk_dot":
+        assert dot_weights is not None and dot_weights.radial is not None
+        factor = radial_network(basis, target_species, source_species, dot_weights.radial).squeeze(1)
+        gate, head = directional_gate(spec, vec, distance, dot, factor, dot_weights), features
+    else:
+        gate = directional_gate(spec, vec, distance, dot, features[:, heads:], dot_weights)
+        head = features[:, :heads]
+    score = gate * (query * key).sum(-1) / math.sqrt(query.shape[-1])
+    if spec.bell is None:
+        envelope = polynomial_envelope(distance, spec.cutoff, spec.envelope_exponent)
+    else:
+        envelope = bell_envelope(distance, *spec.bell)
+    return attention_weights(score, head, envelope, target, num_nodes, spec.norm), distance
+
+
+def inverse_distance(spec: AttentionSpec, distance: Tensor) -> Tensor:
+    """1/(d + 1e-8) (``v2``) or 1/max(d, 1e-6) (``v1_5``), 1/Å."""
+    return 1.0 / (distance + 1e-8) if spec.inverse_distance == "v2" else 1.0 / distance.clamp(min=1e-6)
+
+
+def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
+    """Multiply rows [E, R, C] by weights [E, H]: channel c by head c mod H."""
+    edges, num_rows, channels = rows.shape
+    heads = weights.shape[-1]
+    spread = rows.view(edges, num_rows, channels // heads, heads) * weights[:, None, None, :]
+    return spread.view(edges, num_rows, channels)
+
+
+def aggregate(
+    spec: AttentionSpec,
+    form: Form,
+    weights: Tensor,
+    distance: Tensor,
+    vec: Tensor,
+    value: Tensor,
+    target: Tensor,
+    num_nodes: int,
+    coupling: Tensor | None,
+) -> Tensor:
+    r"""Sum of messages per receiver.
+
+    order 0: sum_j w v_j. order 1: :math:`Q_p = \sum_j w_{ij} \sum_{b,m} C_{pbm} \hat r_{ij,b} v_{j,m}`, p running
+    over the path rows. With ``form="sum"`` the value rows are added up as they are, divided by the distance.
+
+    weights: [E, H]; value: [E, M, C], gathered; coupling: C, [P, 3, M]. Returns [num_nodes, M or P, C].
+    """
+    if spec.order == 0:
+        return segment_sum(_weighted(weights, value), target, num_nodes)
+    scale = inverse_distance(spec, distance).to(weights.dtype).unsqueeze(-1)
+    if form == "sum":
+        return segment_sum(_weighted(weights * scale, value), target, num_nodes)
+    assert coupling is not None
+    direction = vec.to(weights.dtype) * scale
+    rows, _, num_rows = coupling.shape
+    if form == "dense":
+        matrix = (direction @ coupling.to(weights.dtype).transpose(0, 1).reshape(3, rows * num_rows)).view(-1, rows, num_rows)
+        return segment_sum(torch.bmm(matrix, _weighted(weights, value)), target, num_nodes)
+    weighted = _weighted(weights, value)
+    outer = torch.stack([segment_sum(direction[:, b, None, None] * weighted, target, num_nodes) for b in range(3)], 1)
+    return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer.flatten(1, 2))
+
+
+def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, image, image_source_rows):
+    nodes = row_ptr.numel() - 1
+    edges = source.numel()
+    check_shape("query", query, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
+    check_shape("key", key, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
+    check_shape("vec", vec, "E, 3", (edges, 3))
+    check_shape("target", target, "E", (edges,))
+    check_shape("species", species, "N", (nodes,))
+    if image_source_rows is None:
+        check_shape("value", value, "N, (lmax+1)^2, C", (nodes, spec.num_rows, value.shape[-1]))
+    if value.shape[-1] % spec.num_heads:
+        raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
+    if dot is not None:
+        check_shape("dot", dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, dot.shape[-1]))
+    elif spec.score != "qk":
+        raise ValueError(f"dot: score {spec.score!r} needs the receiver's projection [N, (lmax+1)^2, D], got None")
+    if spec.order == 1 and coupling is not None:
+        check_shape("coupling", coupling, "P, 3, (lmax+1)^2", (coupling.shape[0], 3, spec.num_rows))
+    check_same_dtype("query", query, key=key)
+
+
+@torch.compiler.disable()
+def equivariant_attention_reference(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dot: Tensor | None,
+    vec: Tensor,
+    source: Tensor,
+    target: Tensor,
+    row_ptr: Tensor,
+    species: Tensor,
+    radial: RadialWeights,
+    dot_weights: DotWeights | None = None,
+    coupling: Tensor | None = None,
+    *,
+    form: Form = "relative",
+    recompute: bool = True,
+    max_chunk_edges: int | None = None,
+    image: Tensor | None = None,
+    image_rows: Tensor | None = None,
+) -> Tensor:
+    r"""Equivariant attention over a receiver-sorted edge list.
+
+    For atom i and head h: a_ij = g_ij <q_i, k_j> / sqrt(S), weights from :func:`attention_weights`, messages from
+    :func:`aggregate`.
+
+    spec: what to compute. query, key: [N, H, S]. value: [N, M, C]. dot: [N, M, D] for the ``qk_dot*`` scores.
+    vec: [E, 3] = r_i - r_j - shift, Å (from neighbour to receiver). source, target: [E]; target ascending.
+    row_ptr: [N+1]. species: [N] rows of the radial network's element tables. radial, dot_weights: weights.
+    coupling: [P, 3, M] Clebsch-Gordan coefficients of the path rows; needed for order 1 unless ``form="sum"``.
+    form: see the module. recompute: evaluate in chunks of at most ``max_chunk_edges`` edges (default: 64 MB of
+    float32) and recompute in every derivative, so that nothing of edge size outlives a chunk; False keeps edge
+    tensors for the backward pass, which is faster for small systems.
+    image: [E] row of ``image_rows`` [I, R, C] (further rows of each periodic image, appended to value's rows).
+
+    Returns [N, M, C] (order 0), [N, P, C] (order 1), [N, M + R, C] (``form="sum"``). Differentiable to any order in
+    every floating-point input. Raises ValueError or TypeError on mismatched shapes or dtypes.
+    """
+    rows = None if image_rows is None else image_rows.shape[1]
+    _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, image, rows)
+    dot_radial = None if dot_weights is None else dot_weights.radial
+
+    arguments: list[tuple[str, Tensor]] = [(EDGE_KIND, vec), (TARGET, query), (SOURCE, key), (SOURCE, value)]
+    arguments += [(WHOLE, t) for t in radial if t is not None]
+    if dot is not None:
+        arguments.append((TARGET, dot))
+    if dot_radial is not None:
+        arguments += [(WHOLE, t) for t in dot_radial if t is not None]
+    if dot_weights is not None:
+        arguments += [(WHOLE, t) for t in dot_weights if isinstance(t, Tensor)]
+    if image_rows is not None:
+        arguments.append((IMAGE, image_rows))
+
+    def function(chunk: Chunk, *args: Tensor) -> Tensor:
+        args_ = iter(args)
+        c_vec, c_query, c_key, c_value = (next(args_) for _ in range(4))
+        c_radial = RadialWeights(*(None if t is None else next(args_) for t in radial))
+        c_dot = None if dot is None else next(args_).index_select(0, chunk.target)
+        c_dot_radial = None
+        if dot_radial is not None:
+            c_dot_radial = RadialWeights(*(None if t is None else next(args_) for t in dot_radial))
+        c_dot_weights = None
+        if dot_weights is not None:
+            c_dot_weights = DotWeights(
+                c_dot_radial, *(next(args_) if isinstance(t, Tensor) else None for t in dot_weights[1:])
+            )
+        if image_rows is not None:
+            c_value = torch.cat([c_value, next(args_)], 1)
+        weights, distance = edge_weights(
+            spec,
+            c_vec,
+            c_query.index_select(0, chunk.target),
+            c_key,
+            c_dot,
+            chunk.target,
+            chunk.num_nodes,
+            species[chunk.nodes].index_select(0, chunk.target),
+            species.index_select(0, chunk.source),
+            c_radial,
+            c_dot_weights,
+        )
+        return aggregate(
+            spec, form, weights, distance, c_vec, c_value, chunk.target, chunk.num_nodes, coupling
+        )
+
+    if not recompute:
+        whole = Chunk(slice(0, row_ptr.numel() - 1), slice(0, source.numel()), source, target, image)
+        gathered = (_gather(t, kind, whole) for kind, t in arguments)
+        return function(whole, *gathered)
+    if max_chunk_edges is None:
+        numbers = 6 * spec.num_rows * value.shape[-1] + 16 * radial.hidden.shape[-1] + 8 * radial.out.shape[-2]
+        max_chunk_edges = max(CHUNK_NUMBERS // numbers, 256)
+    return chunked(function, make_chunks(row_ptr, source, target, max_chunk_edges, image), arguments)
+
+
+def _gather(tensor: Tensor, kind: str, chunk: Chunk) -> Tensor:
+    if kind == SOURCE:
+        return tensor.index_select(0, chunk.source)
+    return tensor.index_select(0, chunk.image) if kind == IMAGE else tensor

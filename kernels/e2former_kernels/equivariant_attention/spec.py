@@ -1,0 +1,53 @@
+"""What an attention operation computes, apart from its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Score = Literal["qk", "qk_dot", "qk_dot_scalar"]
+Norm = Literal["smooth", "molfm", "softplus", "sigmoid"]
+InverseDistance = Literal["v2", "v1_5"]
+
+SOFTMAX_EPS = 1e-3  # the constant beside the softmax's sum, in both releases and in the smooth form
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Static description of one equivariant attention.
+
+    lmax: highest degree of the node features, M = (lmax+1)^2 rows.
+    num_heads: H; channel c of the value belongs to head ``c mod H``.
+    score: ``qk`` (gate from the radial network), ``qk_dot`` (gate from the receiver's features contracted with
+        normalised harmonics), ``qk_dot_scalar`` (the same with solid harmonics and a second MLP).
+    norm: ``smooth``, ``molfm`` (the authors' softmax), ``softplus``, ``sigmoid``.
+    order: 1: the message is the tensor product of value and edge direction; 0: the value itself.
+    inverse_distance: how the order-1 message divides by the distance, ``v2``: 1/(d + 1e-8), ``v1_5``: 1/max(d, 1e-6).
+    num_basis, basis_cutoff: Gaussian basis from 0 to basis_cutoff (Å).
+    cutoff, envelope_exponent: polynomial envelope (Å, p). bell: (lower, upper) in Å replaces it.
+    """
+
+    lmax: int
+    num_heads: int
+    num_basis: int
+    cutoff: float
+    score: Score = "qk"
+    norm: Norm = "smooth"
+    order: int = 1
+    inverse_distance: InverseDistance = "v1_5"
+    envelope_exponent: int = 5
+    bell: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("score", self.score, ("qk", "qk_dot", "qk_dot_scalar")),
+            ("norm", self.norm, ("smooth", "molfm", "softplus", "sigmoid")),
+            ("order", self.order, (0, 1)),
+            ("inverse_distance", self.inverse_distance, ("v2", "v1_5")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key}: expected one of {allowed}, got {value!r}")
+
+    @property
+    def num_rows(self) -> int:
+        return (self.lmax + 1) ** 2
