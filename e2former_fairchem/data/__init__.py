@@ -1,0 +1,1 @@
+"""The bundled sample data set, element references, and data sets held in memory."""
