@@ -87,6 +87,8 @@ class _Plan:
         parts: list[list[Tensor]] = [[] for _ in self.results]
         sums: list[Tensor | None] = [None] * len(self.results)
         context = torch.autocast(device, dtype=dtype) if enabled else contextlib.nullcontext()
+        # detached, or an argument's own history would join two arguments inside a chunk's derivative
+        tensors = [t.detach() for t in tensors]
         with torch.no_grad(), context:
             for chunk in self.chunks:
                 values = self.function(

@@ -1,0 +1,107 @@
+"""E2Former-V2 on plain tensors: atoms and a graph in, node features out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from e2former_fairchem.config import E2FormerV2Config, LongRange
+from e2former_fairchem.nn.block import TransformerBlock
+from e2former_fairchem.nn.convolution import choose_convolution, image_nodes
+from e2former_fairchem.nn.embedding import AtomEmbedding, ChargeSpinEmbedding, EdgeDegreeEmbedding
+from e2former_fairchem.nn.linear import SO3Linear
+from e2former_fairchem.nn.norm import EquivariantRMSNorm
+from e2former_fairchem.nn.radial import SpeciesEmbedding
+
+if TYPE_CHECKING:
+    from e2former_fairchem.graph import Graph
+
+
+class LongRangeBlocks(nn.Module):
+    """Order-0 blocks over distant heavy atoms, run beside the trunk's output and mixed into it (SPEC section 7)."""
+
+    def __init__(self, config: E2FormerV2Config, long_range: LongRange) -> None:
+        super().__init__()
+        lmax, channels = config.lmax, config.sphere_channels
+        bell = (long_range.lower, long_range.upper) if long_range.envelope == "bell" else None
+        self.norm_in = EquivariantRMSNorm(lmax, channels)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config, 0, long_range.upper, bell) for _ in range(long_range.layers)
+        )
+        self.norm_out = EquivariantRMSNorm(lmax, channels)
+        self.mix = SO3Linear(lmax, 2 * channels, channels)
+
+
+class E2FormerV2(nn.Module):
+    """The trunk of E2Former-V2 (arXiv:2601.16622; SPEC sections 2 to 7).
+
+    Constants are computed in float64 and stored in the default dtype of the moment of construction.
+    """
+
+    def __init__(self, config: E2FormerV2Config) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.sphere_channels
+        self.charge_spin = ChargeSpinEmbedding(channels)
+        self.atom_embedding = AtomEmbedding(config.max_num_elements, channels) if config.atom_embedding else None
+        self.edge_degree = EdgeDegreeEmbedding(config)
+        self.blocks = nn.ModuleList(TransformerBlock(config, order) for order in config.message_orders)
+        self.long_range = None if config.long_range is None else LongRangeBlocks(config, config.long_range)
+        self.norm = EquivariantRMSNorm(config.lmax, channels) if self.long_range is None else None
+
+    def forward(
+        self,
+        atomic_numbers: Tensor,
+        charge: Tensor,
+        spin: Tensor,
+        batch: Tensor,
+        pos: Tensor,
+        graph: Graph,
+        long_graph: Graph | None = None,
+    ) -> Tensor:
+        """Node features.
+
+        atomic_numbers: [N]. charge: [B], e. spin: [B], multiplicity 2S+1 (0: not given). batch: [N], ascending.
+        pos: [N, 3], Å (read by the node-factored convolution only; all else is in the graph). graph: neighbours
+        within the cutoff. long_graph: with ``long_range`` only.
+        Returns [N, (lmax+1)^2, C] in e3nn's row order. Raises ValueError when long_graph is missing or not asked for.
+        """
+        if (long_graph is None) != (self.long_range is None):
+            expected = "no long-range graph" if self.long_range is None else "a long-range graph"
+            raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
+        convolution = choose_convolution(self.config, graph.source.numel())
+        images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
+        system = self.charge_spin(charge, spin).index_select(0, batch)
+        x = self.edge_degree(atomic_numbers, graph, convolution.recompute)
+        if self.atom_embedding is not None:
+            x = torch.cat([x[:, :1] + self.atom_embedding(atomic_numbers, system).unsqueeze(1), x[:, 1:]], 1)
+        for block in self.blocks:
+            x = self._run(block, x, system, atomic_numbers, graph, convolution, images)
+        if self.long_range is None:
+            return self.norm(x)
+        y = self.long_range.norm_in(x)
+        convolution = choose_convolution(self.config, long_graph.source.numel())
+        for block in self.long_range.blocks:
+            y = self._run(block, y, system, atomic_numbers, long_graph, convolution, None)
+        return self.long_range.mix(torch.cat([x, self.long_range.norm_out(y)], -1))
+
+    def _run(self, block: TransformerBlock, *args) -> Tensor:
+        if self.config.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the authors train without weight decay (SPEC section 10).
+
+        One-dimensional ones, everything in a norm, and every bias and embedding.
+        """
+        names = set()
+        for module_name, module in self.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                exempt = parameter.ndim == 1 or isinstance(module, (EquivariantRMSNorm, SpeciesEmbedding, nn.Embedding))
+                if exempt or "bias" in name or "norm" in name:
+                    names.add(f"{module_name}.{name}" if module_name else name)
+        return names

@@ -1,0 +1,186 @@
+"""Equivariant attention as a module: projections before it, output maps after it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH, E2FormerV2Config
+from e2former_fairchem.nn.convolution import Convolution, ImageNodes
+from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
+from e2former_fairchem.nn.query_key import QueryKey
+from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
+from e2former_fairchem.so3 import eaas_tables, path_table
+from e2former_kernels.eaas import EAASTables, axis_aligned_contraction_reference
+from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights, equivariant_attention_reference
+
+if TYPE_CHECKING:
+    from e2former_fairchem.graph import Graph
+
+
+class DirectionalGate(nn.Module):
+    """Parameters of the ``qk_dot`` and ``qk_dot_scalar`` gates (SPEC section 6.3)."""
+
+    def __init__(self, config: E2FormerV2Config) -> None:
+        super().__init__()
+        lmax, heads = config.lmax, config.num_heads
+        self.score = config.score
+        if self.score == "qk_dot":
+            width = config.num_radial_basis
+            self.radial = RadialMLP(
+                config.num_radial_basis, ATTENTION_SPECIES_WIDTH, config.hidden_radial_width, (lmax + 1) * width
+            )
+            # the authors initialise this map like their SO3 linears
+            self.out = kaiming_linear((lmax + 1) * width, heads)
+        else:
+            width = heads // (lmax + 1) + 1
+            self.hidden = kaiming_linear(heads, heads)
+            self.norm = nn.LayerNorm(heads)
+            self.out = kaiming_linear(heads, heads)
+        self.project = SO3Linear(lmax, config.sphere_channels, width)
+
+    def forward(self, target_embedding: Tensor, source_embedding: Tensor) -> DotWeights:
+        if self.score == "qk_dot":
+            return DotWeights(self.radial(target_embedding, source_embedding), self.out.weight, self.out.bias)
+        return DotWeights(
+            None,
+            self.hidden.weight,
+            self.hidden.bias,
+            self.norm.weight,
+            self.norm.bias,
+            self.out.weight,
+            self.out.bias,
+        )
+
+
+class PathProjection(nn.Module):
+    r"""Order-1 output: :math:`O_{l_3} = n_{l_3}^{-1/2} B_{l_3} [Q^{(l_1 \to l_3)}]_{l_1}` (SPEC section 6.6).
+
+    Path rows come in (l3, m3, l1) order, so the paths of one output row already stand side by side.
+    """
+
+    def __init__(self, row_paths: tuple[int, ...], channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.row_paths, self.channels = row_paths, channels
+        self.weights = nn.ParameterList(
+            torch.empty(out_channels, paths * channels).uniform_(-1, 1) * math.sqrt(6 / (paths * channels))
+            for paths in row_paths
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows: [N, P, C] -> [N, (lmax+1)^2, out]."""
+        parts, start = [], 0
+        for degree, (paths, weight) in enumerate(zip(self.row_paths, self.weights, strict=True)):
+            size = (2 * degree + 1) * paths
+            block = rows[:, start : start + size].reshape(-1, 2 * degree + 1, paths * self.channels)
+            parts.append(F.linear(block, weight / math.sqrt(paths)))
+            start += size
+        return torch.cat(parts, 1)
+
+
+class EquivariantAttention(nn.Module):
+    """Attention over neighbours with order-0 or order-1 messages (SPEC section 6).
+
+    order: 0 or 1. cutoff, envelope_exponent, bell: of the graph it runs on (the long-range blocks have their own).
+    """
+
+    def __init__(
+        self,
+        config: E2FormerV2Config,
+        order: int,
+        cutoff: float | None = None,
+        bell: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        lmax, channels, heads = config.lmax, config.sphere_channels, config.num_heads
+        self.spec = AttentionSpec(
+            lmax=lmax,
+            num_heads=heads,
+            num_basis=config.num_radial_basis,
+            cutoff=config.cutoff if cutoff is None else cutoff,
+            score=config.score,
+            norm="molfm" if config.attention_norm.startswith("molfm") else config.attention_norm,
+            order=order,
+            inverse_distance=config.inverse_distance,
+            envelope_exponent=config.envelope_exponent,
+            bell=bell,
+        )
+        self.source_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
+        self.target_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
+        outputs = heads if config.score == "qk_dot" else 2 * heads
+        self.radial = RadialMLP(
+            config.num_radial_basis, ATTENTION_SPECIES_WIDTH, config.hidden_radial_width, outputs
+        )
+        self.query_key = QueryKey(lmax, channels, heads, config.head_dim)
+        self.value = SO3Linear(lmax, channels, channels)
+        self.dot = None if config.score == "qk" else DirectionalGate(config)
+        if order == 1:
+            paths = path_table(lmax, config.reflection_equivariant)
+            tables = eaas_tables(paths)
+            dtype = torch.get_default_dtype()
+            self.row_paths, self.num_recursions = tables.row_paths, len(tables.recursion)
+            self.register_buffer("coupling", tables.coupling.to(dtype), persistent=False)
+            self.register_buffer("aligned_index", tables.aligned_index, persistent=False)
+            self.register_buffer("aligned_value", tables.aligned_value.to(dtype), persistent=False)
+            for n, matrix in enumerate(tables.recursion):
+                self.register_buffer(f"recursion{n}", matrix.to(dtype), persistent=False)
+            width = heads * (config.value_multiplicity or channels // heads)
+            self.paths = PathProjection(tables.row_paths, channels, width)
+        else:
+            self.coupling, self.paths, width = None, None, channels
+        self.out = SO3Linear(lmax, width, channels)
+
+    @property
+    def tables(self) -> EAASTables:
+        """The axis-aligned frame's constants, in the module's dtype and on its device."""
+        recursion = tuple(getattr(self, f"recursion{n}") for n in range(self.num_recursions))
+        return EAASTables(self.coupling, self.aligned_index, self.aligned_value, recursion, self.row_paths)
+
+    def forward(
+        self, h: Tensor, atomic_numbers: Tensor, graph: Graph, convolution: Convolution, images: ImageNodes | None
+    ) -> Tensor:
+        """h: [N, (lmax+1)^2, C], normalised. atomic_numbers: [N]. images: for the node-factored form.
+
+        Returns [N, (lmax+1)^2, C].
+        """
+        query, key = self.query_key(h)
+        value = self.value(h)
+        target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
+        radial = self.radial(target_table, source_table)
+        dot = None if self.dot is None else self.dot.project(h)
+        dot_weights = None if self.dot is None else self.dot(target_table, source_table)
+        factored = convolution.node_factored and self.spec.order == 1
+        image_rows = None
+        if factored:
+            assert images is not None
+            image_rows = axis_aligned_contraction_reference(
+                value.index_select(0, images.image_source), images.image_position.to(value.dtype), self.tables
+            )
+        rows = equivariant_attention_reference(
+            self.spec,
+            query,
+            key,
+            value,
+            dot,
+            graph.vec,
+            graph.source,
+            graph.target,
+            graph.row_ptr,
+            atomic_numbers,
+            radial,
+            dot_weights,
+            self.coupling,
+            form=convolution.form if self.spec.order == 1 else "relative",
+            recompute=convolution.recompute,
+            image=images.image if factored else None,
+            image_rows=image_rows,
+        )
+        if factored:
+            plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
+            own = axis_aligned_contraction_reference(plain, images.position.to(plain.dtype), self.tables)
+            rows = own - contracted
+        return self.out(rows if self.paths is None else self.paths(rows))

@@ -1,0 +1,46 @@
+"""One transformer block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.nn.attention import EquivariantAttention
+from e2former_fairchem.nn.convolution import Convolution, ImageNodes
+from e2former_fairchem.nn.feedforward import GatedFeedForward
+from e2former_fairchem.nn.norm import EquivariantRMSNorm
+
+if TYPE_CHECKING:
+    from e2former_fairchem.graph import Graph
+
+
+class TransformerBlock(nn.Module):
+    """x + Attn(N1(x) + s), then x + FFN(N2(x)) (SPEC section 6)."""
+
+    def __init__(
+        self,
+        config: E2FormerV2Config,
+        order: int,
+        cutoff: float | None = None,
+        bell: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = EquivariantRMSNorm(config.lmax, config.sphere_channels)
+        self.attention = EquivariantAttention(config, order, cutoff, bell)
+        self.norm2 = EquivariantRMSNorm(config.lmax, config.sphere_channels)
+        self.feedforward = GatedFeedForward(config.lmax, config.sphere_channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        system: Tensor,
+        atomic_numbers: Tensor,
+        graph: Graph,
+        convolution: Convolution,
+        images: ImageNodes | None,
+    ) -> Tensor:
+        """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C]."""
+        x = x + self.attention(self.norm1(x, system), atomic_numbers, graph, convolution, images)
+        return x + self.feedforward(self.norm2(x))

@@ -1,0 +1,76 @@
+"""Which form of the convolution runs, and the node positions that the node-factored form needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from e2former_fairchem.config import E2FormerV2Config
+
+if TYPE_CHECKING:
+    from e2former_fairchem.graph import Graph
+
+# Below this many numbers of edge tensors in one layer, keeping them for the backward pass is cheaper than computing
+# them twice (64 MB in float32; measured on a CPU, see kernels/benchmarks/NOTES.md).
+KEEP_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """form: of ``equivariant_attention_reference``; node_factored: EAAS; recompute: keep no edge tensors."""
+
+    form: str
+    node_factored: bool
+    recompute: bool
+
+
+def choose_convolution(config: E2FormerV2Config, num_edges: int) -> Convolution:
+    """The form asked for, or for ``auto`` the fastest one.
+
+    ``auto`` is the relative form. It recomputes only when the edge tensors of a layer would be large.
+    """
+    if config.convolution == "dense":
+        return Convolution("dense", False, False)
+    if config.convolution == "eaas":
+        return Convolution("sum", True, True)
+    numbers = num_edges * 6 * (config.lmax + 1) ** 2 * config.sphere_channels
+    return Convolution("relative", False, config.convolution == "on_the_fly" or numbers > KEEP_NUMBERS)
+
+
+@dataclass(frozen=True)
+class ImageNodes:
+    """Positions for the node-factored form: of every atom, and of every periodic image that some atom sees.
+
+    position: [N, 3] and image_position: [I, 3], Å, from the centre of each system. image_source: [I], the real atom
+    of each image. image: [E], each edge's image.
+    """
+
+    position: Tensor
+    image_position: Tensor
+    image_source: Tensor
+    image: Tensor
+
+
+def image_nodes(pos: Tensor, batch: Tensor, num_systems: int, graph: Graph) -> ImageNodes:
+    """Positions relative to the mean of each system, whose choice cancels in the factored sum and is detached.
+
+    pos: [N, 3], Å. batch: [N]. graph: edges with their lattice offsets. A periodic image is a node of its own.
+    """
+    with torch.no_grad():
+        total = pos.new_zeros(num_systems, 3).index_add_(0, batch, pos)
+        count = torch.bincount(batch, minlength=num_systems).clamp(min=1).to(pos.dtype)
+        centre = (total / count.unsqueeze(-1)).index_select(0, batch)
+    position = pos - centre
+    if graph.offset is None:
+        nodes = torch.arange(pos.shape[0], device=pos.device)
+        return ImageNodes(position, position, nodes, graph.source)
+    key = torch.cat([graph.source.unsqueeze(1), graph.offset.to(graph.source.dtype)], 1)
+    unique, image = torch.unique(key, dim=0, return_inverse=True)
+    edge = torch.zeros(unique.shape[0], dtype=torch.long, device=pos.device)
+    edge[image] = torch.arange(image.numel(), device=pos.device)  # any edge of the image: all have its shift
+    source = unique[:, 0]
+    image_position = position.index_select(0, source) + graph.shift.index_select(0, edge).to(pos.dtype)
+    return ImageNodes(position, image_position, source, image)

@@ -1,0 +1,90 @@
+"""Charge, spin and element embeddings, and the edge-degree embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.nn.linear import kaiming_linear
+from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
+from e2former_kernels.edge_degree import edge_degree_embedding_reference
+
+TABLE_ROWS = 30
+MAX_CHARGE = 10
+MAX_SPIN = 20
+
+
+class ChargeSpinEmbedding(nn.Module):
+    r""":math:`s = \mathrm{SiLU}(W [E_q[\mathrm{clip}(q,-10,10)+10]; E_m[\mathrm{clip}(m,0,20)]] + b)`.
+
+    q: total charge (e), m: spin multiplicity 2S+1, 0 meaning not given (SPEC section 3).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.charge_embedding = nn.Embedding(TABLE_ROWS, channels)
+        self.spin_embedding = nn.Embedding(TABLE_ROWS, channels)
+        for table in (self.charge_embedding, self.spin_embedding):
+            nn.init.uniform_(table.weight, -1e-3, 1e-3)
+        self.mix = kaiming_linear(2 * channels, channels)
+
+    def forward(self, charge: Tensor, spin: Tensor) -> Tensor:
+        """charge, spin: [B], integers. Returns [B, C]."""
+        charge_row = charge.long().clamp(-MAX_CHARGE, MAX_CHARGE) + MAX_CHARGE
+        spin_row = spin.long().clamp(0, MAX_SPIN)
+        return F.silu(self.mix(torch.cat([self.charge_embedding(charge_row), self.spin_embedding(spin_row)], -1)))
+
+
+class AtomEmbedding(nn.Module):
+    r""":math:`t_i = W_u (E_Z[Z_i] + s_{b(i)}) + b_u`, the authors' token embedding (SPEC section 3).
+
+    The authors compute it and leave it unused; here it starts the scalar channels, so that an atom without
+    neighbours still knows its element.
+    """
+
+    def __init__(self, max_num_elements: int, channels: int) -> None:
+        super().__init__()
+        self.element_embedding = SpeciesEmbedding(max_num_elements, channels, scale=1.0)
+        self.mix = kaiming_linear(channels, channels)
+
+    def forward(self, atomic_numbers: Tensor, system: Tensor) -> Tensor:
+        """atomic_numbers: [N]; system: s of each atom's system, [N, C]. Returns [N, C]."""
+        return self.mix(self.element_embedding(atomic_numbers) + system)
+
+
+class EdgeDegreeEmbedding(nn.Module):
+    """Initial node features from the neighbours' distances, directions and elements (SPEC section 5)."""
+
+    def __init__(self, config: E2FormerV2Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_radial_basis
+        self.source_embedding = SpeciesEmbedding(config.max_num_elements, width)
+        self.target_embedding = SpeciesEmbedding(config.max_num_elements, width)
+        self.radial = RadialMLP(
+            config.num_radial_basis,
+            width,
+            config.hidden_radial_width,
+            config.sphere_channels,
+            groups=config.lmax + 1,
+            layer_norm=config.edge_layer_norm,
+        )
+
+    def forward(self, atomic_numbers: Tensor, graph, recompute: bool) -> Tensor:
+        """atomic_numbers: [N]; graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
+        config = self.config
+        return edge_degree_embedding_reference(
+            config.lmax,
+            config.cutoff,
+            config.num_radial_basis,
+            config.envelope_exponent,
+            graph.vec,
+            graph.source,
+            graph.target,
+            graph.row_ptr,
+            atomic_numbers,
+            self.radial(self.target_embedding.weight, self.source_embedding.weight),
+            recompute=recompute,
+        )

@@ -1,0 +1,39 @@
+"""Gated feed-forward network on spherical tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
+from e2former_fairchem.so3 import degree_of_row
+
+# e3nn's ``normalize2mom`` estimates these second-moment constants from a fixed random sample. The authors' weights
+# were trained with the estimates, so the estimates, not the integrals, are the function.
+SILU_SCALE = 1.6791767923989418
+SIGMOID_SCALE = 1.8467055342154763
+
+
+class GatedFeedForward(nn.Module):
+    r"""The authors' ``s3`` feed-forward (SPEC section 6.8).
+
+    y = W1 x; gates G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; result W2 z.
+    """
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__()
+        self.lmax, self.channels = lmax, channels
+        self.linear1 = SO3Linear(lmax, channels, channels)
+        self.gates = kaiming_linear(channels, (lmax + 1) * channels)
+        self.linear2 = SO3Linear(lmax, channels, channels)
+        rows = [l - 1 for l in degree_of_row(lmax)[1:]]
+        self.register_buffer("gate_row", torch.tensor(rows), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, (lmax+1)^2, C]. Same shape back."""
+        y = self.linear1(x)
+        gates = self.gates(y[:, 0])
+        scalar = SILU_SCALE * F.silu(gates[:, : self.channels])
+        gate = SIGMOID_SCALE * torch.sigmoid(gates[:, self.channels :]).view(-1, self.lmax, self.channels)
+        return self.linear2(torch.cat([scalar.unsqueeze(1), gate.index_select(1, self.gate_row) * y[:, 1:]], 1))

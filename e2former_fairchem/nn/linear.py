@@ -1,0 +1,42 @@
+"""Linear maps that act on each degree separately."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from e2former_fairchem.so3 import degree_of_row
+
+
+def kaiming_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    """``nn.Linear`` as the authors start it: weight uniform within sqrt(6 / fan_in), bias zero."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    bound = math.sqrt(6 / in_features)
+    nn.init.uniform_(linear.weight, -bound, bound)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+class SO3Linear(nn.Module):
+    r""":math:`y_{l m o} = \sum_c W^l_{o c} x_{l m c} + \delta_{l 0} b_o` (SPEC section 0).
+
+    weight: [lmax+1, out, in], uniform within 1/sqrt(in); bias: [out], zero, or None.
+    """
+
+    def __init__(self, lmax: int, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_channels)
+        self.weight = nn.Parameter(torch.empty(lmax + 1, out_channels, in_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.register_buffer("degree", torch.tensor(degree_of_row(lmax)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]."""
+        weight = self.weight.index_select(0, self.degree)
+        y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+        if self.bias is None:
+            return y
+        return torch.cat([y[:, :1] + self.bias, y[:, 1:]], 1)

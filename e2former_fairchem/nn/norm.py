@@ -1,0 +1,41 @@
+"""Equivariant root-mean-square norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from e2former_fairchem.so3 import degree_of_row
+
+EPS = 1e-5
+
+
+class EquivariantRMSNorm(nn.Module):
+    r"""RMS norm over rows and channels in which every degree has the same weight (SPEC section 6.1).
+
+    :math:`\tilde x_0 = x_0 - \overline{x_0}`,
+    :math:`\sigma^2 = \frac1C \sum_{c,l,m} \tilde x_{lmc}^2 / ((2l+1)(L+1))`,
+    :math:`y_{lmc} = \tilde x_{lmc} (\sigma^2+\epsilon)^{-1/2} \gamma_{lc} + \delta_{l0} \beta_c`.
+    """
+
+    def __init__(self, lmax: int, channels: int) -> None:
+        super().__init__()
+        self.affine_weight = nn.Parameter(torch.ones(lmax + 1, channels))
+        self.affine_bias = nn.Parameter(torch.zeros(channels))
+        degree = degree_of_row(lmax)
+        balance = torch.tensor([1.0 / ((2 * l + 1) * (lmax + 1)) for l in degree], dtype=torch.float64)
+        scalar = torch.zeros((lmax + 1) ** 2, 1)
+        scalar[0] = 1.0
+        self.register_buffer("degree", torch.tensor(degree), persistent=False)
+        self.register_buffer("balance", (balance / channels).to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("scalar_row", scalar, persistent=False)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """x: [N, (lmax+1)^2, C]; shift: [N, C], added to the scalar row of the result. Same shape as x."""
+        scalar_row = self.scalar_row.to(x.dtype)
+        centred = x - scalar_row * x[:, :1].mean(-1, keepdim=True)
+        variance = torch.einsum("nmc,nmc,m->n", centred, centred, self.balance.to(x.dtype))
+        scale = torch.rsqrt(variance + EPS)[:, None, None]
+        bias = self.affine_bias if shift is None else self.affine_bias + shift
+        weight = self.affine_weight.index_select(0, self.degree)
+        return centred * scale * weight + scalar_row * bias.unsqueeze(-2)

@@ -1,0 +1,63 @@
+"""Invariant queries and keys from spherical tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from e2former_fairchem.so3 import degree_of_row
+
+LAYER_NORM_EPS = 1e-5
+
+
+class QueryKey(nn.Module):
+    r"""Query and key of every head, scalars made from all degrees (SPEC section 6.2).
+
+    :math:`s_{lg} = \sum_m ((W_l h_{lm})_g + \delta_{l0} b_g) (W'_l h_{lm})_g`, g = 1..G, G = H S / 2, then
+    Linear((L+1) G -> G), LayerNorm, SiLU, Linear(G -> H S). Query and key have weights of their own; they are kept
+    side by side (index 0: query, 1: key), so both come out of the same few matrix products.
+    """
+
+    def __init__(self, lmax: int, channels: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.lmax, self.num_heads, self.head_dim = lmax, num_heads, head_dim
+        width = num_heads * head_dim // 2
+        self.width = width
+        bound = 1 / math.sqrt(channels)
+        # [degree, (first factor of query, of key, second factor of query, of key), channels]
+        self.weight = nn.Parameter(torch.empty(lmax + 1, 4 * width, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(2 * width))
+        bound = math.sqrt(6 / ((lmax + 1) * width))
+        self.hidden_weight = nn.Parameter(torch.empty(2, width, (lmax + 1) * width).uniform_(-bound, bound))
+        self.hidden_bias = nn.Parameter(torch.zeros(2, width))
+        self.norm_weight = nn.Parameter(torch.ones(2, width))
+        self.norm_bias = nn.Parameter(torch.zeros(2, width))
+        bound = math.sqrt(6 / width)
+        self.out_weight = nn.Parameter(torch.empty(2, 2 * width, width).uniform_(-bound, bound))
+        self.out_bias = nn.Parameter(torch.zeros(2, 2 * width))
+        self.register_buffer("degree", torch.tensor(degree_of_row(lmax)), persistent=False)
+
+    def invariants(self, h: Tensor) -> Tensor:
+        """h: [N, (lmax+1)^2, C] -> s of query and key, [N, lmax+1, 2 G]."""
+        weight = self.weight.index_select(0, self.degree)
+        both = torch.bmm(h.transpose(0, 1), weight.transpose(1, 2))  # [M, N, 4 G]
+        first, second = both.split(2 * self.width, -1)
+        scalar = (first[0] + self.bias) * second[0]
+        product = first[1:] * second[1:]
+        degrees = [product[l * l - 1 : (l + 1) ** 2 - 1].sum(0) for l in range(1, self.lmax + 1)]
+        return torch.stack([scalar, *degrees], 1)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h: [N, (lmax+1)^2, C]. Returns query and key, each [N, H, S]."""
+        s = self.invariants(h)
+        nodes = s.shape[0]
+        s = s.view(nodes, self.lmax + 1, 2, self.width).permute(2, 0, 1, 3).reshape(2, nodes, -1)
+        x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))
+        x = F.layer_norm(x, (self.width,), None, None, LAYER_NORM_EPS)
+        x = F.silu(x * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1))
+        x = torch.baddbmm(self.out_bias.unsqueeze(1), x, self.out_weight.transpose(1, 2))
+        query, key = x.view(2, nodes, self.num_heads, self.head_dim).unbind(0)
+        return query, key
