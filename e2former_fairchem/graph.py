@@ -150,6 +150,8 @@ def build_graph(
             shift = _shifts(cell.double(), offset, batch, natoms, graph)
             vec = vec - shift
             graph.shift = shift.to(pos.dtype)
+        elif cell.requires_grad:
+            vec = vec + 0.0 * cell.sum()  # heads that ask for dE/dcell of a molecule get zeros, not an error
         graph.vec = vec.to(pos.dtype)
     return graph
 
@@ -223,7 +225,7 @@ def _given_edges(
         )
     if cell_offsets is None:
         if bool(pbc.any()):
-            raise ValueError("cell_offsets: expected [edges, 3] offsets beside edge_index of a periodic system, got None")
+            raise ValueError("cell_offsets: expected [edges, 3] beside edge_index of a periodic system, got None")
         return source, target, None
     if tuple(cell_offsets.shape) != (source.shape[0], 3):
         raise ValueError(f"cell_offsets: expected shape {(source.shape[0], 3)}, got {tuple(cell_offsets.shape)}")

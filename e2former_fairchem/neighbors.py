@@ -1,4 +1,4 @@
-"""Neighbour search: candidate edges for `e2former_fairchem.graph`, from vesin on the CPU and fairchem's builders on CUDA.
+"""Neighbour search: candidate edges for the graph, from vesin on the CPU and fairchem's builders on CUDA.
 
 Every builder returns all pairs within a slightly enlarged cutoff (plus possibly a few more), in any order; the graph
 module measures, filters and orders them. What the builders are given is made harmless first: cells are completed where
@@ -36,7 +36,7 @@ def find_neighbors(
     builder: a name in `BUILDERS`, or None to choose: vesin on the CPU, fairchem's version 3 on CUDA where its library
     is installed and its fixed buffer suffices, version 2 otherwise.
     Returns source, target and offset such that pos[source] + offset @ cell is within the cutoff of pos[target]; offset
-    is None when no direction is periodic in effect. Pairs beyond the cutoff may be included, pairs within never missing.
+    is None when no direction is periodic in effect. Pairs beyond the cutoff may be included, none within is missing.
     Raises ValueError for a singular cell and for an unknown builder.
     """
     if builder is not None and builder not in BUILDERS:
@@ -50,7 +50,7 @@ def find_neighbors(
 
 
 def _complete_cells(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """Cells whose open directions are replaced by unit vectors normal to the periodic ones: invertible for every pbc."""
+    """Cells whose open directions are replaced by unit vectors normal to the periodic ones: always invertible."""
     if not np.isfinite(cell).all():
         bad = int(np.flatnonzero(~np.isfinite(cell).all(axis=(1, 2)))[0])
         raise ValueError(f"cell of structure {bad}: expected finite lattice vectors, got {cell[bad].tolist()}")
@@ -186,7 +186,7 @@ def _run_v3(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tenso
         pos, cell, pbc, cutoff, max_neigh=buffer, method="cell_list", batch=batch, natoms=natoms
     )
     if target.numel() and int(torch.bincount(target, minlength=1).max()) >= buffer:
-        _log_once(f"An atom has {buffer} neighbours or more, all that fairchem's version 3 graph can hold: using version 2.")
+        _log_once(f"An atom has {buffer} neighbours or more, all that fairchem's version 3 can hold: using version 2.")
         return _run_v2(pos, cell, pbc, batch, natoms, cutoff)
     return source.to(torch.int64), target.to(torch.int64), offset.to(torch.int64)
 

@@ -1,0 +1,21 @@
+"""E2Former-V2, an equivariant attention network for interatomic potentials, as a plugin of fairchem-core.
+
+Importing this package registers the short names ``e2former_v2``, ``e2former_v2_energy_head``,
+``e2former_v2_direct_force_head`` and ``e2former_v2_gradient_head`` with fairchem; configurations and checkpoints
+written by this package hold full import paths, which need no registration.
+"""
+
+from __future__ import annotations
+
+import e2former_fairchem.backbone
+import e2former_fairchem.heads  # noqa: F401  (both register on import)
+
+__all__ = ["__version__"]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("e2former-fairchem")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,319 @@
+"""E2Former-V2 as a backbone of fairchem: AtomicData in, node embeddings out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import conditional_grad
+from fairchem.core.models.base import BackboneInterface
+from fairchem.core.models.uma.escn_md import GradRegressConfig
+from fairchem.core.units.mlip_unit.api.inference import validate_uma_atoms_data
+from fairchem.core.units.mlip_unit.mlip_unit import OutputSpec, Task
+from torch import Tensor, nn
+
+from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.graph import Graph, build_graph
+from e2former_fairchem.model import E2FormerV2
+from e2former_fairchem.validation import check_batch, check_keys, log_once, plain, refuse_graph_parallel
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from fairchem.core.datasets.atomic_data import AtomicData
+    from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
+
+__all__ = ["E2FormerV2Backbone"]
+
+# What FAIRChemCalculator builds for external_graph_gen: radius (Å) and the most neighbours it keeps.
+_EXTERNAL_RADIUS = 6.0
+_EXTERNAL_NEIGHBORS = 300
+
+# The long-range graph keeps this many times max_neighbors (SPEC 7), and its sources are heavy atoms.
+_LONG_RANGE_NEIGHBORS = 2.5
+
+
+@registry.register_model("e2former_v2")
+class E2FormerV2Backbone(nn.Module, BackboneInterface):
+    """E2Former-V2 (arXiv:2601.16622) behind fairchem's backbone interface.
+
+    The network's keys (``lmax`` to ``max_num_elements``) are those of `e2former_fairchem.config.E2FormerV2Config`,
+    which documents and checks them. Of the backbone alone are:
+
+    max_neighbors: keep only the nearest so many neighbours (the authors: 32); None, the default, keeps every atom
+        within the cutoff. Truncation makes energy and forces discontinuous.
+    otf_graph: build graphs here; False takes ``edge_index`` and ``cell_offsets`` from the data.
+    direct_forces: forces come from a head, not from the energy's gradient. regress_forces, regress_stress: what heads
+        that differentiate return.
+    dataset_mapping: names of the data sets whose tasks this backbone accepts (to the name of their head), or None for
+        any.
+
+    ``forward`` returns ``node_embedding`` [N, (lmax+1)^2, C] in e3nn's order and sign (rows of a degree l: l^2 to
+    (l+1)^2 - 1, degree 1 as x, y, z), and ``batch``. It sets ``batch_full`` and ``atomic_numbers_full`` in the data,
+    which heads and element references read.
+    Raises TypeError for an unknown key and ValueError for a value or a combination that cannot be.
+    """
+
+    def __init__(
+        self,
+        lmax: int = 2,
+        sphere_channels: int = 128,
+        num_layers: int = 4,
+        num_heads: int = 16,
+        head_dim: int = 8,
+        num_radial_basis: int = 128,
+        value_multiplicity: int | None = None,
+        edge_layer_norm: bool = True,
+        inverse_distance: str = "v1_5",
+        cutoff: float = 6.0,
+        max_neighbors: int | None = None,
+        score: str = "qk",
+        message_order: int | Sequence[int] = 1,
+        attention_norm: str = "smooth",
+        envelope_exponent: int = 5,
+        atom_embedding: bool = True,
+        reflection_equivariant: bool = False,
+        long_range: Mapping[str, Any] | None = None,
+        convolution: str = "auto",
+        kernel_backend: str = "auto",
+        activation_checkpointing: bool = False,
+        otf_graph: bool = True,
+        max_num_elements: int = 118,
+        direct_forces: bool = False,
+        regress_forces: bool = True,
+        regress_stress: bool = False,
+        dataset_mapping: Mapping[str, str] | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        given = {name: plain(value) for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
+        check_keys("e2former_v2", unknown, type(self).__init__)
+        refuse_graph_parallel()
+        config = E2FormerV2Config(**{f.name: given[f.name] for f in fields(E2FormerV2Config)})
+        _check_own_keys(given)
+        self.model = E2FormerV2(config)
+        self.regress_config = GradRegressConfig(
+            direct_forces=direct_forces, forces=regress_forces, stress=regress_stress, hessian=False, hessian_vmap=False
+        )
+        self.cutoff = float(config.cutoff)
+        self.max_neighbors = max_neighbors
+        self.otf_graph = otf_graph
+        self.max_num_elements = max_num_elements
+        self.dataset_mapping = given["dataset_mapping"]
+        # What fairchem's heads read.
+        self.lmax = config.lmax
+        self.sphere_channels = config.sphere_channels
+        self.hidden_channels = config.sphere_channels
+        self._external_graph = False
+        if max_neighbors is not None:
+            logging.warning(
+                f"e2former_v2: max_neighbors={max_neighbors} keeps only the nearest neighbours of an atom, so that "
+                "energy and forces jump when two neighbours change places; null keeps the potential continuous."
+            )
+
+    @property
+    def config(self) -> E2FormerV2Config:
+        """The network's configuration."""
+        return self.model.config
+
+    @property
+    def num_params(self) -> int:
+        """Number of trainable and frozen parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters trained without weight decay, relative to the backbone (SPEC 10)."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+    @conditional_grad(torch.enable_grad())
+    def forward(self, data: AtomicData) -> dict[str, Tensor]:
+        """Node embeddings of a batch; see the class."""
+        charge, spin, graph, long_graph = self._prepare(data)
+        embedding = self.model(
+            data["atomic_numbers"], charge, spin, data["batch"], data["pos"], graph, long_graph
+        )
+        return {"node_embedding": embedding, "batch": data["batch"]}
+
+    @torch.compiler.disable
+    def _prepare(self, data: AtomicData) -> tuple[Tensor, Tensor, Graph, Graph | None]:
+        """Checks, gradients and graphs: all that depends on values rather than shapes, in one place."""
+        refuse_graph_parallel()
+        charge, spin = check_batch(data, self.max_num_elements)
+        data["atomic_numbers"] = data["atomic_numbers"].long()
+        data["atomic_numbers_full"] = data["atomic_numbers"]
+        data["batch_full"] = data["batch"]
+        regress = self.regress_config
+        if not regress.direct_forces:
+            if (regress.forces or regress.stress) and not data["pos"].requires_grad:
+                data["pos"].requires_grad_(True)
+            if regress.stress and not data["cell"].requires_grad:
+                data["cell"].requires_grad_(True)
+        graph = self._graph(data, self.cutoff, self.max_neighbors)
+        long_range = self.config.long_range
+        if long_range is None:
+            return charge, spin, graph, None
+        limit = None if self.max_neighbors is None else int(_LONG_RANGE_NEIGHBORS * self.max_neighbors)
+        heavy = data["atomic_numbers"] > 1
+        long_graph = self._graph(data, long_range.upper, limit, lower=long_range.lower, source_mask=heavy)
+        return charge, spin, graph, long_graph
+
+    def _graph(self, data: AtomicData, cutoff: float, max_neighbors: int | None, **long_range: Any) -> Graph:
+        given = {}
+        if not self.otf_graph and not long_range:
+            for key in ("edge_index", "cell_offsets"):
+                if key not in data:
+                    raise ValueError(f"{key}: expected in the data because otf_graph is false, got none")
+                given[key] = data[key]
+        graph = build_graph(
+            data["pos"],
+            data["cell"],
+            data["pbc"],
+            data["batch"],
+            data["natoms"],
+            cutoff,
+            max_neighbors,
+            **long_range,
+            **given,
+        )
+        if given and self._external_graph:
+            _check_not_truncated(graph)
+        return graph
+
+    @classmethod
+    def build_inference_settings(cls, settings: InferenceSettings) -> dict[str, Any]:
+        """Backbone keys for fairchem's inference settings; changes the settings that this backbone cannot serve.
+
+        Hessians differentiate twice, which neither a compiled backward pass nor the vmap over it supports: they run
+        eagerly, one row after the other.
+        """
+        if settings.predict_untrained_hessian:
+            if settings.compile:
+                logging.warning("e2former_v2: compile is switched off, Hessians need second derivatives.")
+                settings.compile = False
+            if settings.hessian_vmap:
+                logging.warning("e2former_v2: hessian_vmap is switched off, Hessians are computed row by row.")
+        settings.hessian_vmap = False
+        return {
+            "activation_checkpointing": bool(settings.activation_checkpointing),
+            "otf_graph": not settings.external_graph_gen,
+        }
+
+    def get_default_untrained_tasks(
+        self, checkpoint_tasks: dict[str, Task], inference_settings: InferenceSettings
+    ) -> list[Task]:
+        """A stress task for every conserving energy task without one, so that cells can be relaxed.
+
+        Direct-force models have none: their energy has no stress that their forces would agree with.
+        """
+        if self.regress_config.direct_forces:
+            return []
+        datasets = {
+            kind: {name for task in checkpoint_tasks.values() if task.property == kind for name in task.datasets}
+            for kind in ("forces", "stress")
+        }
+        tasks = []
+        for energy in checkpoint_tasks.values():
+            if energy.property != "energy" or not energy.name.endswith("energy"):
+                continue
+            wanted = [
+                name
+                for name in energy.datasets
+                if name in datasets["forces"]
+                and name not in datasets["stress"]
+                and name not in inference_settings.predict_untrained_stress
+            ]
+            if wanted:
+                tasks.append(
+                    Task(
+                        name=energy.name.removesuffix("energy") + "stress",
+                        level="system",
+                        property="stress",
+                        out_spec=OutputSpec(dim=[1, 9], dtype=inference_settings.base_precision_dtype),
+                        normalizer=energy.normalizer,
+                        datasets=wanted,
+                        inference_only=True,
+                    )
+                )
+        return tasks
+
+    def validate_tasks(self, dataset_to_tasks: dict[str, list]) -> None:
+        """Raise ValueError when a task's data set is not in ``dataset_mapping``."""
+        if self.dataset_mapping is None:
+            return
+        missing = sorted(set(dataset_to_tasks) - set(self.dataset_mapping))
+        if missing:
+            raise ValueError(
+                f"dataset_mapping: expected the data sets of all tasks, {sorted(dataset_to_tasks)}, but {missing} are "
+                f"not among {sorted(self.dataset_mapping)}"
+            )
+
+    def prepare_for_inference(self, data: AtomicData, settings: InferenceSettings) -> E2FormerV2Backbone:
+        """Refuse what would compute a wrong number; nothing is replaced.
+
+        Raises ValueError when edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds.
+        """
+        refuse_graph_parallel()
+        self._external_graph = bool(settings.external_graph_gen)
+        if self._external_graph and self.cutoff > _EXTERNAL_RADIUS:
+            raise ValueError(
+                f"external_graph_gen: fairchem's external graph ends at {_EXTERNAL_RADIUS} Å, expected at least this "
+                f"model's cutoff, {self.cutoff} Å; use external_graph_gen=False"
+            )
+        return self
+
+    def on_predict_check(self, data: AtomicData) -> None:
+        """Refuse graph parallelism before each prediction."""
+        refuse_graph_parallel()
+
+    def validate_atoms_data(self, atoms: Atoms, task_name: str) -> None:
+        """Set charge and spin in ``atoms.info`` where they are missing (fairchem's defaults) and check their ranges.
+
+        Only ``atoms.info`` is read: fairchem's batch server passes a stub. Raises TypeError and ValueError as
+        fairchem's UMA does.
+        """
+        validate_uma_atoms_data(atoms, task_name)
+        if atoms.info["spin"] == 0:
+            log_once(
+                "e2former_v2: spin 0 stands for a spin multiplicity that is not given; set atoms.info['spin'] (1 for a "
+                "singlet)."
+            )
+
+
+def _check_own_keys(given: Mapping[str, Any]) -> None:
+    """Keys of the backbone alone: types and combinations."""
+    for key in ("otf_graph", "direct_forces", "regress_forces", "regress_stress"):
+        if not isinstance(given[key], bool):
+            raise ValueError(f"{key}: expected true or false, got {given[key]!r}")
+    limit = given["max_neighbors"]
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"max_neighbors: expected a positive integer or null, got {limit!r}")
+    if given["direct_forces"] and given["regress_stress"]:
+        raise ValueError(
+            "regress_stress: expected false with direct_forces: true (stress is a derivative of the energy), got true"
+        )
+    if given["direct_forces"] and not given["regress_forces"]:
+        raise ValueError("regress_forces: expected true with direct_forces: true, got false")
+    if given["regress_stress"] and not given["regress_forces"]:
+        raise ValueError("regress_forces: expected true with regress_stress: true, got false")
+    mapping = given["dataset_mapping"]
+    if mapping is None:
+        return
+    if not isinstance(mapping, Mapping) or not mapping:
+        raise ValueError(f"dataset_mapping: expected a non-empty mapping of data set names or null, got {mapping!r}")
+    strangers = sorted(set(mapping.values()) - set(mapping))
+    if strangers:
+        raise ValueError(f"dataset_mapping: expected values among its keys {sorted(mapping)}, got {strangers}")
+
+
+def _check_not_truncated(graph: Graph) -> None:
+    counts = graph.row_ptr.diff()
+    if counts.numel() and int(counts.max()) >= _EXTERNAL_NEIGHBORS:
+        atom = int(counts.argmax())
+        raise ValueError(
+            f"external_graph_gen: atom {atom} has {int(counts[atom])} neighbours and fairchem's external graph keeps "
+            f"at most {_EXTERNAL_NEIGHBORS}, so that neighbours may be missing; use external_graph_gen=False"
+        )

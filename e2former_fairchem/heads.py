@@ -1,0 +1,212 @@
+"""Heads on E2Former-V2's node features: energy, direct forces, and derivatives of the energy by autograd."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import conditional_grad
+from fairchem.core.models.base import HeadInterface
+from fairchem.core.models.uma.outputs import compute_hessian
+from torch import Tensor, nn
+
+from e2former_fairchem.nn.output import EnergyMLP, LinearForce, PaiNNForce
+from e2former_fairchem.segments import segment_sum
+from e2former_fairchem.validation import check_keys
+
+if TYPE_CHECKING:
+    from fairchem.core.datasets.atomic_data import AtomicData
+    from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
+
+    from e2former_fairchem.backbone import E2FormerV2Backbone
+
+__all__ = ["E2FormerV2DirectForceHead", "E2FormerV2EnergyHead", "E2FormerV2GradientHead"]
+
+_FORCE_HEADS = {"linear": LinearForce, "painn": PaiNNForce}
+
+
+class _Head(nn.Module, HeadInterface):
+    """What the heads share: names of outputs and their wrapping, as fairchem's heads have them."""
+
+    def __init__(self, backbone: E2FormerV2Backbone, prefix: str | None, wrap_property: bool) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.wrap_property = wrap_property
+        self.regress_config = backbone.regress_config
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}_{name}" if self.prefix else name
+
+    def _wrap(self, **values: Tensor) -> dict[str, Any]:
+        """One entry per property; per-atom energies ride with the energy where properties are wrapped."""
+        atom_energy = values.pop("atom_energy", None)
+        if not self.wrap_property:
+            return {self._key(name): value for name, value in values.items()}
+        outputs = {self._key(name): {name: value} for name, value in values.items()}
+        if atom_energy is not None:
+            outputs[self._key("energy")]["atom_energy"] = atom_energy
+        return outputs
+
+
+@registry.register_model("e2former_v2_energy_head")
+class E2FormerV2EnergyHead(_Head):
+    """Energy of each structure as a sum of atomic energies (SPEC 8); no derivatives.
+
+    prefix: outputs are called ``{prefix}_energy`` instead of ``energy``. wrap_property: wrap the tensors as fairchem's
+    trainer expects them.
+    Returns ``{"energy": {"energy": [B] float64, "atom_energy": [N]}}`` (eV, in the units of the training target), or
+    ``{"energy": [B]}`` unwrapped. The sum over atoms is taken in float64, in the order of the atoms.
+    """
+
+    def __init__(
+        self, backbone: E2FormerV2Backbone, prefix: str | None = None, wrap_property: bool = True, **unknown: Any
+    ) -> None:
+        check_keys("e2former_v2_energy_head", unknown, E2FormerV2EnergyHead.__init__)
+        super().__init__(backbone, prefix, wrap_property)
+        self.energy = EnergyMLP(backbone.sphere_channels)
+
+    def forward(self, data: AtomicData, emb: dict[str, Tensor]) -> dict[str, Any]:
+        """Energies of a batch; see the class."""
+        atom_energy, energy = _energies(self.energy, data, emb)
+        return self._wrap(energy=energy, atom_energy=atom_energy)
+
+    def prepare_for_inference(self, data: AtomicData, settings: InferenceSettings) -> E2FormerV2EnergyHead:
+        """Refuse derivatives that this head does not compute."""
+        for kind in ("forces", "stress", "hessian"):
+            wanted = getattr(settings, f"predict_untrained_{kind}")
+            if wanted:
+                raise ValueError(
+                    f"predict_untrained_{kind}: expected an empty set, because e2former_v2_energy_head computes no "
+                    f"derivatives, got {sorted(wanted)}; use e2former_v2_gradient_head"
+                )
+        return self
+
+
+@registry.register_model("e2former_v2_direct_force_head")
+class E2FormerV2DirectForceHead(_Head):
+    """Forces read off the vector features, not derived from an energy (SPEC 8).
+
+    kind: ``linear`` or ``painn`` (two gated equivariant blocks). prefix, wrap_property: as for the energy head.
+    Returns ``{"forces": {"forces": [N, 3]}}``, eV/Å. Raises ValueError when the backbone is set up for conserving
+    forces.
+    """
+
+    def __init__(
+        self,
+        backbone: E2FormerV2Backbone,
+        kind: str = "linear",
+        prefix: str | None = None,
+        wrap_property: bool = True,
+        **unknown: Any,
+    ) -> None:
+        check_keys("e2former_v2_direct_force_head", unknown, E2FormerV2DirectForceHead.__init__)
+        if kind not in _FORCE_HEADS:
+            raise ValueError(f"kind: expected one of {sorted(_FORCE_HEADS)}, got {kind!r}")
+        if not backbone.regress_config.direct_forces:
+            raise ValueError(
+                "direct_forces: expected true in the backbone of e2former_v2_direct_force_head, got false; use "
+                "e2former_v2_gradient_head for conserving forces"
+            )
+        super().__init__(backbone, prefix, wrap_property)
+        self.force = _FORCE_HEADS[kind](backbone.sphere_channels)
+
+    def forward(self, data: AtomicData, emb: dict[str, Tensor]) -> dict[str, Any]:
+        """Forces of a batch; see the class."""
+        return self._wrap(forces=self.force(_features(self.force, emb)))
+
+
+@registry.register_model("e2former_v2_gradient_head")
+class E2FormerV2GradientHead(_Head):
+    """Energy and its derivatives by autograd: conserving forces, stress and Hessian.
+
+    What is returned follows the backbone's ``regress_config``, which fairchem extends when it is asked for untrained
+    properties: ``energy`` [B] float64 (with ``atom_energy`` [N]), ``forces`` [N, 3] = -dE/dr in eV/Å, ``stress`` [B, 9]
+    = dE/dstrain / volume in eV/Å^3 (fairchem's convention: symmetric strain of positions and cell; structures without
+    a periodic direction have no volume and zero stress), ``hessian`` [1, 3N, 3N] = d2E/dr2 in eV/Å^2 of a batch of one.
+    prefix, wrap_property: as for the energy head.
+    Raises ValueError when the backbone is set up for direct forces, for a Hessian of several structures at once, and
+    for a vmapped Hessian.
+    """
+
+    def __init__(
+        self, backbone: E2FormerV2Backbone, prefix: str | None = None, wrap_property: bool = True, **unknown: Any
+    ) -> None:
+        check_keys("e2former_v2_gradient_head", unknown, E2FormerV2GradientHead.__init__)
+        if backbone.regress_config.direct_forces:
+            raise ValueError(
+                "direct_forces: expected false in the backbone of e2former_v2_gradient_head, got true; use "
+                "e2former_v2_energy_head and e2former_v2_direct_force_head"
+            )
+        super().__init__(backbone, prefix, wrap_property)
+        self.energy = EnergyMLP(backbone.sphere_channels)
+
+    @conditional_grad(torch.enable_grad())
+    def forward(self, data: AtomicData, emb: dict[str, Tensor]) -> dict[str, Any]:
+        """Energies and derivatives of a batch; see the class."""
+        regress = self.regress_config
+        if regress.hessian:
+            self._check_hessian(data)
+        atom_energy, energy = _energies(self.energy, data, emb)
+        outputs = {"energy": energy, "atom_energy": atom_energy}
+        if regress.forces or regress.stress:
+            create_graph = self.training or regress.hessian
+            outputs |= _forces_and_stress(data, energy, create_graph, regress.stress)
+        if regress.hessian:
+            outputs["hessian"] = compute_hessian(outputs["forces"], data["pos"], vmap=False, training=self.training)
+        return self._wrap(**outputs)
+
+    def _check_hessian(self, data: AtomicData) -> None:
+        if self.regress_config.hessian_vmap:
+            raise ValueError(
+                "hessian_vmap: expected false, because the attention's derivatives have no vmap rule, got true"
+            )
+        if not self.regress_config.forces:
+            raise ValueError("regress_forces: expected true for a Hessian, got false")
+        if data["natoms"].numel() != 1:
+            raise ValueError(f"hessian: expected a batch of 1 structure, got {data['natoms'].numel()}")
+
+
+def _features(module: nn.Module, emb: dict[str, Tensor]) -> Tensor:
+    """Node features in the module's dtype: under autocast the trunk may hand over bfloat16."""
+    return emb["node_embedding"].to(next(module.parameters()).dtype)
+
+
+def _energies(module: EnergyMLP, data: AtomicData, emb: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    atom_energy = module(_features(module, emb))
+    return atom_energy, _per_structure(atom_energy, data["batch"], data["natoms"])
+
+
+# fairchem found float64 sums miscompiled; the sum is a few microseconds of work and stays outside.
+@torch.compiler.disable
+def _per_structure(values: Tensor, batch: Tensor, natoms: Tensor) -> Tensor:
+    """Sum over the atoms of each structure in float64, in order: [N, ...] -> [B, ...]."""
+    pointer = torch.cat([natoms.new_zeros(1), natoms.cumsum(0)])
+    return segment_sum(values.double(), batch, lambda: (None, pointer))
+
+
+@torch.compiler.disable
+def _forces_and_stress(
+    data: AtomicData, energy: Tensor, create_graph: bool, with_stress: bool
+) -> dict[str, Tensor]:
+    r"""Forces, and the stress :math:`\sigma = \frac{1}{2V} (W + W^T)` of each structure.
+
+    :math:`W = \sum_i g_i \otimes r_i + h^T \partial E/\partial h` with :math:`g_i = \partial E/\partial r_i` and the
+    cell's rows in h: the derivative by a symmetric strain of positions and cell together.
+    """
+    pos, cell = data["pos"], data["cell"]
+    inputs = [pos, cell] if with_stress else [pos]
+    # A structure without edges depends on neither.
+    gradients = torch.autograd.grad(
+        energy.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    outputs = {"forces": -gradients[0]}
+    if with_stress:
+        outer = gradients[0].unsqueeze(2) * pos.unsqueeze(1)
+        virial = _per_structure(outer, data["batch"], data["natoms"]) + (cell.mT @ gradients[1]).double()
+        volume = torch.linalg.det(cell.double()).abs()
+        periodic = data["pbc"].any(dim=1) & (volume > 0)
+        inverse = torch.where(periodic, 1.0 / torch.where(periodic, volume, 1.0), 0.0)
+        stress = 0.5 * (virial + virial.mT) * inverse.view(-1, 1, 1)
+        outputs["stress"] = stress.view(-1, 9).to(pos.dtype)
+    return outputs
