@@ -1,0 +1,63 @@
+"""Checks of a data set's folder before anything heavy starts."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+import numpy as np
+
+#: Endings of files that ASE's database module opens.
+DATABASE_SUFFIXES = (".aselmdb", ".db", ".json")
+
+
+def _count(database: Path) -> int:
+    from ase.db import connect
+
+    arguments = {"readonly": True, "use_lock_file": False} if database.suffix == ".aselmdb" else {}
+    with connect(str(database), **arguments) as db:
+        return db.count()
+
+
+def check_dataset(key: str, path: str) -> str:
+    """Check that `path` is what fairchem's `ase_db` data set can read, and that it is not empty.
+
+    Args:
+        key: config key that holds the path, for the message.
+        path: a database file, a folder of them, or a glob pattern.
+
+    Returns:
+        The path, absolute.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a folder without any database.
+        ValueError: there is a database or its metadata, but without a single structure, or they disagree.
+    """
+    given = Path(path).expanduser()
+    if given.is_dir():
+        databases = sorted(p for p in given.iterdir() if p.suffix in DATABASE_SUFFIXES)
+        what = "a folder with at least one .aselmdb file"
+    elif glob.has_magic(path):
+        databases = sorted(Path(p) for p in glob.glob(str(given)) if Path(p).suffix in DATABASE_SUFFIXES)
+        what = "a pattern that matches at least one .aselmdb file"
+    else:
+        databases = [given] if given.is_file() else []
+        what = "a folder of .aselmdb files, one such file or a pattern"
+    if not databases:
+        got = "a folder without one" if given.is_dir() else "nothing there"
+        raise FileNotFoundError(f"{key}: expected {what}, got {given} ({got})")
+
+    metadata = (given if given.is_dir() else given.parent) / "metadata.npz"
+    if metadata.is_file():
+        with np.load(metadata) as table:
+            if "natoms" not in table:
+                raise ValueError(f"{key}: expected 'natoms' in {metadata}, got {sorted(table)}")
+            size = int(table["natoms"].shape[0])
+            where = metadata
+    else:
+        # Without metadata every row would have to be read to count its atoms; one structure is enough to know here.
+        size = next((n for n in map(_count, databases) if n), 0)
+        where = given
+    if size == 0:
+        raise ValueError(f"{key}: expected a data set with at least one structure, got none in {where}")
+    return str(given.absolute())

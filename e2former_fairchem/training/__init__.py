@@ -1,0 +1,1 @@
+"""What training needs beyond fairchem: losses, schedules, samplers, callbacks, checkpoints and config resolvers."""

@@ -1,0 +1,272 @@
+"""Callbacks of fairchem's training and evaluation loops: readable progress, results, and the exported checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairchem.core.common import distutils
+from fairchem.core.components.callbacks import TrainCheckpointCallback
+from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT, UNIT_RESUME_CONFIG
+from torchtnt.framework.callback import Callback
+from torchtnt.framework.state import State
+from torchtnt.framework.unit import TEvalUnit, TTrainUnit
+
+# property -> metric -> (what a reader wants to see, factor, format)
+_SHOWN = {
+    "energy": {"per_atom_mae": ("E {} meV/atom", 1000.0, "{:.1f}")},
+    "forces": {"mae": ("F {} eV/Å", 1.0, "{:.3f}")},
+}
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary name in the same folder, then move it to `path`: no half-written file is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def collect_metrics(unit: TEvalUnit) -> dict[str, dict[str, float]]:
+    """Metrics of the evaluation that just ended, over all ranks: dataset -> `task,metric` -> value."""
+    eval_unit = getattr(unit, "eval_unit", unit)
+    device = distutils.get_device_for_local_rank()
+    result: dict[str, dict[str, float]] = {}
+    for task, by_dataset in eval_unit.running_metrics.items():
+        for dataset, metrics in by_dataset.items():
+            for name, metric in metrics.items():
+                total = distutils.all_reduce(metric.total, average=False, device=device)
+                numel = distutils.all_reduce(metric.numel, average=False, device=device)
+                result.setdefault(dataset, {})[f"{task},{name}"] = float(total) / max(float(numel), 1.0)
+    return result
+
+
+def zero_force_baseline(dataset: Any, key: str) -> dict[str, float]:
+    """Mean absolute force component of every part of a `ConcatDataset`, eV/Å: what predicting zero would get."""
+    baseline = {}
+    for name, part in zip(dataset.dataset_names, dataset.datasets, strict=True):
+        forces = torch.cat([part[i][key].flatten() for i in range(len(part))])
+        baseline[name] = float(forces.abs().mean())
+    return baseline
+
+
+def format_metrics(metrics: dict[str, float], properties: dict[str, str], zero_force: float | None) -> str:
+    """Metrics of one data set in words, e.g. `E 23.4 meV/atom, F 0.142 eV/Å (14.1 % of zero forces)`."""
+    words = []
+    for name, value in metrics.items():
+        task, metric = name.rsplit(",", 1)
+        prop = properties.get(task, "")
+        if metric not in _SHOWN.get(prop, {}):
+            continue
+        text, factor, number = _SHOWN[prop][metric]
+        word = text.format(number.format(value * factor))
+        if prop == "forces" and zero_force:
+            word += f" ({100 * value / zero_force:.1f} % of zero forces)"
+        words.append(word)
+    return ", ".join(words)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Progress(Callback):
+    """One line per epoch: losses, time spent and left, and after an evaluation the errors on every validation set.
+
+    Args:
+        zero_force_baseline: also give force errors as a share of the zero-force baseline; reads the whole validation set.
+        quiet: silence fairchem's INFO lines while training runs; warnings stay.
+        history: file that gets one JSON object per evaluation, beside the run's checkpoints; None writes none.
+    """
+
+    def __init__(self, zero_force_baseline: bool = False, quiet: bool = False, history: str | None = None) -> None:
+        self.with_baseline = zero_force_baseline
+        self.quiet = quiet
+        self.history = history
+        self.baseline: dict[str, float] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+        self._losses: dict[str, torch.Tensor] = {}
+        self._steps = 0
+        self._training = False
+        self._hooks: list[Any] = []
+        self._folder: Path | None = None
+        self._level = logging.INFO
+
+    def set_runner_callbacks(self, save_callback: Any, load_callback: Any, checkpoint_dir: str) -> None:
+        """Called by fairchem's runner; tells where the run's folder is."""
+        self._folder = Path(checkpoint_dir).parent
+
+    def _say(self, line: str) -> None:
+        if distutils.is_master():
+            print(line, flush=True)
+
+    def _record(self, task: str) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, loss: torch.Tensor) -> None:
+            if self._training:
+                # stays on the device: reading it here would make every step wait for the GPU
+                self._losses[task] = self._losses.get(task, 0.0) + loss.detach()
+
+        return hook
+
+    def on_train_start(self, state: State, unit: TTrainUnit) -> None:
+        """Attach to the losses; say what is about to be trained."""
+        self._properties = {task.name: task.property for task in unit.tasks}
+        self._hooks = [task.loss_fn.register_forward_hook(self._record(task.name)) for task in unit.tasks]
+        self._start = time.monotonic()
+        self._first_epoch = unit.train_progress.num_epochs_completed
+        dataset = state.train_state.dataloader.dataset
+        parameters = sum(p.numel() for p in unit.model.parameters() if p.requires_grad)
+        self._say(
+            f"training {parameters:,} parameters on {len(dataset)} structures, "
+            f"{len(state.train_state.dataloader)} steps an epoch, on {distutils.get_device_for_local_rank()}"
+        )
+        if self.with_baseline:
+            forces = next(task.name for task in unit.tasks if task.property == "forces")
+            self.baseline = zero_force_baseline(state.eval_state.dataloader.dataset, forces)
+        if self.quiet:
+            self._level = logging.getLogger().level
+            logging.getLogger().setLevel(logging.WARNING)
+
+    def on_train_epoch_start(self, state: State, unit: TTrainUnit) -> None:
+        """Forget the last epoch's losses."""
+        self._losses, self._steps, self._training = {}, 0, True
+
+    def on_train_step_start(self, state: State, unit: TTrainUnit) -> None:
+        """Count; also true after a resume within an epoch."""
+        self._training = True
+        self._steps += 1
+
+    def on_eval_epoch_start(self, state: State, unit: TEvalUnit) -> None:
+        """Losses of an evaluation are not the training's."""
+        self._training = False
+
+    def on_train_epoch_end(self, state: State, unit: TTrainUnit) -> None:
+        """The epoch's line."""
+        self._training = False
+        done = unit.train_progress.num_epochs_completed
+        means = {task: float(total) / max(self._steps, 1) for task, total in self._losses.items()}
+        parts = " + ".join(f"{self._properties[task]} {value:.4f}" for task, value in means.items())
+        spent = time.monotonic() - self._start
+        self.last_losses = means
+        last = state.train_state.max_epochs
+        if last is None and state.train_state.max_steps is not None:
+            last = -(-state.train_state.max_steps // max(len(state.train_state.dataloader), 1))
+        left = "" if last is None else f", {_minutes(spent / max(done - self._first_epoch, 1) * max(last - done, 0))} left"
+        self._say(f"epoch {done:>3}/{last or '?'}  loss {sum(means.values()):.4f} = {parts}  [{_minutes(spent)}{left}]")
+
+    def on_eval_epoch_end(self, state: State, unit: TEvalUnit) -> None:
+        """Errors on every validation set."""
+        self.metrics = collect_metrics(unit)
+        for name, metrics in self.metrics.items():
+            words = format_metrics(metrics, self._properties, self.baseline.get(name))
+            self._say(f"    {name}: {words}")
+        if self.history is not None and self._folder is not None and distutils.is_master():
+            entry = {
+                "epoch": unit.train_progress.num_epochs_completed,
+                "step": unit.train_progress.num_steps_completed,
+                "seconds": round(time.monotonic() - self._start, 2),
+                "train_loss": getattr(self, "last_losses", {}),
+                "metrics": self.metrics,
+                "zero_force_mae": self.baseline,
+            }
+            with (self._folder / self.history).open("a") as handle:
+                handle.write(json.dumps(entry) + "\n")
+
+    def _finish(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.quiet:
+            logging.getLogger().setLevel(self._level)
+
+    def on_train_end(self, state: State, unit: TTrainUnit) -> None:
+        """Say how long it took."""
+        self._finish()
+        steps = unit.train_progress.num_steps_completed
+        self._say(f"trained {steps} steps in {_minutes(time.monotonic() - self._start)} min")
+
+    def on_exception(self, state: State, unit: TTrainUnit | TEvalUnit, exc: BaseException) -> None:
+        """Leave logging and losses as they were."""
+        self._finish()
+
+
+class Checkpoints(TrainCheckpointCallback):
+    """fairchem's checkpoints, without the one of step 0, and with the last inference checkpoint under a fixed name.
+
+    Args:
+        checkpoint_every_n_steps: steps between checkpoints; the last one is always written.
+        max_saved_checkpoints: how many to keep besides the last.
+        export_to: file that gets a copy of the last inference checkpoint, complete or not at all; None copies nothing.
+    """
+
+    def __init__(
+        self, checkpoint_every_n_steps: int, max_saved_checkpoints: int = 1, export_to: str | None = None
+    ) -> None:
+        super().__init__(checkpoint_every_n_steps, max_saved_checkpoints)
+        self.export_to = export_to
+
+    def on_train_step_start(self, state: State, unit: TTrainUnit) -> None:
+        """Save when it is time; untrained weights are not worth it."""
+        if unit.train_progress.num_steps_completed > 0:
+            super().on_train_step_start(state, unit)
+
+    def on_train_end(self, state: State, unit: TTrainUnit) -> None:
+        """Save the last checkpoint, export it, and say where both are."""
+        super().on_train_end(state, unit)
+        if not distutils.is_master():
+            return
+        final = Path(self.checkpoint_dir) / "final"
+        written = final / UNIT_INFERENCE_CHECKPOINT
+        if self.export_to is not None and written.is_file():
+            target = Path(self.export_to).absolute()
+            write_atomically(target, lambda name: shutil.copyfile(written, name))
+            written = target
+        print(f"inference checkpoint: {written}\nto resume this run: fairchem -c {final / UNIT_RESUME_CONFIG}", flush=True)
+
+
+class EvaluationReport(Callback):
+    """Errors of an evaluation run in words, and as JSON in a file.
+
+    Args:
+        output: JSON file; None writes none.
+        zero_force_baseline: also give force errors as a share of the zero-force baseline; reads the whole data set.
+    """
+
+    def __init__(self, output: str | None = None, zero_force_baseline: bool = False) -> None:
+        self.output = output
+        self.with_baseline = zero_force_baseline
+
+    def on_eval_epoch_end(self, state: State, unit: TEvalUnit) -> None:
+        """Say the errors and write the file."""
+        metrics = collect_metrics(unit)
+        properties = {task.name: task.property for task in unit.tasks}
+        dataset = state.eval_state.dataloader.dataset
+        baseline = {}
+        if self.with_baseline:
+            forces = next(task.name for task in unit.tasks if task.property == "forces")
+            baseline = zero_force_baseline(dataset, forces)
+        if not distutils.is_master():
+            return
+        sizes = {name: len(part) for name, part in zip(dataset.dataset_names, dataset.datasets, strict=True)}
+        for name, values in metrics.items():
+            words = format_metrics(values, properties, baseline.get(name))
+            print(f"{name}, {sizes[name]} structures: {words}", flush=True)
+        if self.output is not None:
+            report = {"metrics": metrics, "num_structures": sizes, "zero_force_mae": baseline}
+            path = Path(self.output).absolute()
+            write_atomically(path, lambda name: name.write_text(json.dumps(report, indent=1) + "\n"))
+            print(f"results: {path}", flush=True)

@@ -1,0 +1,26 @@
+"""Losses of the authors' releases that fairchem does not have."""
+
+from __future__ import annotations
+
+import torch
+from fairchem.core.modules.loss import DDPMTLoss
+from torch import Tensor
+
+
+class PerSystemSumLoss(DDPMTLoss):
+    r"""A loss over atoms, summed within each system and averaged over systems: :math:`\frac1B \sum_k \ell_k`.
+
+    With fairchem's `L2NormLoss` this is the force loss of the authors' second stage (`l2mae`),
+    :math:`\frac1B \sum_k \lVert F_k - F_k^{\rm ref} \rVert`. fairchem's reductions are the mean over atoms, the plain sum, and
+    `per_structure`, which divides each system's sum by its atoms. B counts the systems of all ranks.
+
+    Args:
+        loss_fn: module that gives one value per atom, as fairchem's losses.
+        coefficient: weight in the total loss.
+    """
+
+    def __init__(self, loss_fn: torch.nn.Module, coefficient: float = 1.0) -> None:
+        super().__init__(loss_fn=loss_fn, reduction="sum", coefficient=coefficient)
+
+    def _reduction(self, input: Tensor, mult_mask: Tensor, loss: Tensor, natoms: Tensor) -> Tensor:
+        return self._ddp_mean(natoms.numel(), loss.sum())

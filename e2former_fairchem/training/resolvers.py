@@ -1,0 +1,124 @@
+"""OmegaConf resolvers `${e2former.*}` of our configs. They run while the config is composed, before any heavy work.
+
+| resolver | value |
+|---|---|
+| `${e2former.device:}` | `CUDA` where torch finds a GPU, else `CPU` |
+| `${e2former.sample:train}` | folder of a part of the bundled sample: `train`, `val_known` or `val_new` |
+| `${e2former.element_references:NAME}` | energies per element, eV by atomic number: `sample`, `omol25`, `spice` or a JSON file |
+| `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set; KEY is named in the message |
+| `${e2former.checkpoint:KEY,PATH}` | PATH, absolute, after a check that it is an inference checkpoint |
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import ListConfig, OmegaConf
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+SAMPLE_PARTS = ("train", "val_known", "val_new")
+
+
+def device() -> str:
+    """`CUDA` where torch finds a GPU in this process, else `CPU`."""
+    import torch
+
+    return "CUDA" if torch.cuda.is_available() else "CPU"
+
+
+def sample(part: str) -> str:
+    """Folder of a part of the bundled sample.
+
+    Raises:
+        ValueError: no such part.
+    """
+    if part not in SAMPLE_PARTS:
+        raise ValueError(f"e2former.sample: expected one of {', '.join(SAMPLE_PARTS)}, got {part!r}")
+    return str(DATA / "sample" / part)
+
+
+@functools.cache
+def _read_references(path: Path) -> tuple[float, ...]:
+    if not path.is_file():
+        raise FileNotFoundError(f"element references: expected a JSON file, got {path}, which does not exist")
+    try:
+        table = json.loads(path.read_text())
+    except json.JSONDecodeError as err:
+        raise ValueError(f"element references: expected JSON in {path}, got {err}") from err
+    if isinstance(table, dict):
+        table = table.get("element_references")
+    if not isinstance(table, list) or not all(isinstance(x, int | float) for x in table) or len(table) < 2:
+        raise ValueError(
+            f"element references: expected in {path} a list of energies in eV, indexed by atomic number, "
+            f"or an object with such a list under 'element_references'"
+        )
+    return tuple(float(x) for x in table)
+
+
+def element_references(name: str) -> ListConfig:
+    """Energies per element, eV, indexed by atomic number (index 0 unused), of a bundled table or a JSON file.
+
+    Raises:
+        FileNotFoundError: neither a bundled name nor a file.
+        ValueError: the file holds something else.
+    """
+    bundled = {
+        "sample": DATA / "sample" / "statistics.json",
+        "omol25": DATA / "element_references" / "omol25.json",
+        "spice": DATA / "element_references" / "spice.json",
+    }
+    if name not in bundled and not name.endswith(".json"):
+        raise ValueError(
+            f"e2former.element_references: expected one of {', '.join(bundled)} or a .json file, got {name!r}"
+        )
+    # A plain list would not survive OmegaConf.resolve where one interpolation leads to another.
+    return OmegaConf.create(list(_read_references(bundled.get(name, Path(name)))))
+
+
+@functools.cache
+def _check_dataset(key: str, path: str) -> str:
+    from e2former_fairchem.data.checks import check_dataset
+
+    return check_dataset(key, path)
+
+
+def dataset(key: str, path: str | Sequence[str] | None) -> str | ListConfig:
+    """A data set's path or paths, absolute, after `data.checks.check_dataset`; `key` is the config key to name.
+
+    Raises:
+        ValueError: no path was given, or the data set is empty.
+        FileNotFoundError: there is no data set.
+    """
+    if path is None:
+        raise ValueError(f"{key}: expected a folder with a data set, got nothing; add {key}=FOLDER to the command line")
+    if isinstance(path, list | tuple | ListConfig):
+        return OmegaConf.create([_check_dataset(key, str(p)) for p in path])
+    return _check_dataset(key, str(path))
+
+
+@functools.cache
+def _check_checkpoint(key: str, path: str) -> str:
+    from e2former_fairchem.training.checkpoint import check_checkpoint_path
+
+    return str(check_checkpoint_path(path, key=key))
+
+
+def checkpoint(key: str, path: str | None) -> str:
+    """A checkpoint's path, absolute, after `training.checkpoint.check_checkpoint_path`.
+
+    Raises:
+        ValueError: no path was given, or no checkpoint is there but something else.
+        FileNotFoundError: nothing is there.
+    """
+    if path is None:
+        raise ValueError(f"{key}: expected an inference checkpoint, got nothing; add {key}=FILE to the command line")
+    return _check_checkpoint(key, str(path))
+
+
+def register_resolvers() -> None:
+    """Register all of the above with OmegaConf; calling it again changes nothing."""
+    for function in (device, sample, element_references, dataset, checkpoint):
+        OmegaConf.register_new_resolver(f"e2former.{function.__name__}", function, replace=True)
