@@ -1,0 +1,121 @@
+"""Symmetries, derivatives and smoothness of the network inside fairchem, by the package's own mixins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fairchem.core.models.base import HydraModel
+
+from e2former_fairchem.testing import (
+    EquivarianceTests,
+    GradientTests,
+    PeriodicTests,
+    SmoothCutoffTests,
+    atomic_data,
+    random_molecule,
+    water_box,
+)
+
+SMALL: dict[str, Any] = {
+    "model": "e2former_fairchem.backbone.E2FormerV2Backbone",
+    "sphere_channels": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "head_dim": 4,
+    "num_radial_basis": 16,
+    "cutoff": 5.0,
+    "regress_stress": True,
+}
+
+
+def hydra_model(**changes: Any) -> HydraModel:
+    """A small conserving model with weights large enough that every term matters."""
+    torch.manual_seed(0)
+    model = HydraModel(
+        backbone={**SMALL, **changes},
+        heads={"efs": {"module": "e2former_fairchem.heads.E2FormerV2GradientHead"}},
+        pass_through_head_outputs=True,
+        supports_single_atoms=True,
+    )
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "embedding" in name or "bias" in name:
+                # drawn in float64, so that both precisions have the same weights
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.3 * noise.to(parameter.dtype))
+    return model
+
+
+class TestDefault(EquivarianceTests, PeriodicTests, GradientTests, SmoothCutoffTests):
+    def build_model(self) -> HydraModel:
+        return hydra_model()
+
+
+class TestReflectionEquivariant(EquivarianceTests):
+    reflection = True
+
+    def build_model(self) -> HydraModel:
+        return hydra_model(reflection_equivariant=True)
+
+
+class TestEAAS(EquivarianceTests, PeriodicTests, GradientTests):
+    translation_tolerance = 1e-3  # differences of absolute positions
+
+    def build_model(self) -> HydraModel:
+        return hydra_model(convolution="eaas")
+
+
+class TestOnTheFlyDot(EquivarianceTests, GradientTests, SmoothCutoffTests):
+    def build_model(self) -> HydraModel:
+        return hydra_model(convolution="on_the_fly", score="qk_dot")
+
+
+class TestDotScalarLmax3(EquivarianceTests, PeriodicTests, SmoothCutoffTests):
+    def build_model(self) -> HydraModel:
+        return hydra_model(score="qk_dot_scalar", lmax=3, message_order=[1, 0], envelope_exponent=3)
+
+
+class TestLongRange(EquivarianceTests, PeriodicTests):
+    def build_model(self) -> HydraModel:
+        return hydra_model(long_range={"layers": 1, "lower": 0.5, "upper": 7.0, "envelope": "bell"})
+
+
+@pytest.mark.parametrize("norm", ["softplus", "sigmoid"])
+def test_weight_functions_without_a_softmax_are_continuous(norm: str) -> None:
+    class Tests(SmoothCutoffTests):
+        def build_model(self) -> HydraModel:
+            return hydra_model(attention_norm=norm)
+
+    Tests().test_limit_of_the_jump()
+
+
+def test_the_authors_softmax_jumps() -> None:
+    """The check above can fail: SPEC section 14.4 measured this one."""
+
+    class Tests(SmoothCutoffTests):
+        def build_model(self) -> HydraModel:
+            return hydra_model(attention_norm="molfm_v1_5")
+
+    with pytest.raises(AssertionError, match="limit of the jump"):
+        Tests().test_limit_of_the_jump()
+
+
+@pytest.mark.parametrize("lmax", [1, 2, 3, 4])
+@pytest.mark.parametrize("reflection_equivariant", [False, True])
+def test_forms_agree(lmax: int, reflection_equivariant: bool, float64_default: None) -> None:
+    """dense, eaas and on_the_fly are one function; so are their derivatives in every parameter."""
+    results = {}
+    for convolution in ("dense", "on_the_fly", "eaas", "auto"):
+        model = hydra_model(convolution=convolution, lmax=lmax, reflection_equivariant=reflection_equivariant)
+        model.train()
+        out = model(atomic_data([random_molecule(), water_box()], torch.float64))
+        loss = out["forces"]["forces"].square().sum() + out["energy"]["energy"].square().sum()
+        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        results[convolution] = [out["energy"]["energy"], out["forces"]["forces"], *grads]
+    for convolution in ("on_the_fly", "eaas", "auto"):
+        for got, expected in zip(results[convolution], results["dense"], strict=True):
+            scale = float(expected.detach().abs().max()) + 1e-12
+            assert float((got - expected).detach().abs().max()) <= 1e-10 * scale
