@@ -88,7 +88,7 @@ class Progress(Callback):
     """One line per epoch: losses, time spent and left, and after an evaluation the errors on every validation set.
 
     Args:
-        zero_force_baseline: also give force errors as a share of the zero-force baseline; reads the whole validation set.
+        zero_force_baseline: also give force errors as a share of the zero-force baseline (reads all validation data).
         quiet: silence fairchem's INFO lines while training runs; warnings stay.
         history: file that gets one JSON object per evaluation, beside the run's checkpoints; None writes none.
     """
@@ -165,8 +165,10 @@ class Progress(Callback):
         last = state.train_state.max_epochs
         if last is None and state.train_state.max_steps is not None:
             last = -(-state.train_state.max_steps // max(len(state.train_state.dataloader), 1))
-        left = "" if last is None else f", {_minutes(spent / max(done - self._first_epoch, 1) * max(last - done, 0))} left"
-        self._say(f"epoch {done:>3}/{last or '?'}  loss {sum(means.values()):.4f} = {parts}  [{_minutes(spent)}{left}]")
+        clock = _minutes(spent)
+        if last is not None:
+            clock += f", {_minutes(spent / max(done - self._first_epoch, 1) * max(last - done, 0))} left"
+        self._say(f"epoch {done:>3}/{last or '?'}  loss {sum(means.values()):.4f} = {parts}  [{clock}]")
 
     def on_eval_epoch_end(self, state: State, unit: TEvalUnit) -> None:
         """Errors on every validation set."""
@@ -235,7 +237,8 @@ class Checkpoints(TrainCheckpointCallback):
             target = Path(self.export_to).absolute()
             write_atomically(target, lambda name: shutil.copyfile(written, name))
             written = target
-        print(f"inference checkpoint: {written}\nto resume this run: fairchem -c {final / UNIT_RESUME_CONFIG}", flush=True)
+        print(f"inference checkpoint: {written}", flush=True)
+        print(f"to resume this run: fairchem -c {final / UNIT_RESUME_CONFIG}", flush=True)
 
 
 class EvaluationReport(Callback):

@@ -42,7 +42,7 @@ def check_checkpoint_path(location: str | Path, key: str = "checkpoint") -> Path
         hint = f"; did you mean {inner}?" if inner.is_file() else ""
         raise ValueError(f"{key}: expected the file of an inference checkpoint, got the folder {path}{hint}")
     if not path.is_file():
-        raise FileNotFoundError(f"{key}: expected the file of an inference checkpoint, got {path}, which does not exist")
+        raise FileNotFoundError(f"{key}: expected an inference checkpoint's file, got {path}, which does not exist")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{key}: expected an inference checkpoint (a file written by torch.save), got {path}")
     return path
@@ -133,7 +133,7 @@ def _averaged_weights(checkpoint: MLIPInferenceCheckpoint) -> dict[str, Tensor]:
 
 
 def _match_heads(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for heads that may have been renamed or replaced: the one given tensor of the same inner name and shape."""
+    """Weights for heads that may have other names: of the given tensors the one with the same inner name and shape."""
     found = {}
     for name, tensor in wanted.items():
         if name in given and given[name].shape == tensor.shape:
@@ -159,7 +159,7 @@ def initialize_from_checkpoint(
 
     Args:
         checkpoint_location: path of an inference checkpoint of an E2Former-V2.
-        backbone: backbone keys that replace the checkpoint's, e.g. `{direct_forces: false}`; the weights must still fit.
+        backbone: keys that replace the checkpoint's, e.g. `{direct_forces: false}`; the weights must still fit.
         heads: heads of the new model by name, with `module`; None keeps those of the checkpoint.
 
     Raises:
@@ -195,8 +195,8 @@ def initialize_from_checkpoint(
         {k: v for k, v in source.items() if k.startswith(_HEADS)},
     )
     model.load_state_dict(theirs | head_weights, strict=False)
-    fresh = sorted({k.rsplit(".", 1)[0] for k in target if k.startswith(_HEADS)} - {k.rsplit(".", 1)[0] for k in head_weights})
-    logging.info("started from %s; modules with new weights: %s", checkpoint_location, ", ".join(fresh) or "none")
+    fresh = sorted(k for k in target if k.startswith(_HEADS) and k not in head_weights)
+    logging.info("started from %s; new weights: %s", checkpoint_location, ", ".join(fresh) or "none")
     # fairchem's unit writes this into resume.yaml, so that resuming does not need the first checkpoint any more.
     model.finetune_model_full_config = OmegaConf.create(config)
     return model

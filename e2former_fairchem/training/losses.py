@@ -11,8 +11,8 @@ class PerSystemSumLoss(DDPMTLoss):
     r"""A loss over atoms, summed within each system and averaged over systems: :math:`\frac1B \sum_k \ell_k`.
 
     With fairchem's `L2NormLoss` this is the force loss of the authors' second stage (`l2mae`),
-    :math:`\frac1B \sum_k \lVert F_k - F_k^{\rm ref} \rVert`. fairchem's reductions are the mean over atoms, the plain sum, and
-    `per_structure`, which divides each system's sum by its atoms. B counts the systems of all ranks.
+    :math:`\frac1B \sum_k \lVert F_k - F_k^{\rm ref} \rVert`. fairchem's reductions are the mean over atoms, the plain
+    sum, and `per_structure`, which divides each system's sum by its atoms. B counts the systems of all ranks.
 
     Args:
         loss_fn: module that gives one value per atom, as fairchem's losses.

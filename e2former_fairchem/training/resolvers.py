@@ -4,7 +4,7 @@
 |---|---|
 | `${e2former.device:}` | `CUDA` where torch finds a GPU, else `CPU` |
 | `${e2former.sample:train}` | folder of a part of the bundled sample: `train`, `val_known` or `val_new` |
-| `${e2former.element_references:NAME}` | energies per element, eV by atomic number: `sample`, `omol25`, `spice` or a JSON file |
+| `${e2former.element_references:NAME}` | energies per element, eV by Z: `sample`, `omol25`, `spice` or a JSON file |
 | `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set; KEY is named in the message |
 | `${e2former.checkpoint:KEY,PATH}` | PATH, absolute, after a check that it is an inference checkpoint |
 """

@@ -13,8 +13,8 @@ from torch.utils.data import Sampler
 class StructureBatchSampler(Sampler[list[int]]):
     """Batches of a fixed number of structures, drawn anew in every epoch.
 
-    fairchem's `MaxAtomDistributedBatchSampler` makes its batches once and only shuffles their order. On a small data set
-    new batches in each epoch train better, and the authors' SPICE run counts a batch in structures.
+    fairchem's `MaxAtomDistributedBatchSampler` makes its batches once and only shuffles their order. On a small data
+    set every epoch should mix anew, and the authors' SPICE run counts a batch in structures.
 
     Args:
         dataset: what to sample from.

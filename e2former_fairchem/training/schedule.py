@@ -21,7 +21,8 @@ def warmup_cosine(
 
     Factor of the learning rate, with f = `warmup_factor`, m = `lr_min_factor`, w = `warmup_steps`, T the total:
 
-    .. math:: f + (1 - f)\,t/w \ (t \le w); \quad m + (1 - m)\,(1 + \cos(\pi t / T))/2 \ (w < t < T); \quad m \ (t \ge T)
+    .. math::
+        f + (1 - f)\,t/w \ (t \le w); \quad m + (1 - m)\,(1 + \cos(\pi t / T))/2 \ (w < t < T); \quad m \ (t \ge T)
 
     The cosine is not shifted by the warm-up. fairchem's own scheduler has the same factors but takes the warm-up in
     epochs, which would change with the data set and the number of GPUs.
@@ -42,7 +43,7 @@ def warmup_cosine(
         raise ValueError(f"warmup_cosine: expected exactly one of steps and epochs, got {steps=} and {epochs=}")
     total = int(steps if steps is not None else epochs * n_iters_per_epoch)
     if warmup_steps < 1 or total < 1:
-        raise ValueError(f"warmup_cosine: expected warmup_steps and the total to be at least 1, got {warmup_steps}, {total}")
+        raise ValueError(f"warmup_cosine: expected at least 1 warm-up step and 1 step, got {warmup_steps} and {total}")
     return LambdaLR(
         optimizer,
         CosineLRLambda(

@@ -1,8 +1,8 @@
 """Makes this package known to the fairchem command line; for every other Hydra application it does nothing.
 
-Hydra imports all modules of the namespace package `hydra_plugins` in every Hydra application of an environment, and calls
-each search-path plugin whenever a configuration is composed. So nothing but Hydra's own interface is imported here, and the
-plugin acts only when the composing process has fairchem loaded.
+Hydra imports all modules of the namespace package `hydra_plugins` in every Hydra application of an environment, and
+calls each search-path plugin whenever a configuration is composed. So nothing but Hydra's own interface is imported
+here, and the plugin acts only when the composing process has fairchem loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class E2FormerSearchPathPlugin(SearchPathPlugin):
             from e2former_fairchem.training.resolvers import register_resolvers
         except Exception as err:  # an environment's other fairchem runs must not die of this package
             warnings.warn(
-                f"e2former-fairchem is installed but cannot be imported, so its names and config groups are not available "
+                f"e2former-fairchem is installed but cannot be imported, so its names and config groups are missing "
                 f"in this run: {type(err).__name__}: {err}",
                 stacklevel=2,
             )
