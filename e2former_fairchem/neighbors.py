@@ -10,7 +10,9 @@ right-handed cell and boxes no larger than the atoms.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -178,17 +180,27 @@ def _run_v2(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tenso
 
 
 def _run_v3(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor, cutoff: float) -> Candidates:
-    from fairchem.core.graph import radius_graph_pbc_nvidia as v3
+    from fairchem.core.graph.radius_graph_pbc_nvidia import get_neighbors_nvidia
 
     # fairchem sizes the buffer by the cutoff alone; an atom that fills it may have lost neighbours.
-    buffer = v3.estimate_max_neighbors(cutoff=cutoff, safety_factor=2.0)
-    target, source, offset, _ = v3.get_neighbors_nvidia(
+    buffer = _buffer_of_v3(cutoff)
+    target, source, offset, _ = get_neighbors_nvidia(
         pos, cell, pbc, cutoff, max_neigh=buffer, method="cell_list", batch=batch, natoms=natoms
     )
     if target.numel() and int(torch.bincount(target, minlength=1).max()) >= buffer:
         _log_once(f"An atom has {buffer} neighbours or more, all that fairchem's version 3 can hold: using version 2.")
         return _run_v2(pos, cell, pbc, batch, natoms, cutoff)
     return source.to(torch.int64), target.to(torch.int64), offset.to(torch.int64)
+
+
+@lru_cache(maxsize=16)
+def _buffer_of_v3(cutoff: float) -> int:
+    """Neighbours per atom that fairchem's version 3 has room for."""
+    from fairchem.core.graph.radius_graph_pbc_nvidia import estimate_max_neighbors
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the argument, which fairchem passes too
+        return estimate_max_neighbors(cutoff=cutoff, safety_factor=2.0)
 
 
 _logged: set[str] = set()

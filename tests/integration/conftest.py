@@ -1,118 +1,132 @@
-"""Fixtures of the tests that run fairchem's command line."""
+"""Small models, structures and checkpoints for the tests of the plugin inside fairchem."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import ase
 import pytest
-from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
+import torch
+from ase.build import bulk, molecule
 
-#: Widths of a network that takes milliseconds.
-TINY = (
-    "backbone.sphere_channels=8",
-    "backbone.num_layers=1",
-    "backbone.num_heads=4",
-    "backbone.head_dim=2",
-    "backbone.num_radial_basis=8",
-    "job.device_type=CPU",
-)
+BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
+SMALL = {
+    "sphere_channels": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "head_dim": 4,
+    "num_radial_basis": 16,
+    "cutoff": 5.0,
+}
 
 
 @pytest.fixture(scope="session")
-def tiny() -> tuple[str, ...]:
-    """Overrides that make a run of our configs tiny, and keep it on the CPU."""
-    return TINY
+def structures() -> dict[str, ase.Atoms]:
+    """Molecules, an atom, a crystal with a cell smaller than the cutoff and a slab, with charge and spin."""
+    crystal = bulk("SiC", "zincblende", a=4.36)
+    crystal.rattle(0.05, seed=1)
+    slab = ase.Atoms("Cu2O", positions=[[0, 0, 0], [1.8, 1.8, 0.2], [0.3, 1.7, 1.4]], cell=[3.6, 3.6, 15.0])
+    slab.pbc = [True, True, False]
+    found = {
+        "ethanol": molecule("CH3CH2OH"),
+        "water": molecule("H2O"),
+        "ammonia": molecule("NH3"),
+        "atom": ase.Atoms("He"),
+        "crystal": crystal,
+        "slab": slab,
+    }
+    for name, atoms in found.items():
+        atoms.info.update(charge=1, spin=2) if name == "ammonia" else atoms.info.update(charge=0, spin=1)
+    return found
 
 
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder that is no checkout."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+@pytest.fixture(scope="session")
+def batch_of() -> Callable[..., Any]:
+    """Batch of ASE structures as fairchem's collater and calculator make them."""
+
+    def make(*structures: ase.Atoms, dtype: torch.dtype = torch.float64, task: str = "omol", **options: Any):
+        from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+
+        keys = {"r_data_keys": ["spin", "charge"], "task_name": task, "target_dtype": dtype} | options
+        return atomicdata_list_to_batch([AtomicData.from_ase(atoms, **keys) for atoms in structures])
+
+    return make
 
 
-@pytest.fixture
-def launch(elsewhere: Path) -> Iterator[Callable[..., None]]:
-    """`fairchem -c CONFIG OVERRIDES` within this process (starting a new one takes ten seconds of imports)."""
-    from fairchem.core import _cli
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Any]:
+    """HydraModel of a small backbone and a head (a path or a name), in float64 unless told otherwise."""
 
-    environment, level = dict(os.environ), logging.getLogger().level
+    def make(
+        head: str | dict = "e2former_fairchem.heads.E2FormerV2GradientHead",
+        dtype: torch.dtype = torch.float64,
+        **backbone: Any,
+    ):
+        from e2former_fairchem.hydra_model import E2FormerV2HydraModel
 
-    def run(config: Path, *overrides: str) -> None:
+        heads = head if isinstance(head, dict) else {"head": {"module": head}}
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        torch.manual_seed(0)
         try:
-            _cli.main(argparse.Namespace(config=str(config)), list(overrides))
+            model = E2FormerV2HydraModel(
+                backbone={"model": BACKBONE, **SMALL, **backbone},
+                heads=heads,
+                pass_through_head_outputs=True,
+                supports_single_atoms=True,
+            )
         finally:
-            from fairchem.core.common import distutils
+            torch.set_default_dtype(before)
+        return model.eval()
 
-            if distutils.initialized():
-                distutils.cleanup()
-
-    yield run
-    os.environ.clear()
-    os.environ.update(environment)
-    logging.getLogger().setLevel(level)
-
-
-@pytest.fixture
-def fairchem_process(elsewhere: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """`fairchem -c CONFIG OVERRIDES` in a process of its own; `ok` tells whether it should succeed."""
-
-    def run(
-        config: Path, *overrides: str, ok: bool = True, environment: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess:
-        own = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK")}
-        result = subprocess.run(
-            [sys.executable, "-c", "from fairchem.core._cli import main; main()", "-c", str(config), *overrides],
-            cwd=elsewhere,
-            env=own | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert (result.returncode == 0) == ok, result.stdout[-3000:] + result.stderr[-6000:]
-        return result
-
-    return run
-
-
-def fake_molecules(number: int, seed: int = 0) -> list[Atoms]:
-    """Random molecules with made-up labels and OMol25's info keys: heavy elements, charges and spins among them."""
-    rng = np.random.default_rng(seed)
-    molecules = []
-    for i in range(number):
-        natoms = int(rng.integers(2, 7))
-        grid = np.stack(np.meshgrid(*[np.arange(3)] * 3), -1).reshape(-1, 3)
-        positions = 1.6 * rng.permutation(grid)[:natoms] + rng.normal(scale=0.1, size=(natoms, 3))
-        atoms = Atoms(rng.choice(["H", "C", "O", "Fe", "I"], natoms), positions=positions)
-        forces = rng.normal(size=(natoms, 3))
-        atoms.calc = SinglePointCalculator(atoms, energy=float(rng.normal()), forces=forces - forces.mean(0))
-        atoms.info = {
-            "charge": int(rng.integers(-2, 3)),
-            "spin": int(rng.integers(1, 4)),
-            "source": f"fake/molecule{i}/q0/m1/0",
-            "data_id": ("elytes", "metal_complexes")[i % 2],
-            "num_atoms": natoms,
-        }
-        molecules.append(atoms)
-    return molecules
+    return make
 
 
 @pytest.fixture(scope="session")
-def fake_omol25(tmp_path_factory: pytest.TempPathFactory) -> Sequence[str]:
-    """Overrides that point our training configs to a fake data set in OMol25's format."""
-    from e2former_fairchem.data.make_sample import write_folder
+def write_checkpoint() -> Callable[..., Path]:
+    """Inference checkpoint of a random small model, in the format that fairchem's trainer writes."""
 
-    folder = tmp_path_factory.mktemp("omol25")
-    write_folder(fake_molecules(24, seed=1), folder / "train")
-    write_folder(fake_molecules(6, seed=2), folder / "val")
-    return f"data_train={folder / 'train'}", f"data_val={folder / 'val'}"
+    def write(path: Path, heads: dict | None = None, forces: bool = True, **backbone: Any) -> Path:
+        import hydra
+        from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
+        from omegaconf import OmegaConf
+
+        config = {
+            "_target_": "e2former_fairchem.hydra_model.E2FormerV2HydraModel",
+            "backbone": {"model": BACKBONE, **SMALL, **backbone},
+            "heads": heads or {"efs": {"module": "e2former_fairchem.heads.E2FormerV2GradientHead"}},
+            "pass_through_head_outputs": True,
+            "supports_single_atoms": True,
+        }
+        torch.manual_seed(0)
+        weights = hydra.utils.instantiate(config).state_dict()
+        tasks = [_task("energy", "system", [1])] + ([_task("forces", "atom", [3])] if forces else [])
+        checkpoint = MLIPInferenceCheckpoint(
+            model_config=OmegaConf.create(config),
+            model_state_dict=weights,
+            ema_state_dict={"n_averaged": torch.tensor(1), **{f"module.{k}": v for k, v in weights.items()}},
+            tasks_config=[OmegaConf.create(task) for task in tasks],
+        )
+        torch.save(checkpoint, path)
+        return path
+
+    return write
+
+
+def _task(name: str, level: str, dim: list[int]) -> dict[str, Any]:
+    unit = "fairchem.core.units.mlip_unit.mlip_unit"
+    return {
+        "_target_": f"{unit}.Task",
+        "name": name,
+        "level": level,
+        "property": name,
+        "out_spec": {"_target_": f"{unit}.OutputSpec", "dim": dim, "dtype": "float32"},
+        "normalizer": {
+            "_target_": "fairchem.core.modules.normalization.normalizer.Normalizer",
+            "mean": 0.5 if name == "energy" else 0.0,
+            "rmsd": 2.0,
+        },
+        "datasets": ["omol"],
+    }
