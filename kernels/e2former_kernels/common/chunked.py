@@ -17,10 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.plan import EdgeChunk
+
 # How an argument or a result relates to a chunk. A node tensor of kind SOURCE arrives gathered to the chunk's edges
 # (and is scattered back by addition), IMAGE likewise with the image index, TARGET is the slice of the chunk's
 # receivers, EDGE the slice of its edges, WHOLE is seen in full (and results of that kind are summed over chunks).
+# SENDER and IMAGE_SENDER arrive as one row for each atom (or image) that sends to the chunk: for kernels that gather
+# themselves, and only with the chunks of :mod:`e2former_kernels.common.plan`.
 SOURCE, IMAGE, TARGET, EDGE, WHOLE = "source", "image", "target", "edge", "whole"
+SENDER, IMAGE_SENDER = "sender", "image_sender"
+_GATHERED = (SOURCE, IMAGE, SENDER, IMAGE_SENDER)
 
 
 class Chunk(NamedTuple):
@@ -60,7 +66,19 @@ def make_chunks(
     return chunks
 
 
-def _take(x: Tensor, kind: str, chunk: Chunk) -> Tensor:
+def _rows(kind: str, chunk: Chunk | EdgeChunk) -> Tensor | None:
+    """Index of the rows that a gathered kind takes, None for all of them."""
+    if kind == SOURCE:
+        return chunk.source
+    if kind == IMAGE:
+        return chunk.image
+    return chunk.senders if kind == SENDER else chunk.image_chunk.senders
+
+
+def _take(x: Tensor, kind: str, chunk: Chunk | EdgeChunk) -> Tensor:
+    if kind in (SENDER, IMAGE_SENDER):
+        rows = _rows(kind, chunk)
+        return x if rows is None else x.index_select(0, rows)
     if kind == SOURCE:
         return x.index_select(0, chunk.source)
     if kind == IMAGE:
@@ -76,7 +94,7 @@ class _Plan:
     """A function of one chunk, what its arguments and results are, and where to run it."""
 
     function: Callable[..., Sequence[Tensor]]
-    chunks: Sequence[Chunk]
+    chunks: Sequence[Chunk] | Sequence[EdgeChunk]
     arguments: tuple[str, ...]
     results: tuple[str, ...]
     rows: tuple[int | None, ...]  # number of rows of each SOURCE or IMAGE result
@@ -100,9 +118,12 @@ class _Plan:
                     elif kind == WHOLE:
                         sums[n] = value if sums[n] is None else sums[n] + value
                     else:
+                        index = _rows(kind, chunk)
+                        if index is None:
+                            sums[n] = value
+                            continue
                         if sums[n] is None:
                             sums[n] = value.new_zeros((self.rows[n], *value.shape[1:]))
-                        index = chunk.source if kind == SOURCE else chunk.image
                         sums[n].index_add_(0, index, value)
         return tuple(
             (p[0] if len(p) == 1 else torch.cat(p)) if p else s for p, s in zip(parts, sums, strict=True)
@@ -134,8 +155,30 @@ class _Plan:
             return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
         kinds = tuple(self.arguments[n] for n in wanted)
-        rows = tuple(tensors[n].shape[0] if k in (SOURCE, IMAGE) else None for n, k in zip(wanted, kinds, strict=True))
+        rows = tuple(tensors[n].shape[0] if k in _GATHERED else None for n, k in zip(wanted, kinds, strict=True))
         return _Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows, self.autocast)
+
+
+def wanted_inputs(ctx, first: int) -> list[int]:
+    """Which inputs of an autograd function, counted from the ``first`` (all tensors), the pass asks for.
+
+    ``needs_input_grad`` only knows which inputs require gradients: while forces are taken with ``autograd.grad(energy,
+    positions)`` it is true for every weight. The engine knows better, as long as the inputs are no leaves
+    (:func:`not_leaves`).
+    """
+    wanted = []
+    for n, (needed, (node, _)) in enumerate(zip(ctx.needs_input_grad[first:], ctx.next_functions, strict=True)):
+        if not needed or node is None:
+            continue
+        if node.name() == "torch::autograd::AccumulateGrad" or torch._C._will_engine_execute_node(node):
+            wanted.append(n)
+    return wanted
+
+
+def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, as views where they are leaves that require gradients (see :func:`wanted_inputs`)."""
+    track = torch.is_grad_enabled()
+    return [t.view_as(t) if track and t.requires_grad else t for t in tensors]
 
 
 class _Chunked(torch.autograd.Function):
@@ -148,7 +191,9 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         tensors = ctx.saved_tensors
-        wanted = [n for n, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        wanted = wanted_inputs(ctx, 1)
+        if not wanted:
+            return (None,) * (1 + len(tensors))
         out: list[Tensor | None] = [None] * (1 + len(tensors))
         values = _Chunked.apply(ctx.plan.vjp(wanted, tensors), *grads, *tensors)
         for n, value in zip(wanted, values, strict=True):
@@ -157,7 +202,9 @@ class _Chunked(torch.autograd.Function):
 
 
 def chunked(
-    function: Callable[..., Tensor], chunks: Sequence[Chunk], arguments: Sequence[tuple[str, Tensor]]
+    function: Callable[..., Tensor],
+    chunks: Sequence[Chunk] | Sequence[EdgeChunk],
+    arguments: Sequence[tuple[str, Tensor]],
 ) -> Tensor:
     """Evaluate ``function(chunk, *gathered_arguments) -> [receivers of the chunk, ...]`` over all chunks.
 
@@ -176,4 +223,4 @@ def chunked(
         (None,),
         autocast,
     )
-    return _Chunked.apply(plan, *tensors)[0]
+    return _Chunked.apply(plan, *not_leaves(tensors))[0]

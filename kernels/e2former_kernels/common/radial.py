@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.common.tables import table_rows
+
 LAYER_NORM_EPS = 1e-5
 
 
@@ -67,7 +69,7 @@ def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor
     """
     groups, hidden, num_basis = weights.basis.shape
     x = F.linear(basis, weights.basis.reshape(groups * hidden, num_basis)).view(-1, groups, hidden)
-    x = x + weights.target_table.index_select(0, target_species) + weights.source_table.index_select(0, source_species)
+    x = x + table_rows(weights.target_table, target_species) + table_rows(weights.source_table, source_species)
     x = F.silu(_layer_norm(x, weights.norm0_weight, weights.norm0_bias))
     x = _grouped_linear(x, weights.hidden, weights.hidden_bias)
     x = F.silu(_layer_norm(x, weights.norm1_weight, weights.norm1_bias))

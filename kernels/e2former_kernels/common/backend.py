@@ -1,0 +1,63 @@
+"""Who computes an operation: plain PyTorch or Triton. Chosen by name, refused loudly, never swapped in silence."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+BACKENDS = ("auto", "reference", "triton")
+logger = logging.getLogger("e2former_kernels")
+
+
+def triton_installed() -> bool:
+    """Whether the ``triton`` package can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its CPU interpreter (``TRITON_INTERPRET=1``, read when triton is first imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device``; None when they can."""
+    if not triton_installed():
+        return "the triton package is not installed"
+    if device.type == "cuda":
+        if interpreting():
+            return "TRITON_INTERPRET=1 runs kernels on the CPU only"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"Triton needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+        return None
+    if device.type == "cpu" and interpreting():
+        return None
+    return f"Triton needs a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {device}"
+
+
+@functools.cache
+def _say(backend: str, device_type: str) -> None:
+    logger.info("kernel_backend=auto: %s kernels on %s", backend, device_type)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """``reference`` or ``triton`` for the backend asked for on ``device``.
+
+    ``auto`` is Triton on CUDA and the reference elsewhere, said once in the log. ``triton`` where it cannot run raises
+    RuntimeError; an unknown name raises ValueError.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"kernel_backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    problem = triton_problem(device)
+    if backend == "triton":
+        if problem is not None:
+            raise RuntimeError(f"kernel_backend=triton: {problem}")
+        return backend
+    chosen = "triton" if device.type == "cuda" and problem is None else "reference"
+    _say(chosen, device.type)
+    return chosen

@@ -1,0 +1,130 @@
+"""Runs of receivers with everything a kernel needs to know about their edges, made once per graph."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class EdgeChunk(NamedTuple):
+    """A run of receivers, all their edges, and the senders of those edges counted from zero.
+
+    nodes, edges: slices of the receivers and of the edge list. senders: [s] atoms that send to this run, ascending,
+    or None where every atom counts (one run for the whole graph). source: [e] row of ``senders``. target: [e] receiver
+    from the run's first. row_ptr: [n+1]. order, order_ptr: [e], [s+1], the run's edges sorted by sender. image_chunk:
+    the same run with periodic images as senders, where an operation needs them.
+    """
+
+    nodes: slice
+    edges: slice
+    senders: Tensor | None
+    source: Tensor
+    target: Tensor
+    row_ptr: Tensor
+    order: Tensor
+    order_ptr: Tensor
+    image_chunk: EdgeChunk | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of receivers."""
+        return self.nodes.stop - self.nodes.start
+
+    @property
+    def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """source, target, row_ptr, order, order_ptr: the index arguments of the kernels."""
+        return self.source, self.target, self.row_ptr, self.order, self.order_ptr
+
+    @property
+    def num_edges(self) -> int:
+        """Number of edges."""
+        return self.edges.stop - self.edges.start
+
+
+def _pointer(sorted_index: Tensor, rows: int) -> Tensor:
+    return torch.searchsorted(sorted_index, torch.arange(rows + 1, device=sorted_index.device))
+
+
+def _boundaries(row_ptr: Tensor, max_edges: int) -> list[tuple[int, int, int, int]]:
+    """(first node, last node + 1, first edge, last edge + 1) of runs of at most ``max_edges`` edges."""
+    ptr = row_ptr.cpu()
+    nodes, bounds, start = ptr.numel() - 1, [], 0
+    while start < nodes:
+        first = int(ptr[start])
+        stop = int(torch.searchsorted(ptr, first + max_edges, right=True)) - 1
+        stop = min(max(stop, start + 1), nodes)
+        bounds.append((start, stop, first, int(ptr[stop])))
+        start = stop
+    return bounds
+
+
+def _build(
+    source: Tensor,
+    target: Tensor,
+    row_ptr: Tensor,
+    source_order: Tensor | None,
+    source_ptr: Tensor | None,
+    max_edges: int,
+    senders: int | None,
+) -> list[EdgeChunk]:
+    num_nodes, num_edges = row_ptr.numel() - 1, source.numel()
+    num_senders = num_nodes if senders is None else senders
+    if num_edges <= max_edges:
+        if source_order is None:
+            source_order = torch.argsort(source, stable=True)
+        if source_ptr is None:
+            source_ptr = _pointer(source.index_select(0, source_order), num_senders)
+        whole = (slice(0, num_nodes), slice(0, num_edges))
+        return [EdgeChunk(*whole, None, source, target, row_ptr, source_order, source_ptr)]
+    chunks = []
+    for start, stop, first, last in _boundaries(row_ptr, max_edges):
+        present, local = torch.unique(source[first:last], return_inverse=True)
+        order = torch.argsort(local, stable=True)
+        chunks.append(
+            EdgeChunk(
+                slice(start, stop),
+                slice(first, last),
+                present,
+                local,
+                target[first:last] - start,
+                row_ptr[start : stop + 1] - first,
+                order,
+                _pointer(local.index_select(0, order), present.numel()),
+            )
+        )
+    return chunks
+
+
+# source tensor -> {(row_ptr identity, its version, size of a run): runs}; an entry goes when its source tensor goes
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def edge_plan(
+    source: Tensor,
+    target: Tensor,
+    row_ptr: Tensor,
+    source_order: Tensor | None,
+    source_ptr: Tensor | None,
+    max_edges: int,
+    senders: int | None = None,
+) -> list[EdgeChunk]:
+    """Split a receiver-sorted edge list into runs of whole receivers of at most ``max_edges`` edges.
+
+    source, target: [E]; row_ptr: [N+1]; source_order [E], source_ptr [N+1]: the transposed list, made here when None.
+    senders: number of rows that ``source`` counts, when they are not the receivers' atoms.
+    A receiver with more than ``max_edges`` edges gets a run of its own. The result is kept as long as ``source`` lives,
+    so the layers of a network and their derivatives share it.
+    """
+    known = _plans.get(source)
+    if known is None:
+        known = _plans[source] = {}
+    key = (row_ptr.data_ptr(), source._version, row_ptr._version, max_edges)
+    if key not in known:
+        if len(known) >= 4:
+            known.clear()
+        with torch.no_grad():
+            known[key] = _build(source, target, row_ptr, source_order, source_ptr, max_edges, senders)
+    return known[key]

@@ -1,0 +1,38 @@
+"""Tile shapes of the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from e2former_kernels.common.backend import interpreting
+
+
+def next_power(n: int) -> int:
+    """Smallest power of two that is at least ``n`` (and at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class RowTiles(NamedTuple):
+    """A tile of [rows, heads] numbers, the rows split in two parts whose sizes are powers of two.
+
+    Eighteen rows (lmax 2, two channels per head) are 16 + 2 rather than one tile of 32.
+    """
+
+    rows_a: int
+    rows_b: int  # 0: no second part
+    heads: int
+    warps: int
+
+
+def row_tiles(rows: int, heads: int, accumulators: int) -> RowTiles:
+    """Tile for ``accumulators`` tiles of [rows, heads] numbers in registers."""
+    rows_a = next_power(rows + 1) // 2
+    rows_b = next_power(rows - rows_a) if rows > rows_a else 0
+    block = min(next_power(heads), 32)
+    if interpreting():
+        block = next_power(heads)
+    numbers = accumulators * (rows_a + rows_b) * block
+    warps = 1
+    while warps < 8 and numbers / (32 * warps) > 72:
+        warps *= 2
+    return RowTiles(rows_a, rows_b, block, warps)

@@ -1,0 +1,302 @@
+"""Equivariant attention with Triton kernels: no tensor with an edge dimension outlives a bounded run of edges.
+
+The step is written once as a function of a run of receivers (:func:`attention_of_run`), made of the multilinear Triton
+operations of ``primitives.py`` and of small differentiable PyTorch pieces. Its derivatives of any order are evaluated
+run by run with recomputation (``common/chunked.py``); value and first derivative have fused kernels (``fused.py``) for
+the cases that they cover.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from e2former_kernels.common.backend import triton_problem
+from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
+from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked
+from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
+from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.common.plan import EdgeChunk, edge_plan
+from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.common.segments import expand_rows, segment_sum
+from e2former_kernels.equivariant_attention.primitives import aggregate, pair_dot
+from e2former_kernels.equivariant_attention.reference import DotWeights, Form, inverse_distance, segment_max
+from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
+
+# Working memory of one run, in numbers (not bytes): 1 GB in float32.
+RUN_NUMBERS = 1 << 28
+
+
+class Pieces(NamedTuple):
+    """What the attention reads, in one dtype, in the order in which :func:`attention_of_run` takes it."""
+
+    vec: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dot: Tensor | None
+    image_rows: Tensor | None
+    radial: RadialWeights
+    dot_weights: DotWeights | None
+
+    def flat(self) -> list[tuple[str, Tensor]]:
+        """(kind, tensor) of every tensor there is."""
+        kinds = (EDGE, TARGET, SENDER, SENDER, TARGET, IMAGE_SENDER)
+        out = [(kind, t) for kind, t in zip(kinds, self[:6], strict=True) if t is not None]
+        out += [(WHOLE, t) for t in self.radial if t is not None]
+        if self.dot_weights is not None:
+            out += [(WHOLE, t) for t in self.dot_weights.radial or () if t is not None]
+            out += [(WHOLE, t) for t in self.dot_weights[1:] if t is not None]
+        return out
+
+    def like(self, tensors: list[Tensor]) -> Pieces:
+        """The same structure with other tensors, as :meth:`flat` lists them."""
+        rest = iter(tensors)
+
+        def take(t: Tensor | None) -> Tensor | None:
+            return None if t is None else next(rest)
+
+        nodes = [take(t) for t in self[:6]]
+        radial = RadialWeights(*(take(t) for t in self.radial))
+        dot_weights = None
+        if self.dot_weights is not None:
+            inner = self.dot_weights.radial
+            inner = None if inner is None else RadialWeights(*(take(t) for t in inner))
+            dot_weights = DotWeights(inner, *(take(t) for t in self.dot_weights[1:]))
+        return Pieces(*nodes, radial, dot_weights)
+
+
+def envelope_of(spec: AttentionSpec, distance: Tensor) -> Tensor:
+    """The envelope that ``spec`` names. distance: [E], Å. Returns [E]."""
+    if spec.bell is None:
+        return polynomial_envelope(distance, spec.cutoff, spec.envelope_exponent)
+    return bell_envelope(distance, *spec.bell)
+
+
+def softmax_weights(
+    score: Tensor, head: Tensor, envelope: Tensor, row_ptr: Tensor, target: Tensor, norm: str
+) -> Tensor:
+    """:func:`e2former_kernels.equivariant_attention.reference.attention_weights` with sums in a fixed order."""
+    u = envelope.unsqueeze(-1)
+    if norm == "softplus":
+        return F.softplus(score) * u * head
+    if norm == "sigmoid":
+        return torch.sigmoid(score) * u * head
+    nodes = row_ptr.numel() - 1
+    if norm == "smooth":
+        top = segment_max(score.detach(), target, nodes).clamp(min=0.0)
+        floor = SOFTMAX_EPS * torch.exp(-top)
+    else:
+        top = segment_max(score, target, nodes)
+        floor = torch.full_like(top, SOFTMAX_EPS)
+    unnormalised = torch.exp(score - expand_rows(top, row_ptr, target)) * u
+    total = segment_sum(unnormalised, row_ptr, target) + floor
+    return unnormalised * head / expand_rows(total, row_ptr, target)
+
+
+def directional_gate(
+    spec: AttentionSpec,
+    chunk: EdgeChunk,
+    vec: Tensor,
+    distance: Tensor,
+    dot: Tensor,
+    radial: Tensor,
+    weights: DotWeights,
+) -> Tensor:
+    """:func:`e2former_kernels.equivariant_attention.reference.directional_gate` from the receivers' projection.
+
+    dot: [n, M, D]; radial: [e, (lmax+1) D] or [e, H]. Returns [e, H].
+    """
+    unit = spec.score == "qk_dot"
+    harmonics = solid_harmonics(vec / distance.unsqueeze(-1) if unit else vec, spec.lmax)
+    if unit:
+        harmonics = harmonics / math.sqrt(4 * math.pi)
+    parts = []
+    for degree in range(spec.lmax + 1):
+        z = None
+        for row in range(degree * degree, (degree + 1) ** 2):
+            term = harmonics[:, row, None] * expand_rows(dot[:, row].contiguous(), chunk.row_ptr, chunk.target)
+            z = term if z is None else z + term
+        parts.append(z)
+    z = torch.cat(parts, -1)
+    if unit:
+        return F.linear(z * radial, weights.weight, weights.bias)
+    x = F.linear(z[:, : spec.num_heads] * radial, weights.weight, weights.bias)
+    x = F.silu(F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, 1e-5))
+    return F.linear(x, weights.out, weights.out_bias)
+
+
+def attention_of_run(
+    spec: AttentionSpec,
+    form: Form,
+    chunk: EdgeChunk,
+    pieces: Pieces,
+    target_species: Tensor,
+    source_species: Tensor,
+    coupling: Tensor | None,
+) -> Tensor:
+    """Attention of one run of receivers, differentiable to any order. Node tensors of senders are per sender."""
+    vec, heads, dtype = pieces.vec, spec.num_heads, pieces.value.dtype
+    distance = vec.square().sum(-1).sqrt()
+    basis = gaussian_basis(distance, spec.cutoff, spec.num_basis)
+    features = radial_network(basis, target_species, source_species, pieces.radial).squeeze(1)
+    if spec.score == "qk":
+        gate, head = features[:, :heads], features[:, heads:]
+    elif spec.score == "qk_dot":
+        factor = radial_network(basis, target_species, source_species, pieces.dot_weights.radial).squeeze(1)
+        gate = directional_gate(spec, chunk, vec, distance, pieces.dot, factor, pieces.dot_weights)
+        head = features
+    else:
+        gate = directional_gate(spec, chunk, vec, distance, pieces.dot, features[:, heads:], pieces.dot_weights)
+        head = features[:, :heads]
+    score = gate.to(dtype) * pair_dot(pieces.query, pieces.key, *chunk.index) / math.sqrt(pieces.query.shape[-1])
+    weights = softmax_weights(
+        score, head.to(dtype), envelope_of(spec, distance), chunk.row_ptr, chunk.target, spec.norm
+    )
+    value = pieces.value
+    senders, rows, channels = value.shape
+    value = value.view(senders, rows * channels // heads, heads)
+    if spec.order == 0 or form == "sum":
+        if spec.order == 0:
+            scale = torch.ones_like(distance).unsqueeze(-1)
+        else:
+            scale = inverse_distance(spec, distance).unsqueeze(-1)
+        out = aggregate(weights, scale, value, *chunk.index).view(-1, rows, channels)
+        if pieces.image_rows is None:
+            return out
+        images = pieces.image_rows
+        more = images.view(images.shape[0], -1, heads)
+        more = aggregate(weights, scale, more, *chunk.image_chunk.index)
+        return torch.cat([out, more.view(-1, images.shape[1], channels)], 1)
+    direction = vec * inverse_distance(spec, distance).unsqueeze(-1)
+    outer = aggregate(weights, direction, value, *chunk.index).view(-1, 3 * rows, channels)
+    with torch.autocast(vec.device.type, enabled=False):
+        return torch.matmul(coupling.flatten(1), outer)
+
+
+def check_arguments(
+    spec: AttentionSpec,
+    pieces: Pieces,
+    source: Tensor,
+    target: Tensor,
+    row_ptr: Tensor,
+    species: Tensor,
+    coupling: Tensor | None,
+    form: Form,
+    image: Tensor | None,
+) -> None:
+    """Raise ValueError or TypeError naming the argument whose shape, dtype or device is not what it must be."""
+    nodes, edges = row_ptr.numel() - 1, source.numel()
+    query, value = pieces.query, pieces.value
+    if query.dim() != 3:
+        raise ValueError(f"query: expected [N, H, S], got {tuple(query.shape)}")
+    check_shape("query", query, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
+    check_shape("key", pieces.key, "N, H, S", tuple(query.shape))
+    check_shape("vec", pieces.vec, "E, 3", (edges, 3))
+    check_shape("target", target, "E", (edges,))
+    check_shape("species", species, "N", (nodes,))
+    check_shape("value", value, "N, (lmax+1)^2, C", (nodes, spec.num_rows, value.shape[-1]))
+    if value.shape[-1] % spec.num_heads:
+        raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
+    if spec.score != "qk":
+        if pieces.dot is None or pieces.dot_weights is None:
+            raise ValueError(f"dot, dot_weights: score {spec.score!r} needs both, got None")
+        check_shape("dot", pieces.dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, pieces.dot.shape[-1]))
+    if form not in ("relative", "sum"):
+        raise ValueError(f"form: the kernels compute 'relative' and 'sum', got {form!r}")
+    if spec.order == 1 and form == "relative":
+        if coupling is None:
+            raise ValueError("coupling: order 1 needs the coefficients [P, 3, (lmax+1)^2], got None")
+        check_shape("coupling", coupling, "P, 3, (lmax+1)^2", (coupling.shape[0], 3, spec.num_rows))
+    if pieces.image_rows is not None:
+        if image is None:
+            raise ValueError("image: image_rows needs the row of every edge, got None")
+        check_shape("image", image, "E", (edges,))
+    for name, index in (("source", source), ("target", target), ("row_ptr", row_ptr), ("species", species)):
+        if index.dtype != torch.int64:
+            raise TypeError(f"{name}: expected dtype torch.int64, got {index.dtype}")
+    width = spec.num_heads if spec.score == "qk_dot" else 2 * spec.num_heads
+    check_shape("radial.out", pieces.radial.out, "1, K, h", (1, width, pieces.radial.hidden.shape[-1]))
+    check_same_device("value", value, source=source, target=target, row_ptr=row_ptr, species=species)
+    named = {"query": query, "key": pieces.key, "vec": pieces.vec, "dot": pieces.dot, "coupling": coupling}
+    named |= {"image_rows": pieces.image_rows}
+    named |= {f"radial.{n}": t for n, t in pieces.radial._asdict().items()}
+    check_same_device("value", value, **named)
+    check_same_dtype("value", value, **named)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"value: expected float32 or float64, got {value.dtype}")
+    if value.dtype == torch.float64 and value.device.type == "cuda":
+        raise TypeError("value: float64 on a GPU goes through equivariant_attention_reference, the kernels take float32")
+
+
+@torch.compiler.disable()
+def equivariant_attention(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dot: Tensor | None,
+    vec: Tensor,
+    source: Tensor,
+    target: Tensor,
+    row_ptr: Tensor,
+    species: Tensor,
+    radial: RadialWeights,
+    dot_weights: DotWeights | None = None,
+    coupling: Tensor | None = None,
+    *,
+    form: Form = "relative",
+    source_order: Tensor | None = None,
+    source_ptr: Tensor | None = None,
+    image: Tensor | None = None,
+    image_rows: Tensor | None = None,
+    max_run_edges: int | None = None,
+) -> Tensor:
+    r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
+
+    Arguments as there (form ``relative`` or ``sum``). source_order: [E] permutation that sorts the edges by source,
+    stable; source_ptr: [N+1] its CSR pointer; made when None. max_run_edges: edges worked on at a time (default: 1 GB
+    of working memory, whatever the number of edges).
+
+    Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
+    only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
+    TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    """
+    problem = triton_problem(value.device)
+    if problem is not None:
+        raise RuntimeError(f"equivariant_attention: {problem}; use equivariant_attention_reference")
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t.to(dtype) if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
+
+    pieces = Pieces(
+        vec.to(dtype), cast(query), cast(key), cast(value).contiguous(), cast(dot), cast(image_rows), radial, dot_weights
+    )
+    if coupling is not None:
+        coupling = coupling.to(dtype)
+    check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form, image)
+    hidden, per_row = radial.hidden.shape[-1], value.shape[-1] * spec.num_rows
+    numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
+    if spec.score == "qk_dot":
+        numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
+    max_run_edges = max_run_edges or max(RUN_NUMBERS // (numbers + per_row), 64)
+    chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, max_run_edges)
+    if image_rows is not None:
+        nodes_of_images = edge_plan(
+            image, target, row_ptr, None, None, max_run_edges, senders=image_rows.shape[0]
+        )
+        chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
+
+    def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
+        target_species = species[chunk.nodes].index_select(0, chunk.target)
+        source_species = species.index_select(0, source[chunk.edges])
+        return attention_of_run(
+            spec, form, chunk, pieces.like(list(tensors)), target_species, source_species, coupling
+        )
+
+    return chunked(function, chunks, pieces.flat())
