@@ -54,7 +54,7 @@ def _describe(content: Any) -> str:
         listed = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
         inner = content.get("model")
         if isinstance(inner, Mapping) and any(str(k).startswith("decoder.") for k in inner):
-            return f"a MolFM checkpoint (keys {listed}): convert it with 'e2former-fairchem convert-molfm'"
+            return f"a MolFM checkpoint (keys {listed}), which e2former_fairchem.interop.molfm reads"
         return f"a dictionary with the keys {listed}"
     return f"an object of type {type(content).__module__}.{type(content).__qualname__}"
 

@@ -1,0 +1,162 @@
+"""Wrong configs, data and checkpoints: one message with key or file, expected and got, before work, and no litter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.db import connect
+
+from e2former_fairchem.data.checks import check_dataset
+
+
+def litter(folder: Path) -> list[str]:
+    """What a run left behind in the working folder."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "given" not in p.parts)
+
+
+@pytest.fixture
+def fails(launch: Callable, elsewhere: Path) -> Callable[..., None]:
+    """Run a config, expect a message that holds all of `parts`, and nothing left behind when composing failed."""
+
+    def run(config: Path, *overrides: str, parts: Sequence[str], composes: bool = False) -> None:
+        with pytest.raises(Exception) as caught:  # noqa: PT011  (which of Hydra's and OmegaConf's does not matter)
+            launch(config, *overrides)
+        message = str(caught.value)
+        for part in parts:
+            assert part in message, message
+        left = litter(elsewhere)
+        if not composes:
+            assert left == []
+        assert not [name for name in left if name.endswith((".pt", ".distcp", "results.json", "history.jsonl"))]
+
+    return run
+
+
+def test_missing_data_path_is_asked_for(fails: Callable, repo: Path, fake_omol25: Sequence[str]) -> None:
+    parts = ["data_val", "expected a folder with a data set, got nothing", "data_val=FOLDER"]
+    fails(repo / "configs" / "train" / "omol25_direct.yaml", fake_omol25[0], parts=parts)
+
+
+def test_data_path_that_does_not_exist(fails: Callable, repo: Path, fake_omol25: Sequence[str]) -> None:
+    overrides = ["data_train=/nowhere/omol", fake_omol25[1]]
+    parts = ["data_train", "/nowhere/omol", "nothing there"]
+    fails(repo / "configs" / "train" / "omol25_direct.yaml", *overrides, parts=parts)
+
+
+def test_empty_data_set(fails: Callable, repo: Path, fake_omol25: Sequence[str], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with connect(str(empty / "data.aselmdb"), use_lock_file=False):
+        pass
+    overrides = [f"data_train={empty}", fake_omol25[1]]
+    parts = ["data_train", "expected a data set with at least one structure, got none", str(empty)]
+    fails(repo / "configs" / "train" / "omol25_direct.yaml", *overrides, parts=parts)
+    np.savez(empty / "metadata.npz", natoms=np.zeros(0, dtype=int))
+    with pytest.raises(ValueError, match=r"at least one structure, got none in .*metadata.npz"):
+        check_dataset("data_train", str(empty))
+
+
+def test_folder_without_a_database(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("no data")
+    with pytest.raises(FileNotFoundError, match=r"data_val: expected a folder with at least one .aselmdb file, got"):
+        check_dataset("data_val", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="a pattern that matches"):
+        check_dataset("data_val", str(tmp_path / "*.aselmdb"))
+
+
+def test_metadata_without_natoms(tmp_path: Path) -> None:
+    (tmp_path / "data.aselmdb").touch()
+    np.savez(tmp_path / "metadata.npz", energies=np.zeros(3))
+    with pytest.raises(ValueError, match=r"expected 'natoms' in .*metadata.npz, got \['energies'\]"):
+        check_dataset("data_val", str(tmp_path))
+
+
+def test_data_is_found_as_file_folder_and_pattern(fake_omol25: Sequence[str]) -> None:
+    folder = fake_omol25[0].split("=")[1]
+    for path in (folder, f"{folder}/data.aselmdb", f"{folder}/*.aselmdb"):
+        assert check_dataset("data_train", path) == path
+
+
+def evaluate(repo: Path) -> Path:
+    return repo / "configs" / "evaluate" / "omol25.yaml"
+
+
+def test_checkpoint_that_does_not_exist(fails: Callable, repo: Path, elsewhere: Path) -> None:
+    parts = ["checkpoint", "expected an inference checkpoint's file", str(elsewhere / "runs" / "quickstart"), "does not exist"]
+    fails(evaluate(repo), parts=parts)
+
+
+def test_checkpoint_that_is_a_folder(fails: Callable, repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "inference_ckpt.pt").touch()
+    parts = ["got the folder", f"did you mean {tmp_path / 'inference_ckpt.pt'}?"]
+    fails(evaluate(repo), f"checkpoint={tmp_path}", parts=parts)
+
+
+def test_checkpoint_that_torch_did_not_write(fails: Callable, repo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_text("not a checkpoint")
+    fails(evaluate(repo), f"checkpoint={path}", parts=["expected an inference checkpoint", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ({"epoch": 3, "state_dict": {}}, "a dictionary with the keys epoch, state_dict"),
+        ({"model": {"decoder.embedding.weight": torch.zeros(2)}}, "MolFM checkpoint"),
+        (torch.nn.Linear(2, 2), "an object of type torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_foreign_checkpoint(fails: Callable, repo: Path, tmp_path: Path, content: object, got: str) -> None:
+    path = tmp_path / "foreign.pt"
+    torch.save(content, path)
+    parts = ["checkpoint: expected a fairchem inference checkpoint", str(path), got]
+    fails(evaluate(repo), f"checkpoint={path}", "job.device_type=CPU", parts=parts, composes=True)
+
+
+def test_checkpoint_of_another_fairchem_model(fails: Callable, repo: Path, tmp_path: Path) -> None:
+    from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
+
+    other = "fairchem.core.models.uma.escn_md.eSCNMDBackbone"
+    path = tmp_path / "uma.pt"
+    torch.save(MLIPInferenceCheckpoint({"backbone": {"model": other}}, {}, {}, {}), path)
+    parts = ["expected a checkpoint with the backbone e2former_fairchem.backbone.E2FormerV2Backbone", other, str(path)]
+    fails(evaluate(repo), f"checkpoint={path}", "job.device_type=CPU", parts=parts, composes=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("backbone.score=dot", ["score: expected one of qk, qk_dot, qk_dot_scalar, got 'dot'"]),
+        ("backbone.num_heads=7", ["sphere_channels: expected a multiple of num_heads = 7"]),
+        ("+backbone.mmax=2", ["mmax"]),
+        ("backbone.direct_forces=true", ["direct_forces: expected false in the backbone of e2former_v2_gradient_head"]),
+        ("+heads.efs.dropout=0.1", ["dropout"]),
+        ("evaluate_every=0", ["evaluate_every_n_epochs: expected at least 1, got 0"]),
+        ("batch_size=0", ["num_structures: expected at least 1, got 0"]),
+    ],
+)
+def test_wrong_value_in_the_config(
+    fails: Callable, repo: Path, tiny: Sequence[str], override: str, parts: list[str]
+) -> None:
+    fails(repo / "configs" / "quickstart.yaml", *tiny, override, parts=parts, composes=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("+wdith=3", ["unused keys", "wdith"]),
+        ("epcohs=3", ["epcohs"]),
+        ("backbone=e2former_v3", ["backbone/e2former_v3", "e2former_v2_small"]),
+        ("job.device=CPU", ["device"]),
+        ("job.device_type=TPU", ["TPU"]),
+        ("element_references='${e2former.element_references:omol26}'", ["omol25", "omol26"]),
+    ],
+)
+def test_unknown_key_or_option_is_refused_before_anything_is_written(
+    fails: Callable, repo: Path, override: str, parts: list[str]
+) -> None:
+    fails(repo / "configs" / "quickstart.yaml", override, parts=parts)

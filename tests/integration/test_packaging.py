@@ -1,0 +1,130 @@
+"""A wheel and an editable install, each in a virtual environment of its own and used from another folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECK = """
+import importlib.metadata, json, sys
+from pathlib import Path
+import e2former_fairchem, e2former_kernels
+from fairchem.core._cli import get_hydra_config_from_yaml
+from fairchem.core.common.registry import registry
+import hydra_plugins.e2former_fairchem_plugin as plugin
+host, data = sys.argv[1:]
+config = get_hydra_config_from_yaml(host, [
+    data, "backbone=e2former_v2_omol25", "+heads=e2former_v2_direct_by_task",
+    "~moe_layer_type", "~num_moe_experts", "~otf_graph", "~regress_stress", "~direct_forces", "~dataset_list"])
+model = config.runner.train_eval_unit.model
+assert registry.get_model_class("e2former_v2").__name__ == "E2FormerV2Backbone"
+from e2former_fairchem.training import resolvers
+print(json.dumps({
+    "version": importlib.metadata.version("e2former-fairchem"),
+    "package": e2former_fairchem.__file__, "kernels": e2former_kernels.__file__, "plugin": plugin.__file__,
+    "backbone": model.backbone.model, "heads": sorted(model.heads),
+    "sample": str(Path(resolvers.sample("train")) / "data.aselmdb"),
+    "references": len(resolvers.element_references("omol25")),
+}))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    result = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = Path(__file__).parents[2]
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, *"-m pip wheel --quiet --no-deps --no-build-isolation -w".split(), folder, root, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_install(kind: str, request: pytest.FixtureRequest, repo: Path, tmp_path: Path, fake_omol25: tuple) -> None:
+    """Dependencies come from this environment by a .pth file, which does not carry over an editable install of ours."""
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    target = ["-e", repo] if kind == "editable" else [request.getfixturevalue("wheel")]
+    pip = "-m pip --python {} install --quiet --no-deps --no-build-isolation --force-reinstall".format(python)
+    run(sys.executable, *pip.split(), *target, cwd=tmp_path)
+
+    import json
+
+    data = f"cluster.data_root_dir={Path(fake_omol25[0].split('=')[1]).parent}"
+    host = Path(__file__).parent / "host" / "uma_sm_direct.yaml"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    found = json.loads(run(python, "-c", CHECK, host, data, cwd=elsewhere).splitlines()[-1])
+    home = repo if kind == "editable" else site
+    for part in ("package", "kernels", "plugin", "sample"):
+        assert Path(found[part]).is_relative_to(home), found
+        assert Path(found[part]).is_file()
+    assert found["backbone"] == "e2former_fairchem.backbone.E2FormerV2Backbone"
+    assert found["heads"] == ["omol_energy", "omol_forces"]
+    assert found["references"] == 119
+    assert found["version"] == tomllib.loads((repo / "pyproject.toml").read_text())["project"]["version"]
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {n.split("/")[0] for n in names if ".dist-info/" not in n}
+    assert tops == {"e2former_fairchem", "e2former_kernels", "hydra_plugins"}
+    assert "hydra_plugins/__init__.py" not in names  # a namespace that other plugins share
+    for needed in (
+        "e2former_fairchem/configs/backbone/e2former_v2_omol25.yaml",
+        "e2former_fairchem/configs/heads/e2former_v2_conserving.yaml",
+        "e2former_fairchem/data/sample/val_new/data.aselmdb",
+        "e2former_fairchem/data/sample/val_new/metadata.npz",
+        "e2former_fairchem/data/element_references/omol25.json",
+    ):
+        assert needed in names
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert wheel.stat().st_size < 3 * 2**20
+
+
+def test_sources_are_clean() -> None:
+    """ruff, with the import bans of each folder."""
+    run(sys.executable, "-m", "ruff", "check", "--no-cache", ".", cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("kernels/e2former_kernels", "import fairchem"),
+        ("kernels/e2former_kernels", "import e3nn"),
+        ("kernels/e2former_kernels", "import e2former_fairchem"),
+        ("e2former_fairchem/so3", "import fairchem.core"),
+        ("e2former_fairchem/nn", "from e2former_fairchem.backbone import E2FormerV2Backbone"),
+        ("e2former_fairchem", "import fairchem"),
+    ],
+)
+def test_import_bans_hold_inside_functions(folder: str, line: str) -> None:
+    """What a folder must not import, not even late; the file is never written, ruff is told where it would be."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "TID251"]
+    result = subprocess.run(
+        [*command, "--stdin-filename", str(root / folder / "intruder.py"), "-"],
+        input=f"def late():\n    {line}\n",
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert result.returncode == 1
+    assert "TID251" in result.stdout
