@@ -1,13 +1,20 @@
-"""Shared fixtures. Nothing here imports fairchem: kernel tests run without it."""
+"""Shared fixtures. fairchem is imported only where a fixture needs it: kernel tests run without it."""
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,3 +56,106 @@ def float64_default() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+#: Widths of a network that takes milliseconds.
+TINY = (
+    "backbone.sphere_channels=8",
+    "backbone.num_layers=1",
+    "backbone.num_heads=4",
+    "backbone.head_dim=2",
+    "backbone.num_radial_basis=8",
+    "job.device_type=CPU",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Overrides that make a run of our configs tiny, and keep it on the CPU."""
+    return TINY
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder that is no checkout."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def launch(elsewhere: Path) -> Iterator[Callable[..., None]]:
+    """`fairchem -c CONFIG OVERRIDES` within this process (starting a new one takes ten seconds of imports)."""
+    from fairchem.core import _cli
+
+    environment, level = dict(os.environ), logging.getLogger().level
+
+    def run(config: Path, *overrides: str) -> None:
+        try:
+            _cli.main(argparse.Namespace(config=str(config)), list(overrides))
+        finally:
+            from fairchem.core.common import distutils
+
+            if distutils.initialized():
+                distutils.cleanup()
+
+    yield run
+    os.environ.clear()
+    os.environ.update(environment)
+    logging.getLogger().setLevel(level)
+
+
+@pytest.fixture
+def fairchem_process(elsewhere: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """`fairchem -c CONFIG OVERRIDES` in a process of its own; `ok` tells whether it should succeed."""
+
+    def run(
+        config: Path, *overrides: str, ok: bool = True, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        own = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK")}
+        result = subprocess.run(
+            [sys.executable, "-c", "from fairchem.core._cli import main; main()", "-c", str(config), *overrides],
+            cwd=elsewhere,
+            env=own | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert (result.returncode == 0) == ok, result.stdout[-3000:] + result.stderr[-6000:]
+        return result
+
+    return run
+
+
+def fake_molecules(number: int, seed: int = 0) -> list[Atoms]:
+    """Random molecules with made-up labels and OMol25's info keys: heavy elements, charges and spins among them."""
+    rng = np.random.default_rng(seed)
+    molecules = []
+    for i in range(number):
+        natoms = int(rng.integers(2, 7))
+        grid = np.stack(np.meshgrid(*[np.arange(3)] * 3), -1).reshape(-1, 3)
+        positions = 1.6 * rng.permutation(grid)[:natoms] + rng.normal(scale=0.1, size=(natoms, 3))
+        atoms = Atoms(rng.choice(["H", "C", "O", "Fe", "I"], natoms), positions=positions)
+        forces = rng.normal(size=(natoms, 3))
+        atoms.calc = SinglePointCalculator(atoms, energy=float(rng.normal()), forces=forces - forces.mean(0))
+        atoms.info = {
+            "charge": int(rng.integers(-2, 3)),
+            "spin": int(rng.integers(1, 4)),
+            "source": f"fake/molecule{i}/q0/m1/0",
+            "data_id": ("elytes", "metal_complexes")[i % 2],
+            "num_atoms": natoms,
+        }
+        molecules.append(atoms)
+    return molecules
+
+
+@pytest.fixture(scope="session")
+def fake_omol25(tmp_path_factory: pytest.TempPathFactory) -> Sequence[str]:
+    """Overrides that point our training configs to a fake data set in OMol25's format."""
+    from e2former_fairchem.data.make_sample import write_folder
+
+    folder = tmp_path_factory.mktemp("omol25")
+    write_folder(fake_molecules(24, seed=1), folder / "train")
+    write_folder(fake_molecules(6, seed=2), folder / "val")
+    return f"data_train={folder / 'train'}", f"data_val={folder / 'val'}"
