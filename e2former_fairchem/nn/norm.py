@@ -24,18 +24,14 @@ class EquivariantRMSNorm(nn.Module):
         self.affine_bias = nn.Parameter(torch.zeros(channels))
         degree = degree_of_row(lmax)
         balance = torch.tensor([1.0 / ((2 * l + 1) * (lmax + 1)) for l in degree], dtype=torch.float64)
-        scalar = torch.zeros((lmax + 1) ** 2, 1)
-        scalar[0] = 1.0
         self.register_buffer("degree", torch.tensor(degree), persistent=False)
         self.register_buffer("balance", (balance / channels).to(torch.get_default_dtype()), persistent=False)
-        self.register_buffer("scalar_row", scalar, persistent=False)
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """x: [N, (lmax+1)^2, C]; shift: [N, C], added to the scalar row of the result. Same shape as x."""
-        scalar_row = self.scalar_row.to(x.dtype)
-        centred = x - scalar_row * x[:, :1].mean(-1, keepdim=True)
-        variance = torch.einsum("nmc,nmc,m->n", centred, centred, self.balance.to(x.dtype))
-        scale = torch.rsqrt(variance + EPS)[:, None, None]
+        mean = x[:, :1].mean(-1, keepdim=True)
+        centred = torch.cat([x[:, :1] - mean, x[:, 1:]], 1)
+        variance = (centred.square().sum(-1) @ self.balance.to(x.dtype)).view(-1, 1, 1)
         bias = self.affine_bias if shift is None else self.affine_bias + shift
-        weight = self.affine_weight.index_select(0, self.degree)
-        return centred * scale * weight + scalar_row * bias.unsqueeze(-2)
+        y = centred * torch.rsqrt(variance + EPS) * self.affine_weight.index_select(0, self.degree)
+        return torch.cat([y[:, :1] + bias.unsqueeze(-2), y[:, 1:]], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,12 +15,28 @@ def polynomial_envelope(distance: Tensor, cutoff: float, exponent: int) -> Tenso
 
     distance: Å, any shape. cutoff: Å. exponent: p >= 1. Returns unitless values in [0, 1].
     """
-    rho = distance / cutoff
-    series = (exponent * (exponent + 1)) / 2
-    for k in range(exponent - 2, -1, -1):
-        series = series * rho + ((k + 1) * (k + 2)) / 2
-    gap = (1.0 - rho).clamp(min=0.0)
-    return gap * gap * gap * series
+    return _Polynomial.apply(distance / cutoff, exponent)
+
+
+class _Polynomial(torch.autograd.Function):
+    r"""The envelope as a function of rho. Its derivative is a single product, which autograd cannot see:
+    :math:`u' = -\frac{p(p+1)(p+2)}{2} \rho^{p-1} (1-\rho)^2`."""
+
+    @staticmethod
+    def forward(ctx, rho: Tensor, exponent: int) -> Tensor:
+        ctx.exponent = exponent
+        ctx.save_for_backward(rho)
+        series: Tensor | float = (exponent * (exponent + 1)) / 2
+        for k in range(exponent - 2, -1, -1):
+            series = series * rho + ((k + 1) * (k + 2)) / 2
+        gap = (1.0 - rho).clamp(min=0.0)
+        return gap * gap * gap * series
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (rho,), p = ctx.saved_tensors, ctx.exponent
+        gap = (1.0 - rho).clamp(min=0.0)
+        return grad * (-0.5 * p * (p + 1) * (p + 2)) * rho ** (p - 1) * gap.square(), None
 
 
 def bell_envelope(distance: Tensor, lower: float, upper: float) -> Tensor:
