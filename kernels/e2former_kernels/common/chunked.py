@@ -90,7 +90,7 @@ def _take(x: Tensor, kind: str, chunk: Chunk | EdgeChunk) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A function of one chunk, what its arguments and results are, and where to run it."""
 
     function: Callable[..., Sequence[Tensor]]
@@ -101,6 +101,7 @@ class _Plan:
     autocast: tuple[str, bool, torch.dtype]
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Evaluate all chunks and put the results together."""
         device, enabled, dtype = self.autocast
         parts: list[list[Tensor]] = [[] for _ in self.results]
         sums: list[Tensor | None] = [None] * len(self.results)
@@ -129,7 +130,7 @@ class _Plan:
             (p[0] if len(p) == 1 else torch.cat(p)) if p else s for p, s in zip(parts, sums, strict=True)
         )
 
-    def vjp(self, wanted: Sequence[int], tensors: Sequence[Tensor]) -> _Plan:
+    def vjp(self, wanted: Sequence[int], tensors: Sequence[Tensor]) -> Plan:
         """The plan of (gradients of the results, arguments) -> gradients of the wanted arguments."""
         function, num_results = self.function, len(self.results)
 
@@ -156,7 +157,7 @@ class _Plan:
 
         kinds = tuple(self.arguments[n] for n in wanted)
         rows = tuple(tensors[n].shape[0] if k in _GATHERED else None for n, k in zip(wanted, kinds, strict=True))
-        return _Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows, self.autocast)
+        return Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows, self.autocast)
 
 
 def wanted_inputs(ctx, first: int) -> list[int]:
@@ -181,9 +182,11 @@ def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.view_as(t) if track and t.requires_grad else t for t in tensors]
 
 
-class _Chunked(torch.autograd.Function):
+class Chunked(torch.autograd.Function):
+    """Results of a plan; the backward pass runs the plan of the derivative."""
+
     @staticmethod
-    def forward(ctx, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.plan = plan
         ctx.save_for_backward(*tensors)
         return plan.run(tensors)
@@ -195,7 +198,7 @@ class _Chunked(torch.autograd.Function):
         if not wanted:
             return (None,) * (1 + len(tensors))
         out: list[Tensor | None] = [None] * (1 + len(tensors))
-        values = _Chunked.apply(ctx.plan.vjp(wanted, tensors), *grads, *tensors)
+        values = Chunked.apply(ctx.plan.vjp(wanted, tensors), *grads, *tensors)
         for n, value in zip(wanted, values, strict=True):
             out[1 + n] = value
         return tuple(out)
@@ -213,9 +216,18 @@ def chunked(
     Returns the concatenated result for all receivers, differentiable to any order. Working memory is one chunk's.
     """
     tensors = [t for _, t in arguments]
-    device = tensors[0].device.type
+    return Chunked.apply(plan_of(function, chunks, arguments), *not_leaves(tensors))[0]
+
+
+def plan_of(
+    function: Callable[..., Tensor],
+    chunks: Sequence[Chunk] | Sequence[EdgeChunk],
+    arguments: Sequence[tuple[str, Tensor]],
+) -> Plan:
+    """The plan behind :func:`chunked`: its ``vjp`` is the plan of the derivative, and so on."""
+    device = arguments[0][1].device.type
     autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    plan = _Plan(
+    return Plan(
         lambda chunk, *args: (function(chunk, *args),),
         chunks,
         tuple(k for k, _ in arguments),
@@ -223,4 +235,3 @@ def chunked(
         (None,),
         autocast,
     )
-    return _Chunked.apply(plan, *not_leaves(tensors))[0]

@@ -62,15 +62,20 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
     return F.layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS) * weight + bias
 
 
-def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
-    r"""``Linear(SiLU(LN(Linear(SiLU(LN(W0 [phi; T[Z_i]; S[Z_j]] + b0))))))`` for G networks at once.
-
-    basis: [E, n_b]. target_species, source_species: [E] rows of the element tables. Returns [E, G, K].
-    """
+def radial_hidden(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
+    """All of :func:`radial_network` but its last linear layer. Returns [E, G, h]."""
     groups, hidden, num_basis = weights.basis.shape
     x = F.linear(basis, weights.basis.reshape(groups * hidden, num_basis)).view(-1, groups, hidden)
     x = x + table_rows(weights.target_table, target_species) + table_rows(weights.source_table, source_species)
     x = F.silu(_layer_norm(x, weights.norm0_weight, weights.norm0_bias))
     x = _grouped_linear(x, weights.hidden, weights.hidden_bias)
-    x = F.silu(_layer_norm(x, weights.norm1_weight, weights.norm1_bias))
+    return F.silu(_layer_norm(x, weights.norm1_weight, weights.norm1_bias))
+
+
+def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
+    r"""``Linear(SiLU(LN(Linear(SiLU(LN(W0 [phi; T[Z_i]; S[Z_j]] + b0))))))`` for G networks at once.
+
+    basis: [E, n_b]. target_species, source_species: [E] rows of the element tables. Returns [E, G, K].
+    """
+    x = radial_hidden(basis, target_species, source_species, weights)
     return _grouped_linear(x, weights.out, weights.out_bias)

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 
 from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
-from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked
+from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, edge_plan
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
 from e2former_kernels.common.segments import expand_rows, segment_sum
+from e2former_kernels.common.step import run_step
+from e2former_kernels.equivariant_attention.fused import FusedAttention
 from e2former_kernels.equivariant_attention.primitives import aggregate, pair_dot
 from e2former_kernels.equivariant_attention.reference import DotWeights, Form, inverse_distance, segment_max
 from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
@@ -299,4 +301,18 @@ def equivariant_attention(
             spec, form, chunk, pieces.like(list(tensors)), target_species, source_species, coupling
         )
 
-    return chunked(function, chunks, pieces.flat())
+    arguments = pieces.flat()
+    if spec.score != "qk" or image_rows is not None:
+        return chunked(function, chunks, arguments)
+    relative = spec.order == 1 and form == "relative"
+    step = FusedAttention(
+        spec=spec,
+        directions=3 if relative else 1,
+        chunks=chunks,
+        source=source,
+        species=species,
+        coupling=coupling.flatten(1) if relative else None,
+        radial=radial,
+        plan=plan_of(function, chunks, arguments),
+    )
+    return run_step(step, [t for _, t in arguments])

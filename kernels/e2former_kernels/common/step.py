@@ -1,0 +1,68 @@
+"""An operation with fused kernels for its value and first derivative, and recomputation for all further ones."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from e2former_kernels.common.chunked import Chunked, Plan, not_leaves, wanted_inputs
+
+
+class Step(Protocol):
+    """What :func:`run_step` runs. plan: the same function for :class:`e2former_kernels.common.chunked.Chunked`."""
+
+    plan: Plan
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        """Value, without a graph."""
+
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        """Gradients of the tensors numbered in ``wanted``, without a graph."""
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, step: Step, *tensors: Tensor) -> Tensor:
+        ctx.step = step
+        ctx.save_for_backward(*tensors)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return step.forward(list(tensors))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        tensors = ctx.saved_tensors
+        wanted = wanted_inputs(ctx, 1)
+        out: list[Tensor | None] = [None] * (1 + len(tensors))
+        if wanted:
+            for n, g in zip(wanted, _Gradient.apply(ctx.step, wanted, grad, *tensors), strict=True):
+                out[1 + n] = g
+        return tuple(out)
+
+
+class _Gradient(torch.autograd.Function):
+    """The first derivative; its own derivatives are recomputed run by run."""
+
+    @staticmethod
+    def forward(ctx, step: Step, wanted: list[int], grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.step, ctx.wanted = step, wanted
+        ctx.save_for_backward(grad, *tensors)
+        with torch.autocast(grad.device.type, enabled=False):
+            return tuple(step.backward(grad, list(tensors), wanted))
+
+    @staticmethod
+    def backward(ctx, *cotangents: Tensor):
+        saved = ctx.saved_tensors
+        again = wanted_inputs(ctx, 2)
+        out: list[Tensor | None] = [None] * (2 + len(saved))
+        if again:
+            plan = ctx.step.plan.vjp(ctx.wanted, saved[1:]).vjp(again, saved)
+            for n, g in zip(again, Chunked.apply(plan, *cotangents, *saved), strict=True):
+                out[2 + n] = g
+        return tuple(out)
+
+
+def run_step(step: Step, tensors: list[Tensor]) -> Tensor:
+    """Value of ``step`` at ``tensors``, differentiable to any order in each of them."""
+    return _Value.apply(step, *not_leaves(tensors))

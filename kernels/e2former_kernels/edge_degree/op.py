@@ -1,0 +1,175 @@
+r"""Edge-degree embedding with Triton kernels.
+
+The last linear layer of the radial networks is the same for all edges, so it leaves the sum: the edges add up
+harmonics times hidden features, and one matrix product per degree follows for every atom,
+:math:`x_{i l m} = W_l \sum_j y_{jlm} a_{jl} + b_l \sum_j y_{jlm}`, y = envelope times harmonics over the mean degree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from e2former_kernels.common.backend import triton_problem
+from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
+from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
+from e2former_kernels.common.envelope import polynomial_envelope
+from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.common.plan import EdgeChunk, edge_plan
+from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_hidden
+from e2former_kernels.common.radial_kernel import radial_backward, radial_forward
+from e2former_kernels.common.segments import segment_sum
+from e2former_kernels.common.step import run_step
+from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_features, harmonic_sum
+from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
+
+RUN_NUMBERS = 1 << 28  # working memory of one run of edges, in numbers: 1 GB in float32
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """One embedding over its runs of receivers. Result: [N, M, h + 1], the last column the plain sum of y."""
+
+    lmax: int
+    cutoff: float
+    num_basis: int
+    exponent: int
+    chunks: list[EdgeChunk]
+    source: Tensor
+    species: Tensor
+    radial: RadialWeights  # the structure: which tensors there are
+    plan: Plan | None = None
+
+    def weights(self, tensors: list[Tensor]) -> RadialWeights:
+        rest = iter(tensors)
+        hidden = (None if t is None else next(rest) for t in self.radial[:-2])
+        return RadialWeights(*hidden, *self.radial[-2:])
+
+    def elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
+        target = self.species[chunk.nodes].index_select(0, chunk.target)
+        return target, self.species.index_select(0, self.source[chunk.edges])
+
+    def harmonics(self, vec: Tensor, distance: Tensor) -> Tensor:
+        scale = polynomial_envelope(distance, self.cutoff, self.exponent) / AVERAGE_DEGREE
+        return solid_harmonics(vec / distance.unsqueeze(-1), self.lmax) * scale.unsqueeze(-1)
+
+    def of_run(self, chunk: EdgeChunk, vec: Tensor, *tensors: Tensor) -> Tensor:
+        """One run in differentiable pieces."""
+        distance = vec.square().sum(-1).sqrt()
+        basis = gaussian_basis(distance, self.cutoff, self.num_basis)
+        hidden = radial_hidden(basis, *self.elements(chunk), self.weights(list(tensors))).to(vec.dtype)
+        y = self.harmonics(vec, distance)
+        total = segment_sum(y, chunk.row_ptr, chunk.target)
+        return torch.cat([harmonic_sum(y, hidden, chunk.row_ptr), total.unsqueeze(-1)], -1)
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        vec, radial = tensors[0], self.weights(tensors[1:])
+        parts = []
+        for chunk in self.chunks:
+            part = vec[chunk.edges].contiguous()
+            distance = part.square().sum(-1).sqrt()
+            hidden = radial_forward(distance, self.cutoff, *self.elements(chunk), radial, last=False)
+            y = self.harmonics(part, distance)
+            total = segment_sum(y, chunk.row_ptr, chunk.target)
+            parts.append(torch.cat([harmonic_sum(y, hidden, chunk.row_ptr), total.unsqueeze(-1)], -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        weights = [n - 1 for n in wanted if n > 0]
+        sums: list[Tensor | None] = [None] * len(weights)
+        vectors = []
+        for chunk in self.chunks:
+            elements = self.elements(chunk)
+            part = grad[chunk.nodes]
+            grad_sum, grad_total = part[..., :-1].contiguous(), part[..., -1]
+            with torch.enable_grad():
+                vec = tensors[0][chunk.edges].detach().requires_grad_()
+                distance = vec.square().sum(-1).sqrt()
+                y = self.harmonics(vec, distance)
+            if weights:
+                with torch.enable_grad():
+                    leaves = [w.detach().requires_grad_(n in weights) for n, w in enumerate(tensors[1:])]
+                    basis = gaussian_basis(distance, self.cutoff, self.num_basis)
+                    hidden = radial_hidden(basis, *elements, self.weights(leaves))
+                features = hidden.detach()
+            else:
+                radial = self.weights(tensors[1:])
+                features = radial_forward(distance.detach(), self.cutoff, *elements, radial, last=False)
+            grad_hidden = harmonic_features(y.detach(), grad_sum, chunk.row_ptr, self.lmax + 1)
+            grad_y = harmonic_dot(features, grad_sum, chunk.row_ptr) + grad_total.index_select(0, chunk.target)
+            if weights:
+                outputs, cotangents = [y, hidden], [grad_y, grad_hidden]
+                inputs = [vec, *(leaves[n] for n in weights)]
+            else:
+                slope = radial_backward(
+                    grad_hidden, distance.detach(), self.cutoff, *elements, radial, last=False
+                )
+                outputs, cotangents, inputs = [y, distance], [grad_y, slope], [vec]
+            grad_vec, *found = torch.autograd.grad(outputs, inputs, cotangents)
+            vectors.append(grad_vec)
+            for n, g in enumerate(found):
+                sums[n] = g if sums[n] is None else sums[n] + g
+        found = iter(sums)
+        return [(vectors[0] if len(vectors) == 1 else torch.cat(vectors)) if n == 0 else next(found) for n in wanted]
+
+
+@torch.compiler.disable()
+def edge_degree_embedding(
+    lmax: int,
+    cutoff: float,
+    num_basis: int,
+    envelope_exponent: int,
+    vec: Tensor,
+    source: Tensor,
+    target: Tensor,
+    row_ptr: Tensor,
+    species: Tensor,
+    radial: RadialWeights,
+    *,
+    source_order: Tensor | None = None,
+    source_ptr: Tensor | None = None,
+    max_run_edges: int | None = None,
+) -> Tensor:
+    r"""The function of :func:`edge_degree_embedding_reference` with Triton kernels.
+
+    Arguments as there. source_order, source_ptr, max_run_edges: as in
+    :func:`e2former_kernels.equivariant_attention.equivariant_attention`.
+
+    Returns [N, (lmax+1)^2, C], float32 (float64 in the interpreter). Differentiable to any order, the same bits every
+    time. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    """
+    problem = triton_problem(radial.basis.device)
+    if problem is not None:
+        raise RuntimeError(f"edge_degree_embedding: {problem}; use edge_degree_embedding_reference")
+    nodes, edges = row_ptr.numel() - 1, source.numel()
+    check_shape("vec", vec, "E, 3", (edges, 3))
+    check_shape("target", target, "E", (edges,))
+    check_shape("species", species, "N", (nodes,))
+    if radial.out.shape[0] != lmax + 1:
+        raise ValueError(f"radial: expected lmax + 1 = {lmax + 1} networks, got {radial.out.shape[0]}")
+    dtype = radial.basis.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"radial.basis: expected float32 or float64, got {dtype}")
+    if dtype == torch.float64 and vec.device.type == "cuda":
+        raise TypeError("radial.basis: float64 on a GPU goes through edge_degree_embedding_reference")
+    named = {f"radial.{n}": t for n, t in radial._asdict().items()}
+    check_same_dtype("radial.basis", radial.basis, **named)
+    check_same_device("radial.basis", radial.basis, vec=vec, source=source, row_ptr=row_ptr, species=species, **named)
+    vec = vec.to(dtype)
+    groups, channels, hidden = radial.out.shape
+    numbers = groups * (26 * hidden) + 4 * num_basis
+    chunks = edge_plan(
+        source, target, row_ptr, source_order, source_ptr, max_run_edges or max(RUN_NUMBERS // numbers, 64)
+    )
+    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, chunks, source, species, radial)
+    arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
+    step = _Embedding(**(step.__dict__ | {"plan": plan_of(step.of_run, chunks, arguments)}))
+    sums = run_step(step, [t for _, t in arguments])
+    parts = []
+    for degree in range(lmax + 1):
+        rows = sums[:, degree * degree : (degree + 1) ** 2]
+        weight, bias = radial.out[degree], radial.out_bias[degree]
+        parts.append(torch.nn.functional.linear(rows[..., :-1], weight).to(dtype) + rows[..., -1:] * bias)
+    return torch.cat(parts, 1)
