@@ -12,6 +12,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import conditional_grad
 from fairchem.core.models.base import BackboneInterface
 from fairchem.core.models.uma.escn_md import GradRegressConfig
+from fairchem.core.modules.normalization.normalizer import Normalizer
 from fairchem.core.units.mlip_unit.api.inference import validate_uma_atoms_data
 from fairchem.core.units.mlip_unit.mlip_unit import OutputSpec, Task
 from torch import Tensor, nn
@@ -168,7 +169,9 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
                 if key not in data:
                     raise ValueError(f"{key}: expected in the data because otf_graph is false, got none")
                 given[key] = data[key]
-        graph = build_graph(
+            if self._external_graph:
+                _check_not_truncated(data["edge_index"])
+        return build_graph(
             data["pos"],
             data["cell"],
             data["pbc"],
@@ -179,9 +182,6 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
             **long_range,
             **given,
         )
-        if given and self._external_graph:
-            _check_not_truncated(graph)
-        return graph
 
     @classmethod
     def build_inference_settings(cls, settings: InferenceSettings) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
                         level="system",
                         property="stress",
                         out_spec=OutputSpec(dim=[1, 9], dtype=inference_settings.base_precision_dtype),
-                        normalizer=energy.normalizer,
+                        normalizer=_without_mean(energy.normalizer),
                         datasets=wanted,
                         inference_only=True,
                     )
@@ -241,7 +241,14 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         return tasks
 
     def validate_tasks(self, dataset_to_tasks: dict[str, list]) -> None:
-        """Raise ValueError when a task's data set is not in ``dataset_mapping``."""
+        """Raise ValueError when a task's data set is not in ``dataset_mapping``.
+
+        Derivatives asked for at inference get the scale of the energy's normaliser without its mean, which fairchem
+        would add to every force, stress or Hessian entry.
+        """
+        for task in (task for tasks in dataset_to_tasks.values() for task in tasks):
+            if task.inference_only and task.property in ("forces", "stress", "hessian"):
+                task.normalizer = _without_mean(task.normalizer)
         if self.dataset_mapping is None:
             return
         missing = sorted(set(dataset_to_tasks) - set(self.dataset_mapping))
@@ -309,9 +316,13 @@ def _check_own_keys(given: Mapping[str, Any]) -> None:
         raise ValueError(f"dataset_mapping: expected values among its keys {sorted(mapping)}, got {strangers}")
 
 
-def _check_not_truncated(graph: Graph) -> None:
-    counts = graph.row_ptr.diff()
-    if counts.numel() and int(counts.max()) >= _EXTERNAL_NEIGHBORS:
+def _without_mean(normalizer: Normalizer) -> Normalizer:
+    return Normalizer(mean=0.0, rmsd=float(normalizer.rmsd))
+
+
+def _check_not_truncated(edge_index: Tensor) -> None:
+    counts = torch.bincount(edge_index[1], minlength=1)
+    if int(counts.max()) >= _EXTERNAL_NEIGHBORS:
         atom = int(counts.argmax())
         raise ValueError(
             f"external_graph_gen: atom {atom} has {int(counts[atom])} neighbours and fairchem's external graph keeps "

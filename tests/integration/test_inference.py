@@ -1,0 +1,148 @@
+"""Inference checkpoints, fairchem's predict unit under its presets, Hessians, fine-tuning, compilation."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from fairchem.core.units.mlip_unit.api.inference import (
+    InferenceSettings,
+    inference_settings_batch,
+    inference_settings_default,
+    inference_settings_traineval,
+)
+from fairchem.core.units.mlip_unit.mlip_unit import initialize_finetuning_model
+from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
+from fairchem.core.units.mlip_unit.utils import load_inference_model
+
+OURS = "e2former_fairchem.heads"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(write_checkpoint, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "conserving.pt")
+
+
+@pytest.fixture(scope="module")
+def single_precision_batch(batch_of, structures):
+    return batch_of(*structures.values(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("preset", [inference_settings_batch, inference_settings_traineval])
+def test_predict_unit_is_the_model(preset, checkpoint, single_precision_batch, structures) -> None:
+    """Energies, forces and stress of a mixed batch, with the normaliser undone, and batch independence."""
+    unit = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=preset())
+    found = unit.predict(single_precision_batch.clone())
+    model, _ = load_inference_model(str(checkpoint))
+    model.eval()
+    model.backbone.regress_config.stress = True
+    raw = model(single_precision_batch.clone())
+    torch.testing.assert_close(found["energy"], raw["energy"]["energy"] * 2.0 + 0.5)
+    torch.testing.assert_close(found["forces"], raw["forces"]["forces"] * 2.0)
+    torch.testing.assert_close(found["stress"], raw["stress"]["stress"] * 2.0)
+    alone = unit.predict(single_precision_batch.get_example(0))
+    torch.testing.assert_close(alone["energy"], found["energy"][:1], rtol=1e-6, atol=1e-6)
+    assert set(unit.dataset_to_tasks) == {"omol"} and set(unit.tasks) == {"energy", "forces", "stress"}
+
+
+def test_float64_inference(checkpoint, batch_of, structures) -> None:
+    single = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=InferenceSettings())
+    settings = InferenceSettings(base_precision_dtype=torch.float64)
+    double = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=settings)
+    coarse = single.predict(batch_of(structures["ethanol"], dtype=torch.float32))
+    fine = double.predict(batch_of(structures["ethanol"], dtype=torch.float64))
+    assert fine["forces"].dtype == torch.float64
+    assert all(p.dtype == torch.float64 for p in double.model.parameters())
+    torch.testing.assert_close(fine["forces"].float(), coarse["forces"], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(fine["forces"].float(), coarse["forces"])
+
+
+def test_hessian_on_request(checkpoint, batch_of, structures, caplog) -> None:
+    """Under fairchem's default preset, which compiles and would take the vmapped path."""
+    settings = inference_settings_default()
+    settings.predict_untrained_hessian = {"omol"}
+    with caplog.at_level(logging.WARNING):
+        unit = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=settings)
+        found = unit.predict(batch_of(structures["water"], dtype=torch.float32))
+    assert found["hessian"].shape == (1, 9, 9)
+    torch.testing.assert_close(found["hessian"], found["hessian"].mT, rtol=1e-3, atol=1e-3)
+    # Moving all atoms together costs nothing: rows sum to zero, and no mean of the energy is added to them.
+    scale = float(found["hessian"].abs().max())
+    assert scale > 1e-3
+    assert float(found["hessian"].reshape(9, 3, 3).sum(1).abs().max()) < 1e-3 * scale
+    assert "compile is switched off" in caplog.text and not unit.inference_settings.compile
+
+
+def test_activation_checkpointing_changes_nothing(checkpoint, single_precision_batch) -> None:
+    results = []
+    for flag in (True, False):
+        settings = InferenceSettings(activation_checkpointing=flag)
+        unit = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=settings)
+        assert unit.model.module.backbone.config.activation_checkpointing is flag
+        results.append(unit.predict(single_precision_batch.clone()))
+    torch.testing.assert_close(results[0]["forces"], results[1]["forces"], rtol=1e-6, atol=1e-6)
+
+
+def test_energy_head_refuses_derivatives(write_checkpoint, tmp_path, single_precision_batch) -> None:
+    heads = {"energy": {"module": f"{OURS}.E2FormerV2EnergyHead"}}
+    path = write_checkpoint(tmp_path / "energy.pt", heads=heads, forces=False)
+    unit = MLIPPredictUnit(str(path), "cpu", inference_settings=InferenceSettings())
+    assert set(unit.predict(single_precision_batch.clone())) == {"energy"}
+    unit = MLIPPredictUnit(str(path), "cpu", inference_settings=InferenceSettings(predict_untrained_forces={"omol"}))
+    with pytest.raises(ValueError, match=r"predict_untrained_forces: expected an empty set.*got \['omol'\]"):
+        unit.predict(single_precision_batch.clone())
+
+
+def test_direct_model(write_checkpoint, tmp_path, single_precision_batch) -> None:
+    heads = {
+        "energy": {"module": f"{OURS}.E2FormerV2EnergyHead"},
+        "force": {"module": f"{OURS}.E2FormerV2DirectForceHead"},
+    }
+    path = write_checkpoint(tmp_path / "direct.pt", heads=heads, direct_forces=True)
+    unit = MLIPPredictUnit(str(path), "cpu", inference_settings=InferenceSettings())
+    found = unit.predict(single_precision_batch.clone())
+    assert set(found) == {"energy", "forces"} and not found["forces"].requires_grad
+
+
+def test_fine_tuning(checkpoint, single_precision_batch) -> None:
+    """From the checkpoint's own heads, and with fresh ones on the trained backbone."""
+    same = initialize_finetuning_model(str(checkpoint), overrides={"backbone": {"activation_checkpointing": True}})
+    assert same.backbone.config.activation_checkpointing and hasattr(same, "finetune_model_full_config")
+    fresh = initialize_finetuning_model(
+        str(checkpoint),
+        heads={"mine": {"module": f"{OURS}.E2FormerV2GradientHead", "prefix": "mine"}},
+    )
+    for name, weight in same.backbone.state_dict().items():
+        assert torch.equal(weight, fresh.backbone.state_dict()[name])
+    out = fresh.train()(single_precision_batch.clone())
+    out["mine_forces"]["forces"].square().sum().backward()
+    assert fresh.backbone.model.blocks[0].attention.value.weight.grad.abs().max() > 0
+
+
+def test_external_graph_with_too_short_a_radius_is_refused(write_checkpoint, tmp_path, structures, batch_of) -> None:
+    settings = InferenceSettings(external_graph_gen=True)
+    path = write_checkpoint(tmp_path / "long.pt", cutoff=7.5)
+    unit = MLIPPredictUnit(str(path), "cpu", inference_settings=settings)
+    with pytest.raises(ValueError, match=r"external graph ends at 6.0 Å, expected at least.* 7.5 Å"):
+        unit.predict(batch_of(structures["ethanol"], dtype=torch.float32))
+
+
+@pytest.mark.slow
+def test_compiled_under_the_default_settings(checkpoint, batch_of, structures) -> None:
+    """Compiled once for every size: energies, forces and stress are those of the eager model."""
+    eager = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=InferenceSettings())
+    compiled = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=inference_settings_default())
+    before = torch._dynamo.config.recompile_limit
+    try:
+        for index, names in enumerate((["ethanol"], ["slab", "crystal"], ["crystal", "water", "slab"], ["atom"])):
+            data = batch_of(*(structures[name] for name in names), dtype=torch.float32)
+            expected, found = eager.predict(data.clone()), compiled.predict(data)
+            for key in ("energy", "forces", "stress"):
+                torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=2e-5, msg=f"{names} {key}")
+            if index == 0:
+                assert compiled.inference_settings.compile
+                assert isinstance(compiled.model, torch._dynamo.OptimizedModule)
+    finally:
+        torch._dynamo.config.recompile_limit = before
+        torch._dynamo.reset()
