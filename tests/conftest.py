@@ -85,10 +85,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def launch(elsewhere: Path) -> Iterator[Callable[..., None]]:
-    """`fairchem -c CONFIG OVERRIDES` within this process (starting a new one takes ten seconds of imports)."""
+def launch(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`fairchem -c CONFIG OVERRIDES` within this process: a new one takes ten seconds of imports.
+
+    Left out is fairchem's report on the environment, which asks other programs for three seconds.
+    """
     from fairchem.core import _cli
 
+    monkeypatch.setattr("fairchem.core.launchers.slurm_launch.write_environment_report", lambda **_: None)
     environment, level = dict(os.environ), logging.getLogger().level
 
     def run(config: Path, *overrides: str) -> None:

@@ -137,10 +137,22 @@ def test_two_processes_on_one_machine(
     repo: Path, fairchem_process: Callable, elsewhere: Path, tiny: Sequence[str]
 ) -> None:
     """job=local_2gpu starts two ranks that train one model; gloo stands in for NCCL where there are no two GPUs."""
-    result = fairchem_process(repo / "configs" / "quickstart.yaml", "job=local_2gpu", *tiny, "epochs=1", "batch_size=16")
+    overrides = ("job=local_2gpu", *tiny, "epochs=1", "batch_size=16")
+    result = fairchem_process(repo / "configs" / "quickstart.yaml", *overrides)
     assert result.stdout.count("inference checkpoint:") == 1
     assert "19 steps an epoch" in result.stdout  # 601 structures in batches of 16 on two ranks
     assert (elsewhere / "runs" / "quickstart" / "inference_ckpt.pt").is_file()
+
+
+def test_evaluation_of_other_data_needs_no_training_data(
+    repo: Path, elsewhere: Path, fake_omol25: Sequence[str]
+) -> None:
+    torch.save({}, elsewhere / "checkpoint.pt")
+    overrides = ["checkpoint=checkpoint.pt", "dataset=omol25_val", fake_omol25[1], "num_val=null"]
+    config = compose(repo / "configs" / "evaluate" / "omol25.yaml", *overrides)
+    data = config["runner"]["dataloader"]["dataset"]["dataset_configs"]["omol"]
+    assert data["splits"] == {"val": {"src": fake_omol25[1].split("=")[1], "sample_n": None}}
+    assert config["runner"]["eval_unit"]["model"]["checkpoint_location"] == str(elsewhere / "checkpoint.pt")
 
 
 @pytest.mark.parametrize(("every", "epochs", "interval"), [(5, 60, 5), (5, 1, 1), (5, 7, 1), (4, 6, 3), (5, None, 5)])

@@ -23,7 +23,7 @@ def fails(launch: Callable, elsewhere: Path) -> Callable[..., None]:
     """Run a config, expect a message that holds all of `parts`, and nothing left behind when composing failed."""
 
     def run(config: Path, *overrides: str, parts: Sequence[str], composes: bool = False) -> None:
-        with pytest.raises(Exception) as caught:  # noqa: PT011  (which of Hydra's and OmegaConf's does not matter)
+        with pytest.raises(Exception) as caught:  # whether Hydra, OmegaConf or fairchem wraps it does not matter
             launch(config, *overrides)
         message = str(caught.value)
         for part in parts:
@@ -86,8 +86,8 @@ def evaluate(repo: Path) -> Path:
 
 
 def test_checkpoint_that_does_not_exist(fails: Callable, repo: Path, elsewhere: Path) -> None:
-    parts = ["checkpoint", "expected an inference checkpoint's file", str(elsewhere / "runs" / "quickstart"), "does not exist"]
-    fails(evaluate(repo), parts=parts)
+    missing = str(elsewhere / "runs" / "quickstart" / "inference_ckpt.pt")
+    fails(evaluate(repo), parts=["checkpoint: expected an inference checkpoint's file", missing, "does not exist"])
 
 
 def test_checkpoint_that_is_a_folder(fails: Callable, repo: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -46,7 +47,8 @@ def run(*command: object, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(__file__).parents[2]
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, *"-m pip wheel --quiet --no-deps --no-build-isolation -w".split(), folder, root, cwd=folder)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    run(*pip, "-w", folder, root, cwd=folder)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -60,10 +62,8 @@ def test_install(kind: str, request: pytest.FixtureRequest, repo: Path, tmp_path
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     target = ["-e", repo] if kind == "editable" else [request.getfixturevalue("wheel")]
-    pip = "-m pip --python {} install --quiet --no-deps --no-build-isolation --force-reinstall".format(python)
-    run(sys.executable, *pip.split(), *target, cwd=tmp_path)
-
-    import json
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--force-reinstall"]
+    run(*pip, "--no-deps", "--no-build-isolation", *target, cwd=tmp_path)
 
     data = f"cluster.data_root_dir={Path(fake_omol25[0].split('=')[1]).parent}"
     host = Path(__file__).parent / "host" / "uma_sm_direct.yaml"

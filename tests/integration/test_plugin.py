@@ -55,7 +55,7 @@ def test_host_trains_our_backbone_from_the_command_line(launch: Callable, data: 
 
 
 def test_host_trains_our_heads_too(launch: Callable, data: str, trained: list) -> None:
-    """heads= for a host whose heads stand in the file itself: added at the end, where they replace heads of the same name."""
+    """heads= for a host whose heads stand in the file itself: added last, they replace heads of the same name."""
     launch(HOST, data, "backbone=e2former_v2_omol25", "+heads=e2former_v2_direct_by_task", *SMALL, *DELETIONS)
     heads = trained[0].model.module.output_heads
     assert {type(h).__module__ for h in heads.values()} == {"e2former_fairchem.heads"}

@@ -136,7 +136,11 @@ def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "_target_": "e2former_fairchem.hydra_model.E2FormerV2HydraModel",
         "backbone": {
             "model": "e2former_fairchem.backbone.E2FormerV2Backbone",
-            **{"sphere_channels": 8, "num_layers": 1, "num_heads": 4, "head_dim": 2, "num_radial_basis": 8},
+            "sphere_channels": 8,
+            "num_layers": 1,
+            "num_heads": 4,
+            "head_dim": 2,
+            "num_radial_basis": 8,
             "direct_forces": True,
         },
         "heads": {
@@ -182,7 +186,7 @@ def test_fine_tuning_starts_from_the_averaged_weights(stage1: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_named(stage1: Path) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint: expected .* to fit the backbone's configuration, got \d+ tensors"):
+    with pytest.raises(ValueError, match=r"checkpoint: expected .* to fit the backbone's configuration, got \d+"):
         initialize_from_checkpoint(str(stage1), {"sphere_channels": 16})
     with pytest.raises(ValueError, match=r"is missing|is unknown"):
         initialize_from_checkpoint(str(stage1), {"num_layers": 2})
@@ -194,7 +198,7 @@ def quick(repo: Path, tiny: Sequence[str]) -> tuple:
 
 
 def test_resumed_run_equals_an_uninterrupted_one(launch: Callable, quick: tuple, elsewhere: Path) -> None:
-    """One epoch of two, then fairchem's resume.yaml for the other: the same weights to the last bit, and one history."""
+    """One epoch of two, then fairchem's resume.yaml for the other: equal weights to the last bit, and one history."""
     launch(*quick, "job.run_dir=straight")
     launch(*quick, "job.run_dir=stopped", "runner.max_epochs=1")
     resume = next((elsewhere / "stopped").glob("*/checkpoints/final/resume.yaml"))
