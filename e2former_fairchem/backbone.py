@@ -134,9 +134,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def forward(self, data: AtomicData) -> dict[str, Tensor]:
         """Node embeddings of a batch; see the class."""
         charge, spin, graph, long_graph = self._prepare(data)
-        embedding = self.model(
-            data["atomic_numbers"], charge, spin, data["batch"], data["pos"], graph, long_graph
-        )
+        embedding = self.model(data["atomic_numbers"], charge, spin, data["batch"], data["pos"], graph, long_graph)
         return {"node_embedding": embedding, "batch": data["batch"]}
 
     @torch.compiler.disable

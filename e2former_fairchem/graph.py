@@ -160,9 +160,7 @@ def _pointer(ascending: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(ascending, torch.arange(rows + 1, device=ascending.device))
 
 
-def _vectors(
-    pos: Tensor, cell: Tensor, batch: Tensor, source: Tensor, target: Tensor, offset: Tensor | None
-) -> Tensor:
+def _vectors(pos: Tensor, cell: Tensor, batch: Tensor, source: Tensor, target: Tensor, offset: Tensor | None) -> Tensor:
     vec = pos[target] - pos[source]
     if offset is None:
         return vec

@@ -186,9 +186,7 @@ def _per_structure(values: Tensor, batch: Tensor, natoms: Tensor) -> Tensor:
 
 
 @torch.compiler.disable
-def _forces_and_stress(
-    data: AtomicData, energy: Tensor, create_graph: bool, with_stress: bool
-) -> dict[str, Tensor]:
+def _forces_and_stress(data: AtomicData, energy: Tensor, create_graph: bool, with_stress: bool) -> dict[str, Tensor]:
     r"""Forces, and the stress :math:`\sigma = \frac{1}{2V} (W + W^T)` of each structure.
 
     :math:`W = \sum_i g_i \otimes r_i + h^T \partial E/\partial h` with :math:`g_i = \partial E/\partial r_i` and the
