@@ -72,10 +72,10 @@ class E2FormerV2(nn.Module):
         if (long_graph is None) != (self.long_range is None):
             expected = "no long-range graph" if self.long_range is None else "a long-range graph"
             raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
-        convolution = choose_convolution(self.config, graph.source.numel())
+        convolution = choose_convolution(self.config, graph.source.numel(), self.charge_spin.mix.weight)
         images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
         system = self.charge_spin(charge, spin).index_select(0, batch)
-        x = self.edge_degree(atomic_numbers, graph, convolution.recompute)
+        x = self.edge_degree(atomic_numbers, graph, convolution)
         if self.atom_embedding is not None:
             x = torch.cat([x[:, :1] + self.atom_embedding(atomic_numbers, system).unsqueeze(1), x[:, 1:]], 1)
         for block in self.blocks:
@@ -83,7 +83,7 @@ class E2FormerV2(nn.Module):
         if self.long_range is None:
             return self.norm(x)
         y = self.long_range.norm_in(x)
-        convolution = choose_convolution(self.config, long_graph.source.numel())
+        convolution = choose_convolution(self.config, long_graph.source.numel(), y)
         for block in self.long_range.blocks:
             y = self._run(block, y, system, atomic_numbers, long_graph, convolution, None)
         return self.long_range.mix(torch.cat([x, self.long_range.norm_out(y)], -1))

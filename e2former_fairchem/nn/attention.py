@@ -16,7 +16,12 @@ from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.so3 import eaas_tables, path_table
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction_reference
-from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights, equivariant_attention_reference
+from e2former_kernels.equivariant_attention import (
+    AttentionSpec,
+    DotWeights,
+    equivariant_attention,
+    equivariant_attention_reference,
+)
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
@@ -160,7 +165,13 @@ class EquivariantAttention(nn.Module):
             image_rows = axis_aligned_contraction_reference(
                 value.index_select(0, images.image_source), images.image_position.to(value.dtype), self.tables
             )
-        rows = equivariant_attention_reference(
+        form = convolution.form if self.spec.order == 1 else "relative"
+        options = {
+            "form": form,
+            "image": images.image if factored else None,
+            "image_rows": image_rows,
+        }
+        arguments = (
             self.spec,
             query,
             key,
@@ -174,11 +185,13 @@ class EquivariantAttention(nn.Module):
             radial,
             dot_weights,
             self.coupling,
-            form=convolution.form if self.spec.order == 1 else "relative",
-            recompute=convolution.recompute,
-            image=images.image if factored else None,
-            image_rows=image_rows,
         )
+        if convolution.backend == "triton" and form != "dense":
+            rows = equivariant_attention(
+                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, **options
+            )
+        else:
+            rows = equivariant_attention_reference(*arguments, recompute=convolution.recompute, **options)
         if factored:
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
             own = axis_aligned_contraction_reference(plain, images.position.to(plain.dtype), self.tables)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_kernels.common.backend import resolve_backend
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
@@ -20,22 +21,34 @@ KEEP_NUMBERS = 1 << 24
 
 @dataclass(frozen=True)
 class Convolution:
-    """form: of ``equivariant_attention_reference``; node_factored: EAAS; recompute: keep no edge tensors."""
+    """form: of ``equivariant_attention_reference``; node_factored: EAAS; recompute: keep no edge tensors.
+
+    backend: ``reference`` or ``triton``; the dense form, the standard implementation, is PyTorch's in both.
+    """
 
     form: str
     node_factored: bool
     recompute: bool
+    backend: str = "reference"
 
 
-def choose_convolution(config: E2FormerV2Config, num_edges: int) -> Convolution:
-    """The form asked for, or for ``auto`` the fastest one.
+def choose_convolution(config: E2FormerV2Config, num_edges: int, like: Tensor) -> Convolution:
+    """The form asked for, or for ``auto`` the fastest one; and who computes it.
 
-    ``auto`` is the relative form. It recomputes only when the edge tensors of a layer would be large.
+    ``auto`` is the relative form. The reference recomputes only when the edge tensors of a layer would be large.
+    like: a parameter, for device and dtype (on a GPU the kernels take float32; ``auto`` gives float64 to the reference).
+    Raises RuntimeError when ``kernel_backend: triton`` cannot run here.
     """
+    backend = config.kernel_backend
+    if backend == "auto" and like.dtype == torch.float64:
+        backend = "reference"
+    backend = resolve_backend(backend, like.device)
     if config.convolution == "dense":
-        return Convolution("dense", False, False)
+        return Convolution("dense", False, False, backend)
     if config.convolution == "eaas":
-        return Convolution("sum", True, True)
+        return Convolution("sum", True, True, backend)
+    if backend == "triton":
+        return Convolution("relative", False, True, backend)
     numbers = num_edges * 6 * (config.lmax + 1) ** 2 * config.sphere_channels
     return Convolution("relative", False, config.convolution == "on_the_fly" or numbers > KEEP_NUMBERS)
 

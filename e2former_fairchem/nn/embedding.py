@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +11,11 @@ from torch.nn import functional as F
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.nn.linear import kaiming_linear
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
-from e2former_kernels.edge_degree import edge_degree_embedding_reference
+from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+
+if TYPE_CHECKING:
+    from e2former_fairchem.graph import Graph
+    from e2former_fairchem.nn.convolution import Convolution
 
 TABLE_ROWS = 30
 MAX_CHARGE = 10
@@ -72,10 +78,10 @@ class EdgeDegreeEmbedding(nn.Module):
             layer_norm=config.edge_layer_norm,
         )
 
-    def forward(self, atomic_numbers: Tensor, graph, recompute: bool) -> Tensor:
+    def forward(self, atomic_numbers: Tensor, graph: Graph, convolution: Convolution) -> Tensor:
         """atomic_numbers: [N]; graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
         config = self.config
-        return edge_degree_embedding_reference(
+        arguments = (
             config.lmax,
             config.cutoff,
             config.num_radial_basis,
@@ -86,5 +92,9 @@ class EdgeDegreeEmbedding(nn.Module):
             graph.row_ptr,
             atomic_numbers,
             self.radial(self.target_embedding.weight, self.source_embedding.weight),
-            recompute=recompute,
         )
+        if convolution.backend == "triton":
+            return edge_degree_embedding(
+                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr
+            )
+        return edge_degree_embedding_reference(*arguments, recompute=convolution.recompute)
