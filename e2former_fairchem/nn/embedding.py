@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.nn.linear import kaiming_linear
-from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
+from e2former_fairchem.nn.radial import EMBEDDING_SCALE, RadialMLP, SpeciesEmbedding
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ChargeSpinEmbedding(nn.Module):
         self.charge_embedding = nn.Embedding(TABLE_ROWS, channels)
         self.spin_embedding = nn.Embedding(TABLE_ROWS, channels)
         for table in (self.charge_embedding, self.spin_embedding):
-            nn.init.uniform_(table.weight, -1e-3, 1e-3)
+            nn.init.uniform_(table.weight, -EMBEDDING_SCALE, EMBEDDING_SCALE)
         self.mix = kaiming_linear(2 * channels, channels)
 
     def forward(self, charge: Tensor, spin: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class AtomEmbedding(nn.Module):
 
     def __init__(self, max_num_elements: int, channels: int) -> None:
         super().__init__()
-        self.element_embedding = SpeciesEmbedding(max_num_elements, channels, scale=1.0)
+        self.element_embedding = SpeciesEmbedding(max_num_elements, channels, scale=0.3)
         self.mix = kaiming_linear(channels, channels)
 
     def forward(self, atomic_numbers: Tensor, system: Tensor) -> Tensor:
