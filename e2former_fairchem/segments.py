@@ -5,8 +5,8 @@ The two maps are adjoint to each other, so each is the other's derivative:
     gather:  y[e] = x[index[e]]                    x [R, ...] -> y [E, ...]
     sum:     x[r] = sum over e with index[e] = r   y [E, ...] -> x [R, ...]
 
-Rows are summed in the order of the list, one thread (or one block) per row, so that the same input gives the same bits
-on every device. ``index`` is either ascending, or a transposed CSR (order, pointer) says how to sort it.
+Every sum is taken by one thread or one block, in a fixed order, so that the same input gives the same bits. ``index``
+is either ascending, or a transposed CSR (order, pointer) says how to sort it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ from torch import Tensor
 __all__ = ["gather_rows", "segment_sum"]
 
 Transpose = Callable[[], tuple[Tensor | None, Tensor]]
-
-# Segments longer than this are summed column by column: torch.segment_reduce gives one block to a segment of a
-# one-dimensional tensor, but a single thread to a segment and column of a wider one.
-_LONG_SEGMENT = 1024
 
 
 def gather_rows(values: Tensor, index: Tensor, transpose: Transpose) -> Tensor:
@@ -77,7 +73,9 @@ def _reduce(values: Tensor, pointer: Tensor) -> Tensor:
         return values.sum(0, keepdim=True)
     if values.shape[0] == 0:
         return values.new_zeros((rows, *values.shape[1:]))
-    if values.is_cuda and values.dim() > 1 and values.shape[0] > _LONG_SEGMENT * rows:
+    if values.is_cuda and values.dim() > 1:
+        # On CUDA (torch 2.11) segment_reduce gives wrong sums for more than one dimension; column by column they are
+        # right, in a fixed order, and fast for long segments too. The tensors summed here have at most nine columns.
         columns = values.reshape(values.shape[0], -1).T.contiguous()
         summed = [torch.segment_reduce(column, "sum", offsets=pointer, axis=0, initial=0) for column in columns]
         return torch.stack(summed, dim=1).reshape(rows, *values.shape[1:])
