@@ -21,6 +21,10 @@ __all__ = ["gather_rows", "segment_sum"]
 
 Transpose = Callable[[], tuple[Tensor | None, Tensor]]
 
+# Segments longer than this are summed column by column on CUDA, where torch.segment_reduce gives one block to a segment
+# of a one-dimensional tensor, but a single thread to a segment and column of a wider one.
+_LONG_SEGMENT = 1024
+
 
 def gather_rows(values: Tensor, index: Tensor, transpose: Transpose) -> Tensor:
     """``values[index]``, with a deterministic gradient.
@@ -73,9 +77,7 @@ def _reduce(values: Tensor, pointer: Tensor) -> Tensor:
         return values.sum(0, keepdim=True)
     if values.shape[0] == 0:
         return values.new_zeros((rows, *values.shape[1:]))
-    if values.is_cuda and values.dim() > 1:
-        # On CUDA (torch 2.11) segment_reduce gives wrong sums for more than one dimension; column by column they are
-        # right, in a fixed order, and fast for long segments too. The tensors summed here have at most nine columns.
+    if values.is_cuda and values.dim() > 1 and values.shape[0] > _LONG_SEGMENT * rows:
         columns = values.reshape(values.shape[0], -1).T.contiguous()
         summed = [torch.segment_reduce(column, "sum", offsets=pointer, axis=0, initial=0) for column in columns]
         return torch.stack(summed, dim=1).reshape(rows, *values.shape[1:])
