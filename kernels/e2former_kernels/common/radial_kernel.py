@@ -156,8 +156,8 @@ def radial_backward_kernel(
         k = k0 + tl.arange(0, BK)
         t = (d[:, None] - k.to(d.dtype)[None, :] * spacing) * (0.5 / spacing)
         phi = tl.where(k[None, :] < NB, tl.exp(-0.5 * t * t) * t, 0.0)
-        w = tl.load(basis + at[:, None] * NB + k[None, :], mask=inside[:, None] & (k[None, :] < NB), other=0.0)
-        slope = tl.dot(phi, tl.trans(w), acc=slope, input_precision=PRECISION, out_dtype=d.dtype)
+        b = tl.load(basis + at[:, None] * NB + k[None, :], mask=inside[:, None] & (k[None, :] < NB), other=0.0)
+        slope = tl.dot(phi, tl.trans(b), acc=slope, input_precision=PRECISION, out_dtype=d.dtype)
     total = tl.sum(q * slope, axis=1) * (-0.5 / spacing)
     tl.store(grad_distance + g * E + e, total, mask=in_e)
 

@@ -13,9 +13,8 @@ def _polynomial(d, cutoff, P: tl.constexpr):
     series = 0.0 * rho + P * (P + 1) / 2
     slope = 0.0 * rho
     for n in tl.static_range(P - 1):
-        k: tl.constexpr = P - 2 - n
         slope = slope * rho + series
-        series = series * rho + (k + 1) * (k + 2) / 2
+        series = series * rho + (P - 1 - n) * (P - n) / 2
     gap = tl.maximum(1.0 - rho, 0.0)
     return gap * gap * gap * series, gap * gap * (gap * slope - 3.0 * series) / cutoff
 
