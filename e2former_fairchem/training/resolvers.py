@@ -78,11 +78,11 @@ def element_references(name: str) -> ListConfig:
     return OmegaConf.create(list(_read_references(bundled.get(name, Path(name)))))
 
 
-@functools.cache
-def _check_dataset(key: str, path: str) -> str:
+@functools.cache  # fairchem resolves a config about twenty times
+def _check_dataset(key: str, path: Path) -> str:
     from e2former_fairchem.data.checks import check_dataset
 
-    return check_dataset(key, path)
+    return check_dataset(key, str(path))
 
 
 def dataset(key: str, path: str | Sequence[str] | None) -> str | ListConfig:
@@ -95,15 +95,8 @@ def dataset(key: str, path: str | Sequence[str] | None) -> str | ListConfig:
     if path is None:
         raise ValueError(f"{key}: expected a folder with a data set, got nothing; add {key}=FOLDER to the command line")
     if isinstance(path, list | tuple | ListConfig):
-        return OmegaConf.create([_check_dataset(key, str(p)) for p in path])
-    return _check_dataset(key, str(path))
-
-
-@functools.cache
-def _check_checkpoint(key: str, path: str) -> str:
-    from e2former_fairchem.training.checkpoint import check_checkpoint_path
-
-    return str(check_checkpoint_path(path, key=key))
+        return OmegaConf.create([_check_dataset(key, Path(p).expanduser().absolute()) for p in path])
+    return _check_dataset(key, Path(path).expanduser().absolute())
 
 
 def checkpoint(key: str, path: str | None) -> str:
@@ -115,7 +108,9 @@ def checkpoint(key: str, path: str | None) -> str:
     """
     if path is None:
         raise ValueError(f"{key}: expected an inference checkpoint, got nothing; add {key}=FILE to the command line")
-    return _check_checkpoint(key, str(path))
+    from e2former_fairchem.training.checkpoint import check_checkpoint_path
+
+    return str(check_checkpoint_path(path, key=key))
 
 
 def register_resolvers() -> None:
