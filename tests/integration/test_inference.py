@@ -130,19 +130,21 @@ def test_external_graph_with_too_short_a_radius_is_refused(write_checkpoint, tmp
 
 @pytest.mark.slow
 def test_compiled_under_the_default_settings(checkpoint, batch_of, structures) -> None:
-    """Compiled once for every size: energies, forces and stress are those of the eager model."""
+    """Energies, forces and stress are those of the eager model, and one compilation serves every number of atoms."""
     eager = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=InferenceSettings())
     compiled = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=inference_settings_default())
     before = torch._dynamo.config.recompile_limit
+    graphs = []
     try:
-        for index, names in enumerate((["ethanol"], ["slab", "crystal"], ["crystal", "water", "slab"], ["atom"])):
-            data = batch_of(*(structures[name] for name in names), dtype=torch.float32)
+        for atoms in (structures["ethanol"], structures["slab"], structures["ammonia"], structures["slab"] * (2, 1, 1)):
+            data = batch_of(atoms, dtype=torch.float32)
             expected, found = eager.predict(data.clone()), compiled.predict(data)
             for key in ("energy", "forces", "stress"):
-                torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=2e-5, msg=f"{names} {key}")
-            if index == 0:
-                assert compiled.inference_settings.compile
-                assert isinstance(compiled.model, torch._dynamo.OptimizedModule)
+                torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=2e-5, msg=f"{atoms} {key}")
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert compiled.inference_settings.compile and isinstance(compiled.model, torch._dynamo.OptimizedModule)
+        assert graphs[0] > 0, "nothing was compiled"
+        assert graphs[1] == graphs[3], "a new number of atoms compiled again"
     finally:
         torch._dynamo.config.recompile_limit = before
         torch._dynamo.reset()
