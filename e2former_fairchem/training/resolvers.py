@@ -75,7 +75,7 @@ def element_references(name: str) -> ListConfig:
             f"e2former.element_references: expected one of {', '.join(bundled)} or a .json file, got {name!r}"
         )
     # A plain list would not survive OmegaConf.resolve where one interpolation leads to another.
-    return OmegaConf.create(list(_read_references(bundled.get(name, Path(name)))))
+    return OmegaConf.create(list(_read_references(bundled.get(name, Path(name).absolute()))))
 
 
 @functools.cache  # fairchem resolves a config about twenty times

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.training.callbacks import collect_metrics
+from e2former_fairchem.training.checkpoint import read_checkpoint
 from e2former_fairchem.training.runner import evaluation_interval
 
 TRAIN = ("omol25_direct", "omol25_conserving", "spice_direct")
@@ -57,6 +58,45 @@ def test_training_config_takes_two_steps(
     assert all(math.isfinite(v) for v in values.values())
     final = next(Path("runs").glob("*/checkpoints/final"))
     assert (final / "inference_ckpt.pt").is_file()
+
+
+def test_second_stage_continues_from_the_first(
+    repo: Path, launch: Callable, tiny: Sequence[str], fake_omol25: Sequence[str], elsewhere: Path
+) -> None:
+    """The line in omol25_conserving.yaml: the first stage's network and energy head, at a learning rate of zero."""
+    short = (*tiny, *fake_omol25, "num_val=6", "num_workers=0", "steps=2", "warmup_steps=1", "max_atoms=20")
+    launch(repo / "configs" / "train" / "omol25_direct.yaml", *short, "job.run_dir=one")
+    first = next((elsewhere / "one").rglob("inference_ckpt.pt"))
+    launch(
+        repo / "configs" / "train" / "omol25_conserving.yaml",
+        "model=from_checkpoint",
+        f"checkpoint={first}",
+        "backbone=e2former_v2_omol25",
+        "backbone.direct_forces=false",
+        *short,
+        "job.run_dir=two",
+        "runner.train_eval_unit.optimizer_fn.lr=0.0",
+    )
+    before = read_checkpoint(first).ema_state_dict
+    after = read_checkpoint(next((elsewhere / "two").rglob("inference_ckpt.pt"))).model_state_dict
+    assert any("output_heads.efs.energy" in key for key in after)
+    for key, value in after.items():
+        torch.testing.assert_close(value, before["module." + key.replace("efs.energy", "energy.energy")])
+
+
+@pytest.mark.parametrize(("available", "name"), [(True, "CUDA"), (False, "CPU")])
+def test_a_gpu_is_used_where_there_is_one(
+    available: bool, name: str, repo: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert compose(repo / "configs" / "quickstart.yaml")["job"]["device_type"].name == name
+
+
+def test_element_references_of_ones_own(repo: Path, elsewhere: Path) -> None:
+    (elsewhere / "mine.json").write_text("[0.0, -16.0]")
+    config = compose(repo / "configs" / "quickstart.yaml", "element_references=mine.json")
+    energy = config["runner"]["train_eval_unit"]["tasks"][0]
+    assert energy["element_references"]["element_references"]["_args_"] == [[0.0, -16.0]]
 
 
 @pytest.mark.parametrize("name", TRAIN)

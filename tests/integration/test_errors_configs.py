@@ -153,7 +153,7 @@ def test_wrong_value_in_the_config(
         ("backbone=e2former_v3", ["backbone/e2former_v3", "e2former_v2_small"]),
         ("job.device=CPU", ["device"]),
         ("job.device_type=TPU", ["TPU"]),
-        ("element_references='${e2former.element_references:omol26}'", ["omol25", "omol26"]),
+        ("element_references=omol26", ["e2former.element_references: expected one of sample, omol25, spice", "omol26"]),
     ],
 )
 def test_unknown_key_or_option_is_refused_before_anything_is_written(
