@@ -81,7 +81,7 @@ class E2FormerV2(nn.Module):
         for block in self.blocks:
             x = self._run(block, x, system, atomic_numbers, graph, convolution, images)
         if self.long_range is None:
-            return self.norm(x)
+            return self.norm(x, backend=convolution.backend)
         y = self.long_range.norm_in(x)
         convolution = choose_convolution(self.config, long_graph.source.numel(), y)
         for block in self.long_range.blocks:

@@ -15,6 +15,7 @@ from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.so3 import eaas_tables, path_table
+from e2former_kernels.common.grouped_linear import grouped_linear
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
@@ -76,8 +77,12 @@ class PathProjection(nn.Module):
             for paths in row_paths
         )
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, backend: str = "reference") -> Tensor:
         """rows: [N, P, C] -> [N, (lmax+1)^2, out]."""
+        if backend == "triton":
+            weights = [w / math.sqrt(paths) for paths, w in zip(self.row_paths, self.weights, strict=True)]
+            degrees = [2 * l + 1 for l in range(len(weights))]
+            return grouped_linear(rows.flatten(1), weights, degrees).unflatten(1, (len(weights) ** 2, -1))
         parts, start = [], 0
         for degree, (paths, weight) in enumerate(zip(self.row_paths, self.weights, strict=True)):
             size = (2 * degree + 1) * paths
@@ -152,11 +157,12 @@ class EquivariantAttention(nn.Module):
 
         Returns [N, (lmax+1)^2, C].
         """
-        query, key = self.query_key(h)
-        value = self.value(h)
+        backend = convolution.backend
+        query, key = self.query_key(h, backend)
+        value = self.value(h, backend)
         target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
         radial = self.radial(target_table, source_table)
-        dot = None if self.dot is None else self.dot.project(h)
+        dot = None if self.dot is None else self.dot.project(h, backend)
         dot_weights = None if self.dot is None else self.dot(target_table, source_table)
         factored = convolution.node_factored and self.spec.order == 1
         image_rows = None
@@ -186,7 +192,7 @@ class EquivariantAttention(nn.Module):
             dot_weights,
             self.coupling,
         )
-        if convolution.backend == "triton" and form != "dense":
+        if backend == "triton" and form != "dense":
             rows = equivariant_attention(
                 *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, **options
             )
@@ -196,4 +202,4 @@ class EquivariantAttention(nn.Module):
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
             own = axis_aligned_contraction_reference(plain, images.position.to(plain.dtype), self.tables)
             rows = own - contracted
-        return self.out(rows if self.paths is None else self.paths(rows))
+        return self.out(rows if self.paths is None else self.paths(rows, backend), backend)

@@ -42,5 +42,7 @@ class TransformerBlock(nn.Module):
         images: ImageNodes | None,
     ) -> Tensor:
         """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C]."""
-        x = x + self.attention(self.norm1(x, system), atomic_numbers, graph, convolution, images)
-        return x + self.feedforward(self.norm2(x))
+        backend = convolution.backend
+        h = self.norm1(x, system, backend=backend)
+        x = x + self.attention(h, atomic_numbers, graph, convolution, images)
+        return x + self.feedforward(self.norm2(x, backend=backend), backend)

@@ -8,12 +8,7 @@ from torch.nn import functional as F
 
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.so3 import degree_of_row
-
-# e3nn's ``normalize2mom`` estimates these second-moment constants from a fixed random sample. The authors' weights
-# were trained with the estimates, so the estimates, not the integrals, are the function.
-SILU_SCALE = 1.6791767923989418
-SIGMOID_SCALE = 1.8467055342154763
-
+from e2former_kernels.feedforward import SIGMOID_SCALE, SILU_SCALE, gated_feedforward
 
 class GatedFeedForward(nn.Module):
     r"""The authors' ``s3`` feed-forward (SPEC section 6.8).
@@ -30,8 +25,18 @@ class GatedFeedForward(nn.Module):
         rows = [l - 1 for l in degree_of_row(lmax)[1:]]
         self.register_buffer("gate_row", torch.tensor(rows), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: str = "reference") -> Tensor:
         """x: [N, (lmax+1)^2, C]. Same shape back."""
+        if backend == "triton":
+            return gated_feedforward(
+                x,
+                self.linear1.weight,
+                self.linear1.bias,
+                self.gates.weight,
+                self.gates.bias,
+                self.linear2.weight,
+                self.linear2.bias,
+            )
         y = self.linear1(x)
         gates = self.gates(y[:, 0])
         scalar = SILU_SCALE * F.silu(gates[:, : self.channels])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.so3 import degree_of_row
+from e2former_kernels.common.grouped_linear import so3_linear
 
 
 def kaiming_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
@@ -33,8 +34,10 @@ class SO3Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.register_buffer("degree", torch.tensor(degree_of_row(lmax)), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]."""
+    def forward(self, x: Tensor, backend: str = "reference") -> Tensor:
+        """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]. backend ``triton``: strided products, no copies of rows."""
+        if backend == "triton":
+            return so3_linear(x, self.weight, self.bias)
         weight = self.weight.index_select(0, self.degree)
         y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
         if self.bias is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.so3 import degree_of_row
+from e2former_kernels.norm import equivariant_rms_norm
 
 EPS = 1e-5
 
@@ -27,8 +28,10 @@ class EquivariantRMSNorm(nn.Module):
         self.register_buffer("degree", torch.tensor(degree), persistent=False)
         self.register_buffer("balance", (balance / channels).to(torch.get_default_dtype()), persistent=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None, backend: str = "reference") -> Tensor:
         """x: [N, (lmax+1)^2, C]; shift: [N, C], added to the scalar row of the result. Same shape as x."""
+        if backend == "triton":
+            return equivariant_rms_norm(x, self.affine_weight, self.affine_bias, shift)
         mean = x[:, :1].mean(-1, keepdim=True)
         centred = torch.cat([x[:, :1] - mean, x[:, 1:]], 1)
         variance = (centred.square().sum(-1) @ self.balance.to(x.dtype)).view(-1, 1, 1)

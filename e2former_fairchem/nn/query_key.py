@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2former_fairchem.so3 import degree_of_row
+from e2former_kernels.query_key import invariants
 
 LAYER_NORM_EPS = 1e-5
 
@@ -50,9 +51,9 @@ class QueryKey(nn.Module):
         degrees = [product[l * l - 1 : (l + 1) ** 2 - 1].sum(0) for l in range(1, self.lmax + 1)]
         return torch.stack([scalar, *degrees], 1)
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, backend: str = "reference") -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]. Returns query and key, each [N, H, S]."""
-        s = self.invariants(h)
+        s = invariants(h, self.weight, self.bias) if backend == "triton" else self.invariants(h)
         nodes = s.shape[0]
         s = s.view(nodes, self.lmax + 1, 2, self.width).permute(2, 0, 1, 3).reshape(2, nodes, -1)
         x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.chunked import Chunked, Plan, not_leaves, wanted_inputs
+from e2former_kernels.common.chunked import TARGET, WHOLE, Chunked, Plan, not_leaves, plan_of, wanted_inputs
+
+MAX_RUN_NODES = 8192  # nodes worked on at a time by operations on nodes
+
+
+class NodeRun(NamedTuple):
+    """Consecutive nodes."""
+
+    nodes: slice
+
+
+def node_runs(number: int, size: int = MAX_RUN_NODES) -> list[NodeRun]:
+    """All nodes in runs of at most ``size``."""
+    return [NodeRun(slice(n, min(n + size, number))) for n in range(0, max(number, 1), size)]
+
+
+def node_plan(function: Callable[..., Tensor], nodes: Sequence[Tensor], weights: Sequence[Tensor]) -> Plan:
+    """Plan of ``function(*node_tensors, *weights)``, which maps rows of nodes to rows of the same nodes."""
+    arguments = [(TARGET, t) for t in nodes] + [(WHOLE, t) for t in weights]
+    return plan_of(lambda run, *tensors: function(*tensors), node_runs(nodes[0].shape[0]), arguments)
 
 
 class Step(Protocol):

@@ -1,0 +1,144 @@
+r"""Linear maps of groups of rows, without a copy of the rows and without a scatter of the results.
+
+A group is some consecutive rows of a node that share a weight: the 2l+1 rows of a degree (SO3 linear), or the paths
+that lead to one output row, side by side. Each group is one batched matrix product that reads and writes strided views.
+The map is bilinear; its derivatives are the three functions here with other arguments, so any order exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _views(x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
+    """Views [rows, N, width] of each group of x [N, sum rows * width], contiguous."""
+    nodes, total = x.shape
+    views, offset = [], x.storage_offset()
+    for number, width in zip(rows, widths, strict=True):
+        views.append(x.as_strided((number, nodes, width), (width, total, 1), offset))
+        offset += number * width
+    return views
+
+
+def apply_groups(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], transpose: bool, out: Tensor) -> Tensor:
+    """out [N, sum rows * O] = rows of x times the group's weight [O, I] (``transpose``: times [O, I] from the left).
+
+    x, out: [N, width], contiguous. No gradient.
+    """
+    into = [w.shape[1] if transpose else w.shape[0] for w in weights]
+    taken = [w.shape[0] if transpose else w.shape[1] for w in weights]
+    if out.numel():
+        for a, w, y in zip(_views(x, rows, taken), weights, _views(out, rows, into), strict=True):
+            torch.bmm(a, (w if transpose else w.t()).expand(a.shape[0], -1, -1), out=y)
+    return out
+
+
+def _new(x: Tensor, width: int) -> Tensor:
+    return x.new_empty(x.shape[0], width)
+
+
+class _Apply(torch.autograd.Function):
+    """(x, W) -> y."""
+
+    @staticmethod
+    def forward(ctx, rows: tuple[int, ...], x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.rows = rows
+        x = x.contiguous()
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *weights)
+        width = sum(r * w.shape[0] for r, w in zip(rows, weights, strict=True))
+        return apply_groups(x, weights, rows, False, _new(x, width))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, *weights = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad_x = _Transposed.apply(ctx.rows, grad, *weights) if need[1] else None
+        grads = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, x) if any(need[2:]) else (None,) * len(weights)
+        return (None, grad_x, *grads)
+
+
+class _Transposed(torch.autograd.Function):
+    """(g, W) -> gradient by x."""
+
+    @staticmethod
+    def forward(ctx, rows: tuple[int, ...], grad: Tensor, *weights: Tensor) -> Tensor:
+        ctx.rows = rows
+        grad = grad.contiguous()
+        ctx.save_for_backward(grad if any(ctx.needs_input_grad[2:]) else None, *weights)
+        width = sum(r * w.shape[1] for r, w in zip(rows, weights, strict=True))
+        return apply_groups(grad, weights, rows, True, _new(grad, width))
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        grad, *weights = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        first = _Apply.apply(ctx.rows, grad_out, *weights) if need[1] else None
+        rest = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, grad_out) if any(need[2:]) else (None,) * len(weights)
+        return (None, first, *rest)
+
+
+class _Outer(torch.autograd.Function):
+    """(g, x) -> gradients by W."""
+
+    @staticmethod
+    def forward(ctx, rows: tuple[int, ...], shapes: list[tuple[int, int]], grad: Tensor, x: Tensor):
+        ctx.rows = rows
+        grad, x = grad.contiguous(), x.contiguous()
+        ctx.save_for_backward(grad, x)
+        outputs, inputs = _views(grad, rows, [o for o, _ in shapes]), _views(x, rows, [i for _, i in shapes])
+        return tuple(torch.bmm(g.transpose(1, 2), a).sum(0) for g, a in zip(outputs, inputs, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad, x = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        return (
+            None,
+            None,
+            _Apply.apply(ctx.rows, x, *grads) if need[2] else None,
+            _Transposed.apply(ctx.rows, grad, *grads) if need[3] else None,
+        )
+
+
+class _FirstRowBias(torch.autograd.Function):
+    """Adds the bias to the first O numbers of every node, in place."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.width = bias.shape[0]
+        y[:, : ctx.width] += bias
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, grad[:, : ctx.width].sum(0) if ctx.needs_input_grad[1] else None
+
+
+def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    """y[n] = for every group g and each of its rows, W_g x[n, g, row].
+
+    x: [N, sum_g rows_g * I_g]; weights: W_g [O, I_g]; rows: rows_g; bias: [O], for the first row. Returns
+    [N, sum_g rows_g * O]. Differentiable to any order. Under autocast it computes in autocast's dtype, as a linear
+    layer does.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+        bias = None if bias is None else bias.to(dtype)
+    y = _Apply.apply(tuple(rows), x, *weights)
+    return y if bias is None else _FirstRowBias.apply(y, bias)
+
+
+def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[l, m] = W_l x[l, m], plus the bias where l = 0.
+
+    x: [N, (L+1)^2, I]; weight: [L+1, O, I]; bias: [O]. Returns [N, (L+1)^2, O].
+    """
+    degrees, outputs, _ = weight.shape
+    rows = [2 * l + 1 for l in range(degrees)]
+    return grouped_linear(x.flatten(1), weight.unbind(0), rows, bias).view(-1, degrees * degrees, outputs)

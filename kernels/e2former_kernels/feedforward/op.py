@@ -1,0 +1,79 @@
+"""Gated feed-forward network with Triton kernels: nothing is kept for the backward pass but its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from e2former_kernels.common.chunked import Plan
+from e2former_kernels.common.grouped_linear import apply_groups
+from e2former_kernels.common.step import node_plan, node_runs, run_step
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.feedforward.kernel import gate_backward_kernel, gate_kernel
+from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, gated_feedforward_reference
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    plan: Plan
+
+    @staticmethod
+    def _first(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+        weight1, bias1, gate_weight, gate_bias = weights[:4]
+        rows = [2 * l + 1 for l in range(weight1.shape[0])]
+        y = apply_groups(x.flatten(1), weight1.unbind(0), rows, False, torch.empty_like(x).flatten(1)).view_as(x)
+        y[:, 0] += bias1
+        return y, torch.addmm(gate_bias, y[:, 0], gate_weight.t()), rows
+
+    @staticmethod
+    def _grid(x: Tensor) -> tuple[tuple[int, int], dict]:
+        channels = x.shape[-1]
+        block = min(next_power(channels), 256)
+        return (x.shape[0], triton.cdiv(channels, block)), {"C": channels, "BC": block, "num_warps": 2}
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        x, *weights = tensors
+        weight2, bias2 = weights[4:]
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        if x.numel():
+            for run in node_runs(x.shape[0]):
+                y, gates, rows = self._first(x[run.nodes], weights)
+                grid, constants = self._grid(y)
+                gate_kernel[grid](y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=len(rows), **constants)
+                apply_groups(y.flatten(1), weight2.unbind(0), rows, False, out[run.nodes].flatten(1))
+            out[:, 0] += bias2
+        return out
+
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        if any(n > 0 for n in wanted):
+            return list(self.plan.vjp(wanted, tensors).run([grad, *tensors]))
+        x, *weights = tensors
+        weight1, gate_weight, weight2 = weights[0], weights[2], weights[4]
+        x, grad = x.contiguous(), grad.contiguous()
+        out = torch.empty_like(x)
+        if x.numel():
+            for run in node_runs(x.shape[0]):
+                y, gates, rows = self._first(x[run.nodes], weights)
+                part = torch.empty_like(y)
+                apply_groups(grad[run.nodes].flatten(1), weight2.unbind(0), rows, True, part.flatten(1))
+                grid, constants = self._grid(y)
+                gate_backward_kernel[grid](
+                    part, y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=len(rows), **constants
+                )
+                torch.mm(gates, gate_weight, out=part[:, 0])
+                apply_groups(part.flatten(1), weight1.unbind(0), rows, True, out[run.nodes].flatten(1))
+        return [out]
+
+
+@torch.compiler.disable()
+def gated_feedforward(
+    x: Tensor, weight1: Tensor, bias1: Tensor, gate_weight: Tensor, gate_bias: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """The function of :func:`gated_feedforward_reference` with Triton kernels; differentiable to any order."""
+    weights = [weight1, bias1, gate_weight, gate_bias, weight2, bias2]
+    step = _FeedForward(node_plan(gated_feedforward_reference, [x], weights))
+    return run_step(step, [x, *weights])

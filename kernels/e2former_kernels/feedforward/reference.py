@@ -1,0 +1,33 @@
+"""Gated feed-forward network in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from e2former_kernels.common.grouped_linear import so3_linear
+
+# e3nn's ``normalize2mom`` estimates these second-moment constants from a fixed random sample. The authors' weights
+# were trained with the estimates, so the estimates, not the integrals, are the function.
+SILU_SCALE = 1.6791767923989418
+SIGMOID_SCALE = 1.8467055342154763
+
+
+def gated_feedforward_reference(
+    x: Tensor, weight1: Tensor, bias1: Tensor, gate_weight: Tensor, gate_bias: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    r"""The authors' ``s3`` feed-forward (SPEC section 6.8).
+
+    y = W1 x; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; result W2 z.
+
+    x: [N, (L+1)^2, C]; weight1, weight2: [L+1, C, C]; gate_weight: [(L+1) C, C]. Returns the shape of x.
+    """
+    degrees, channels, _ = weight1.shape
+    y = so3_linear(x, weight1, bias1)
+    gates = F.linear(y[:, 0], gate_weight, gate_bias).view(-1, degrees, channels)
+    parts = [(SILU_SCALE * F.silu(gates[:, 0])).unsqueeze(1)]
+    for degree in range(1, degrees):
+        gate = SIGMOID_SCALE * torch.sigmoid(gates[:, degree : degree + 1])
+        parts.append(gate * y[:, degree * degree : (degree + 1) ** 2])
+    return so3_linear(torch.cat(parts, 1), weight2, bias2)
