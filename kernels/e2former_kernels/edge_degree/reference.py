@@ -13,6 +13,7 @@ from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial
 
 AVERAGE_DEGREE = 23.01  # the authors' constant divisor
 CHUNK_NUMBERS = 1 << 24  # working memory of one chunk, in numbers: 64 MB in float32
+MIN_CHUNK_EDGES = 256  # however wide the network
 
 
 @torch.compiler.disable()
@@ -67,5 +68,5 @@ def edge_degree_embedding_reference(
     if max_chunk_edges is None:
         groups, channels, hidden = radial.out.shape
         numbers = 2 * (lmax + 1) ** 2 * channels + 8 * groups * hidden
-        max_chunk_edges = max(CHUNK_NUMBERS // numbers, 256)
+        max_chunk_edges = max(CHUNK_NUMBERS // numbers, MIN_CHUNK_EDGES)
     return chunked(function, make_chunks(row_ptr, source, target, max_chunk_edges), arguments)

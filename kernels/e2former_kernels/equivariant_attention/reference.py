@@ -28,6 +28,7 @@ from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSp
 Form = Literal["dense", "relative", "sum"]
 # Working memory of one chunk of the recomputing form, in numbers (not bytes): 64 MB in float32.
 CHUNK_NUMBERS = 1 << 24
+MIN_CHUNK_EDGES = 256  # however wide the network
 
 
 class DotWeights(NamedTuple):
@@ -319,7 +320,7 @@ def equivariant_attention_reference(
         return function(whole, *gathered)
     if max_chunk_edges is None:
         numbers = 6 * spec.num_rows * value.shape[-1] + 16 * radial.hidden.shape[-1] + 8 * radial.out.shape[-2]
-        max_chunk_edges = max(CHUNK_NUMBERS // numbers, 256)
+        max_chunk_edges = max(CHUNK_NUMBERS // numbers, MIN_CHUNK_EDGES)
     return chunked(function, make_chunks(row_ptr, source, target, max_chunk_edges, image), arguments)
 
 
