@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH, E2FormerV2Config
+from e2former_fairchem.nn.axis_aligned import eaas_tables
 from e2former_fairchem.nn.convolution import Convolution, ImageNodes
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
-from e2former_fairchem.so3 import eaas_tables, path_table
+from e2former_fairchem.so3 import path_table
 from e2former_kernels.common.grouped_linear import grouped_linear
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (

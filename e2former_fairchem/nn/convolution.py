@@ -36,7 +36,8 @@ def choose_convolution(config: E2FormerV2Config, num_edges: int, like: Tensor) -
     """The form asked for, or for ``auto`` the fastest one; and who computes it.
 
     ``auto`` is the relative form. The reference recomputes only when the edge tensors of a layer would be large.
-    like: a parameter, for device and dtype (on a GPU the kernels take float32; ``auto`` gives float64 to the reference).
+    like: a parameter, for device and dtype (on a GPU the kernels take float32, and ``auto`` gives float64 to the
+    reference).
     Raises RuntimeError when ``kernel_backend: triton`` cannot run here.
     """
     backend = config.kernel_backend

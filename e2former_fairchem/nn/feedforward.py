@@ -10,6 +10,7 @@ from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.so3 import degree_of_row
 from e2former_kernels.feedforward import SIGMOID_SCALE, SILU_SCALE, gated_feedforward
 
+
 class GatedFeedForward(nn.Module):
     r"""The authors' ``s3`` feed-forward (SPEC section 6.8).
 

@@ -157,7 +157,7 @@ def _bilinear(paths: Tensor, rows: Tensor, tables: EAASTables) -> Tensor:
 def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
     r""":math:`(T(r) v)_{p} = \sum_{b,m} C_{pbm}\, r_b\, v_m`, computed as |r| D^T (pick and scale) D v.
 
-    value: [N, (lmax+1)^2, C]. position: [N, 3], any length unit; zero and the polar axis are allowed. tables: constants.
+    value: [N, (lmax+1)^2, C]. position: [N, 3], any length unit; zero and the polar axis are allowed.
     Returns [N, P, C]. Differentiable to any order.
     """
     return _Contract.apply(value, position, tables)

@@ -57,7 +57,8 @@ def edge_degree_embedding_reference(
             c_radial,
         )
         harmonics = solid_harmonics(c_vec / distance.unsqueeze(-1), lmax)
-        harmonics = harmonics * (polynomial_envelope(distance, cutoff, envelope_exponent) / AVERAGE_DEGREE).unsqueeze(-1)
+        scale = polynomial_envelope(distance, cutoff, envelope_exponent) / AVERAGE_DEGREE
+        harmonics = harmonics * scale.unsqueeze(-1)
         message = harmonics.to(features.dtype).unsqueeze(-1) * features.index_select(1, degree)
         return message.new_zeros((chunk.num_nodes, *message.shape[1:])).index_add(0, chunk.target, message)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_same_dtype, check_shape
-from e2former_kernels.common.chunked import IMAGE, SOURCE, TARGET, WHOLE, Chunk, chunked, make_chunks
 from e2former_kernels.common.chunked import EDGE as EDGE_KIND
+from e2former_kernels.common.chunked import IMAGE, SOURCE, TARGET, WHOLE, Chunk, chunked, make_chunks
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
@@ -200,7 +200,8 @@ def aggregate(
     direction = vec.to(weights.dtype) * scale
     rows, _, num_rows = coupling.shape
     if form == "dense":
-        matrix = (direction @ coupling.to(weights.dtype).transpose(0, 1).reshape(3, rows * num_rows)).view(-1, rows, num_rows)
+        by_axis = coupling.to(weights.dtype).transpose(0, 1).reshape(3, rows * num_rows)
+        matrix = (direction @ by_axis).view(-1, rows, num_rows)
         return segment_sum(torch.bmm(matrix, _weighted(weights, value)), target, num_nodes)
     weighted = _weighted(weights, value)
     outer = torch.stack([segment_sum(direction[:, b, None, None] * weighted, target, num_nodes) for b in range(3)], 1)

@@ -1,4 +1,4 @@
-r"""Coupling of a feature with a direction: which paths there are, their coefficients, the axis-aligned constants.
+r"""Coupling of a feature with a direction: which paths there are, and their coefficients.
 
 A path takes degree l1 with a vector to degree l3, \|l1-1\| <= l3 <= l1+1. Its coefficients are
 :math:`\sqrt{2 l_3+1}` times e3nn's 3j symbol, so that the squares for one output row sum to one.
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from e3nn import o3
 from torch import Tensor
-
-from e2former_kernels.eaas import EAASTables
 
 
 @dataclass(frozen=True)
@@ -55,18 +53,3 @@ def path_table(lmax: int, reflection_equivariant: bool = False) -> PathTable:
                 row[:, l1 * l1 : (l1 + 1) ** 2] = blocks[l1][:, :, m3].T
                 rows.append(row)
     return PathTable(lmax, paths, torch.stack(rows))
-
-
-def eaas_tables(table: PathTable) -> EAASTables:
-    """Constants of :func:`e2former_kernels.eaas.axis_aligned_contraction_reference`, in float64."""
-    along = table.coupling[:, 1]  # b = y: what is left of the direction in its own frame
-    if int((along.abs() > 1e-12).sum(1).max()) > 1:
-        raise RuntimeError("axis-aligned frame: a path row couples to more than one row")
-    index = along.abs().argmax(1)
-    recursion = tuple(
-        (o3.wigner_3j(1, l - 1, l, dtype=torch.float64) * math.sqrt(2 * l + 1)).reshape(-1, 2 * l + 1).T.contiguous()
-        for l in range(2, table.lmax + 1)
-    )
-    return EAASTables(
-        table.coupling, index, along.gather(1, index.unsqueeze(1)).squeeze(1), recursion, table.row_paths
-    )
