@@ -56,7 +56,9 @@ class _Apply(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         need = ctx.needs_input_grad
         grad_x = _Transposed.apply(ctx.rows, grad, *weights) if need[1] else None
-        grads = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, x) if any(need[2:]) else (None,) * len(weights)
+        grads = (None,) * len(weights)
+        if any(need[2:]):
+            grads = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, x)
         return (None, grad_x, *grads)
 
 
@@ -76,7 +78,9 @@ class _Transposed(torch.autograd.Function):
         grad, *weights = ctx.saved_tensors
         need = ctx.needs_input_grad
         first = _Apply.apply(ctx.rows, grad_out, *weights) if need[1] else None
-        rest = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, grad_out) if any(need[2:]) else (None,) * len(weights)
+        rest = (None,) * len(weights)
+        if any(need[2:]):
+            rest = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, grad_out)
         return (None, first, *rest)
 
 

@@ -123,7 +123,7 @@ def edge_plan(
         known = _plans[source] = {}
     key = (row_ptr.data_ptr(), source._version, row_ptr._version, max_edges)
     if key not in known:
-        if len(known) >= 4:
+        if len(known) >= 8:
             known.clear()
         with torch.no_grad():
             known[key] = _build(source, target, row_ptr, source_order, source_ptr, max_edges, senders)

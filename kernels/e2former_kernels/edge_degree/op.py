@@ -7,6 +7,7 @@ harmonics times hidden features, and one matrix product per degree follows for e
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,10 @@ from e2former_kernels.common.step import run_step
 from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_features, harmonic_sum
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 
-RUN_NUMBERS = 1 << 28  # working memory of one run of edges, in numbers: 1 GB in float32
+# Working memory of one run of edges as in ``equivariant_attention/op.py``.
+FUSED_NUMBERS = 1 << 27
+RUN_NUMBERS = 1 << 30
+MIN_RUN_EDGES = 64
 
 
 @dataclass(frozen=True)
@@ -158,14 +162,18 @@ def edge_degree_embedding(
     check_same_dtype("radial.basis", radial.basis, **named)
     check_same_device("radial.basis", radial.basis, vec=vec, source=source, row_ptr=row_ptr, species=species, **named)
     vec = vec.to(dtype)
-    groups, channels, hidden = radial.out.shape
+    groups, _, hidden = radial.out.shape
     numbers = groups * (26 * hidden) + 4 * num_basis
-    chunks = edge_plan(
-        source, target, row_ptr, source_order, source_ptr, max_run_edges or max(RUN_NUMBERS // numbers, 64)
-    )
-    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, chunks, source, species, radial)
+
+    def plan(budget: int, numbers: int) -> list[EdgeChunk]:
+        size = max_run_edges or max(budget // numbers, MIN_RUN_EDGES)
+        return edge_plan(source, target, row_ptr, source_order, source_ptr, size)
+
+    fused = plan(FUSED_NUMBERS, groups * 2 * hidden + 24 * (lmax + 1) ** 2)
+    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial)
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
-    step = _Embedding(**(step.__dict__ | {"plan": plan_of(step.of_run, chunks, arguments)}))
+    further = plan_of(step.of_run, plan(RUN_NUMBERS, numbers), arguments)
+    step = dataclasses.replace(step, plan=further)
     sums = run_step(step, [t for _, t in arguments])
     parts = []
     for degree in range(lmax + 1):

@@ -21,6 +21,7 @@ from e2former_kernels.equivariant_attention import fused_kernel as kernel
 from e2former_kernels.equivariant_attention.primitives import (
     launch_aggregate,
     launch_aggregate_transposed,
+    launch_contract,
     launch_message_dot,
     launch_pair_sum,
 )
@@ -125,7 +126,7 @@ class FusedAttention:
                 summed = value.new_empty(chunk.num_nodes, self.directions, per_head.shape[1], heads)
             launch_aggregate(weight, edges.scale, per_head, self.source[chunk.edges], chunk.row_ptr, summed)
             if self.coupling is not None:
-                torch.matmul(self.coupling, summed.view(chunk.num_nodes, -1, channels), out=out[chunk.nodes])
+                launch_contract(self.coupling, summed.view(chunk.num_nodes, -1, channels), out[chunk.nodes])
         return out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
@@ -159,7 +160,9 @@ class FusedAttention:
             weight, pair, top, total = self._attention(chunk, edges, query, key, features, keep=True)
             part = grad[chunk.nodes]
             if self.coupling is not None:
-                part = torch.matmul(self.coupling.t(), part)
+                outer = part.new_empty(receivers, self.coupling.shape[1], channels)
+                launch_contract(self.coupling.t().contiguous(), part, outer)
+                part = outer
             part = part.view(receivers, self.directions, rows, heads)
             dots = weight.new_empty(number, self.directions, heads)
             launch_message_dot(per_head, part, source, chunk.row_ptr, dots)

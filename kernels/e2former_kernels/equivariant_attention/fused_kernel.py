@@ -1,4 +1,4 @@
-"""Triton kernels of the fused value and first derivative: geometry of an edge, scores and softmax, and their backward."""
+"""Triton kernels of the fused value and first derivative: geometry of edges, scores, softmax, and their backward."""
 
 from __future__ import annotations
 

@@ -207,3 +207,18 @@ def pair_sum_kernel(
         row = tl.load(rows + n).to(tl.int64)
         total += tl.load(out + row * H * S + at, mask=mask, other=0.0)
     tl.store(out + row * H * S + at, total, mask=mask)
+
+
+@triton.jit
+def contract_kernel(
+    matrix, x, out, P, K, C, PP: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """out[n, p, c] = sum_k matrix[p, k] x[n, k, c] for a small matrix: the Clebsch-Gordan contraction of one atom."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    p, k = tl.arange(0, PP), tl.arange(0, KP)
+    a = tl.load(matrix + p[:, None] * K + k[None, :], mask=(p[:, None] < P) & (k[None, :] < K), other=0.0)
+    inside = c[None, :] < C
+    b = tl.load(x + n * K * C + k[:, None] * C + c[None, :], mask=(k[:, None] < K) & inside, other=0.0)
+    y = tl.dot(a, b, input_precision=PRECISION, out_dtype=out.dtype.element_ty)
+    tl.store(out + n * P * C + p[:, None] * C + c[None, :], y, mask=(p[:, None] < P) & inside)

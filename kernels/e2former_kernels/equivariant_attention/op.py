@@ -29,8 +29,11 @@ from e2former_kernels.equivariant_attention.primitives import aggregate, pair_do
 from e2former_kernels.equivariant_attention.reference import DotWeights, Form, inverse_distance, segment_max
 from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
 
-# Working memory of one run, in numbers (not bytes): 1 GB in float32.
-RUN_NUMBERS = 1 << 28
+# Working memory of one run of the fused kernels, and of the differentiable pieces behind higher derivatives, in numbers
+# (not bytes): 512 MB and 4 GB in float32, whatever the number of atoms and edges.
+FUSED_NUMBERS = 1 << 27
+RUN_NUMBERS = 1 << 30
+MIN_RUN_EDGES = 64
 
 
 class Pieces(NamedTuple):
@@ -177,7 +180,7 @@ def attention_of_run(
     direction = vec * inverse_distance(spec, distance).unsqueeze(-1)
     outer = aggregate(weights, direction, value, *chunk.index).view(-1, 3 * rows, channels)
     with torch.autocast(vec.device.type, enabled=False):
-        return torch.matmul(coupling.flatten(1), outer)
+        return torch.bmm(coupling.flatten(1).expand(outer.shape[0], -1, -1), outer)
 
 
 def check_arguments(
@@ -232,7 +235,7 @@ def check_arguments(
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"value: expected float32 or float64, got {value.dtype}")
     if value.dtype == torch.float64 and value.device.type == "cuda":
-        raise TypeError("value: float64 on a GPU goes through equivariant_attention_reference, the kernels take float32")
+        raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
 
 
 @torch.compiler.disable()
@@ -261,8 +264,8 @@ def equivariant_attention(
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
     Arguments as there (form ``relative`` or ``sum``). source_order: [E] permutation that sorts the edges by source,
-    stable; source_ptr: [N+1] its CSR pointer; made when None. max_run_edges: edges worked on at a time (default: 1 GB
-    of working memory, whatever the number of edges).
+    stable; source_ptr: [N+1] its CSR pointer; made when None. max_run_edges: edges worked on at a time (default: a
+    fixed amount of working memory, whatever the number of edges).
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
@@ -276,9 +279,8 @@ def equivariant_attention(
     def cast(t: Tensor | None) -> Tensor | None:
         return t.to(dtype) if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
 
-    pieces = Pieces(
-        vec.to(dtype), cast(query), cast(key), cast(value).contiguous(), cast(dot), cast(image_rows), radial, dot_weights
-    )
+    nodes = (vec.to(dtype), cast(query), cast(key), cast(value).contiguous(), cast(dot), cast(image_rows))
+    pieces = Pieces(*nodes, radial, dot_weights)
     if coupling is not None:
         coupling = coupling.to(dtype)
     check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form, image)
@@ -286,12 +288,10 @@ def equivariant_attention(
     numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
     if spec.score == "qk_dot":
         numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
-    max_run_edges = max_run_edges or max(RUN_NUMBERS // (numbers + per_row), 64)
-    chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, max_run_edges)
+    size = max_run_edges or max(RUN_NUMBERS // (numbers + per_row), MIN_RUN_EDGES)
+    chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size)
     if image_rows is not None:
-        nodes_of_images = edge_plan(
-            image, target, row_ptr, None, None, max_run_edges, senders=image_rows.shape[0]
-        )
+        nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=image_rows.shape[0])
         chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
 
     def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
@@ -305,13 +305,15 @@ def equivariant_attention(
     if spec.score != "qk" or image_rows is not None:
         return chunked(function, chunks, arguments)
     relative = spec.order == 1 and form == "relative"
+    directions = 3 if relative else 1
+    size = max_run_edges or max(FUSED_NUMBERS // ((6 + directions) * spec.num_heads + 16), MIN_RUN_EDGES)
     step = FusedAttention(
         spec=spec,
-        directions=3 if relative else 1,
-        chunks=chunks,
+        directions=directions,
+        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, size),
         source=source,
         species=species,
-        coupling=coupling.flatten(1) if relative else None,
+        coupling=coupling.flatten(1).contiguous() if relative else None,
         radial=radial,
         plan=plan_of(function, chunks, arguments),
     )

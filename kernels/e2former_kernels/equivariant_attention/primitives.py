@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from e2former_kernels.common.radial_kernel import dot_precision
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernel
 
@@ -23,7 +24,9 @@ def _op(name: str):
     return torch.library.custom_op(f"e2former_kernels::{name}", mutates_args=())
 
 
-def launch_aggregate(weight: Tensor, scale: Tensor, value: Tensor, source: Tensor, row_ptr: Tensor, out: Tensor) -> None:
+def launch_aggregate(
+    weight: Tensor, scale: Tensor, value: Tensor, source: Tensor, row_ptr: Tensor, out: Tensor
+) -> None:
     """out[N, B, R, H] = dF/dg. weight: [E, H], scale: [E, B], value: [senders, R, H], contiguous."""
     nodes, directions, rows, heads = out.shape
     if not out.numel():
@@ -99,6 +102,19 @@ def launch_pair_sum(
     kernel.pair_sum_kernel[number, triton.cdiv(heads, block)](
         weight, x, index, index if order is None else order, ptr, index if rows is None else rows, out, heads, width,
         BH=block, BS=next_power(width), ORDERED=order is not None, ACCUMULATE=rows is not None, num_warps=2,
+    )  # fmt: skip
+
+
+def launch_contract(matrix: Tensor, x: Tensor, out: Tensor) -> None:
+    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous."""
+    nodes, inner, channels = x.shape
+    if not out.numel():
+        return
+    block = min(max(next_power(channels), 16), 128)
+    kernel.contract_kernel[nodes, triton.cdiv(channels, block)](
+        matrix, x, out, matrix.shape[0], inner, channels,
+        PP=max(next_power(matrix.shape[0]), 16), KP=max(next_power(inner), 16), BC=block,
+        PRECISION=dot_precision(x.dtype), num_warps=4,
     )  # fmt: skip
 
 
