@@ -15,6 +15,10 @@ _ENVELOPE_EXPONENT = {"v2": 3, "v1_5": 5}
 _LONG_LOWER = {"v2": 2.5, "v1_5": 0.1}
 _SCORES = {"QK_alpha": "qk", "QKdot_alpha": "qk_dot", "QKdotS_alpha": "qk_dot_scalar"}
 _ORDERS = {"so2-first-order": 1, "zero-order": 0}
+# eV of one unit in which labels were given to the loss, and therefore of the output (SPEC section 9).
+_LOSS_UNITS = {"ev": 1.0, "kcal/mol": 0.0433634, "mev": 1e-3, "normev": 1.5}
+# Release v1.5 gives data sets a common head (SPEC section 8).
+_RENAMED = dict.fromkeys(("svp-enhance", "tzvpd-small", "tzvpd-forceatomfilter"), "tzvpd")
 MAX_NUM_ELEMENTS = 118
 
 
@@ -22,13 +26,14 @@ MAX_NUM_ELEMENTS = 118
 class MolFMConfig:
     """backbone: keyword arguments of the backbone. conserving: forces by autograd. force_head: ``linear``, ``painn``.
 
-    datasets: names the checkpoint has heads for.
+    datasets: names the checkpoint may have heads for. unit: eV (and eV/Å) of one unit of the network's output.
     """
 
     backbone: dict[str, Any]
     conserving: bool
     force_head: str
     datasets: tuple[str, ...]
+    unit: float = 1.0
 
 
 def parse_release(release: str) -> Release:
@@ -136,9 +141,22 @@ def parse_molfm_config(config: Mapping[str, Any], release: str) -> MolFMConfig:
     force_head = "linear" if _absent(flat.get("with_moe")) else str(flat["with_moe"])
     if force_head not in ("linear", "painn"):
         raise ValueError(f"with_moe: expected None or 'painn', got {flat['with_moe']!r}")
+    unit = str(flat.get("loss_unit") or "ev").lower()
+    if unit not in _LOSS_UNITS:
+        raise ValueError(f"loss_unit: expected one of {', '.join(_LOSS_UNITS)}, got {flat['loss_unit']!r}")
+    conserving = _flag("AutoGradForce", flat.get("AutoGradForce", False))
+    return MolFMConfig(backbone, conserving, force_head, _datasets(flat, release_key), _LOSS_UNITS[unit])
+
+
+def _datasets(flat: Mapping[str, Any], release: Release) -> tuple[str, ...]:
+    """Names that heads may have: the data sets' own, and what release v1.5 renames them to."""
     names = flat.get("dataset_name_list", "omol25")
-    datasets = tuple(n.strip() for n in names.split(",")) if isinstance(names, str) else tuple(names)
-    return MolFMConfig(backbone, _flag("AutoGradForce", flat.get("AutoGradForce", False)), force_head, datasets)
+    found = [n.strip() for n in names.split(",")] if isinstance(names, str) else [str(n) for n in names]
+    if release == "v1_5":
+        found += [_RENAMED[name] for name in found if name in _RENAMED]
+        if "share" in str(flat.get("head_cfg_str", "")) and "tzvpd" in found:
+            found.append("omol25")
+    return tuple(dict.fromkeys(found))
 
 
 def _long_range(flat: Mapping[str, Any], release: Release) -> dict[str, Any] | None:

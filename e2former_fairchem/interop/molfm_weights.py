@@ -204,6 +204,19 @@ def _painn(reader: _Reader, key: str, channels: int) -> dict[str, Tensor]:
     return out
 
 
+def unused_keys(
+    state_dict: Mapping[str, Tensor], *, head: str, datasets: tuple[str, ...], conserving: bool
+) -> list[str]:
+    """Keys that are known and not needed, sorted.
+
+    Constants, tensors that no forward pass touches, other data sets' heads, and the force head that conserving forces
+    do not need.
+    """
+    spare = [f"head.energy_heads.{name}." for name in datasets if name != head]
+    spare += [f"head.force_heads.{name}." for name in datasets if conserving or name != head]
+    return sorted(key for key in state_dict if _IGNORED.fullmatch(key) or key.startswith(tuple(spare)))
+
+
 def translate_state_dict(
     state_dict: Mapping[str, Tensor],
     config: E2FormerV2Config,
@@ -231,14 +244,8 @@ def translate_state_dict(
             result["force"] = _painn(reader, force_key, channels)
         else:
             result["force"] = {"weight": reader.take(f"{force_key}.sing_linear.weight", 1, channels)}
-    # other data sets' heads, and the force head that conserving forces do not need
-    spare = [f"head.energy_heads.{name}." for name in datasets if name != head]
-    spare += [f"head.force_heads.{name}." for name in datasets if conserving or name != head]
-    unknown = [
-        key
-        for key in reader.source
-        if key not in reader.used and not _IGNORED.fullmatch(key) and not key.startswith(tuple(spare))
-    ]
+    unused = set(unused_keys(state_dict, head=head, datasets=datasets, conserving=conserving))
+    unknown = [key for key in reader.source if key not in reader.used and key not in unused]
     problems = [
         f"{title}: {', '.join(sorted(keys))}"
         for title, keys in (
