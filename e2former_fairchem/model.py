@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from e2former_fairchem.config import E2FormerV2Config, LongRange
 from e2former_fairchem.nn.block import TransformerBlock
-from e2former_fairchem.nn.convolution import choose_convolution, image_nodes
+from e2former_fairchem.nn.convolution import choose_convolution, image_nodes, with_geometry
 from e2former_fairchem.nn.embedding import AtomEmbedding, ChargeSpinEmbedding, EdgeDegreeEmbedding
 from e2former_fairchem.nn.linear import SO3Linear
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
@@ -73,6 +73,7 @@ class E2FormerV2(nn.Module):
             expected = "no long-range graph" if self.long_range is None else "a long-range graph"
             raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
         convolution = choose_convolution(self.config, graph.source.numel(), self.charge_spin.mix.weight)
+        convolution = with_geometry(convolution, self.config, graph)
         images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
         system = self.charge_spin(charge, spin).index_select(0, batch)
         x = self.edge_degree(atomic_numbers, graph, convolution)

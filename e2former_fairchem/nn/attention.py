@@ -198,7 +198,9 @@ class EquivariantAttention(nn.Module):
                 *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, **options
             )
         else:
-            rows = equivariant_attention_reference(*arguments, recompute=convolution.recompute, **options)
+            rows = equivariant_attention_reference(
+                *arguments, recompute=convolution.recompute, geometry=convolution.geometry, **options
+            )
         if factored:
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
             own = axis_aligned_contraction_reference(plain, images.position.to(plain.dtype), self.tables)

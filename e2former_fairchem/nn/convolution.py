@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_kernels.common.backend import resolve_backend
+from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
 
 # Below this many numbers of edge tensors in one layer, keeping them for the backward pass is cheaper than computing
-# them twice (64 MB in float32; measured on a CPU, see kernels/benchmarks/NOTES.md).
+# them twice (64 MB in float32).
 KEEP_NUMBERS = 1 << 24
 
 
@@ -24,12 +25,14 @@ class Convolution:
     """form: of ``equivariant_attention_reference``; node_factored: EAAS; recompute: keep no edge tensors.
 
     backend: ``reference`` or ``triton``; the dense form, the standard implementation, is PyTorch's in both.
+    geometry: of the edges, computed once for all layers where edge tensors are kept.
     """
 
     form: str
     node_factored: bool
     recompute: bool
     backend: str = "reference"
+    geometry: EdgeGeometry | None = None
 
 
 def choose_convolution(config: E2FormerV2Config, num_edges: int, like: Tensor) -> Convolution:
@@ -52,6 +55,14 @@ def choose_convolution(config: E2FormerV2Config, num_edges: int, like: Tensor) -
         return Convolution("relative", False, True, backend)
     numbers = num_edges * 6 * (config.lmax + 1) ** 2 * config.sphere_channels
     return Convolution("relative", False, config.convolution == "on_the_fly" or numbers > KEEP_NUMBERS)
+
+
+def with_geometry(convolution: Convolution, config: E2FormerV2Config, graph: Graph) -> Convolution:
+    """The convolution with what its layers share of the short-range graph, unless they may not keep it."""
+    if convolution.recompute or convolution.backend == "triton":
+        return convolution
+    geometry = edge_geometry(graph.vec, config.cutoff, config.num_radial_basis, config.envelope_exponent)
+    return replace(convolution, geometry=geometry)
 
 
 @dataclass(frozen=True)

@@ -97,4 +97,6 @@ class EdgeDegreeEmbedding(nn.Module):
             return edge_degree_embedding(
                 *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr
             )
-        return edge_degree_embedding_reference(*arguments, recompute=convolution.recompute)
+        return edge_degree_embedding_reference(
+            *arguments, recompute=convolution.recompute, geometry=convolution.geometry
+        )

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from e2former_kernels.common.checks import check_shape
 from e2former_kernels.common.chunked import EDGE, WHOLE, Chunk, chunked, make_chunks
-from e2former_kernels.common.envelope import polynomial_envelope
+from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.common.radial import RadialWeights, radial_network
 
 AVERAGE_DEGREE = 23.01  # the authors' constant divisor
 CHUNK_NUMBERS = 1 << 24  # working memory of one chunk, in numbers: 64 MB in float32
@@ -31,15 +31,18 @@ def edge_degree_embedding_reference(
     *,
     recompute: bool = True,
     max_chunk_edges: int | None = None,
+    geometry: EdgeGeometry | None = None,
 ) -> Tensor:
     r""":math:`x_i[l,m,c] = \frac{1}{23.01} \sum_j u(d_{ij}) Y^l_m(\hat r_{ij}) R_l([\phi; T_{Z_i}; S_{Z_j}])_c`.
 
     vec: [E, 3] = r_i - r_j - shift, Å. source, target: [E], target ascending. row_ptr: [N+1]. species: [N].
-    radial: lmax+1 networks (G = lmax+1) with K = C outputs. recompute, max_chunk_edges: as in
+    radial: lmax+1 networks (G = lmax+1) with K = C outputs. recompute, max_chunk_edges, geometry: as in
     :func:`e2former_kernels.equivariant_attention.equivariant_attention_reference`.
 
     Returns [N, (lmax+1)^2, C]. Differentiable to any order. Raises ValueError on mismatched shapes.
     """
+    if geometry is not None and recompute:
+        raise ValueError("geometry: expected None with recompute=True, which keeps no edge tensors")
     check_shape("vec", vec, "E, 3", (source.numel(), 3))
     check_shape("species", species, "N", (row_ptr.numel() - 1,))
     if radial.out.shape[0] != lmax + 1:
@@ -49,16 +52,15 @@ def edge_degree_embedding_reference(
     def function(chunk: Chunk, c_vec: Tensor, *weights: Tensor) -> Tensor:
         weights_ = iter(weights)
         c_radial = RadialWeights(*(None if t is None else next(weights_) for t in radial))
-        distance = c_vec.square().sum(-1).sqrt()
+        distance, basis, envelope = geometry or edge_geometry(c_vec, cutoff, num_basis, envelope_exponent)
         features = radial_network(
-            gaussian_basis(distance, cutoff, num_basis),
+            basis,
             species[chunk.nodes].index_select(0, chunk.target),
             species.index_select(0, chunk.source),
             c_radial,
         )
         harmonics = solid_harmonics(c_vec / distance.unsqueeze(-1), lmax)
-        scale = polynomial_envelope(distance, cutoff, envelope_exponent) / AVERAGE_DEGREE
-        harmonics = harmonics * scale.unsqueeze(-1)
+        harmonics = harmonics * (envelope / AVERAGE_DEGREE).unsqueeze(-1)
         message = harmonics.to(features.dtype).unsqueeze(-1) * features.index_select(1, degree)
         return message.new_zeros((chunk.num_nodes, *message.shape[1:])).index_add(0, chunk.target, message)
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from e2former_kernels.common.checks import check_same_dtype, check_shape
 from e2former_kernels.common.chunked import EDGE as EDGE_KIND
 from e2former_kernels.common.chunked import IMAGE, SOURCE, TARGET, WHOLE, Chunk, chunked, make_chunks
-from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
+from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.common.radial import RadialWeights, radial_network
 from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
 
 Form = Literal["dense", "relative", "sum"]
@@ -87,7 +87,9 @@ def attention_weights(
     if norm == "sigmoid":
         return torch.sigmoid(score) * u * head
     if norm == "smooth":
-        top = segment_max(score.detach(), target, num_nodes).clamp(min=0.0)
+        with torch.no_grad():
+            index = target.unsqueeze(1).expand_as(score)
+            top = score.new_zeros((num_nodes, score.shape[1])).scatter_reduce(0, index, score, "amax")
         floor = SOFTMAX_EPS * torch.exp(-top)
     else:
         top = segment_max(score, target, num_nodes)
@@ -133,6 +135,7 @@ def edge_weights(
     source_species: Tensor,
     radial: RadialWeights,
     dot_weights: DotWeights | None,
+    geometry: EdgeGeometry | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention weights of a set of edges that holds every edge of its receivers, and the edges' lengths.
 
@@ -140,8 +143,9 @@ def edge_weights(
     Returns ([E, H], [E]).
     """
     heads = spec.num_heads
-    distance = vec.square().sum(-1).sqrt()
-    basis = gaussian_basis(distance, spec.cutoff, spec.num_basis)
+    if geometry is None:
+        geometry = edge_geometry(vec, spec.cutoff, spec.num_basis, spec.envelope_exponent, spec.bell)
+    distance, basis, envelope = geometry
     features = radial_network(basis, target_species, source_species, radial).squeeze(1)
     if spec.score == "qk":
         gate, head = features[:, :heads], features[:, heads:]
@@ -153,10 +157,6 @@ def edge_weights(
         gate = directional_gate(spec, vec, distance, dot, features[:, heads:], dot_weights)
         head = features[:, :heads]
     score = gate * (query * key).sum(-1) / math.sqrt(query.shape[-1])
-    if spec.bell is None:
-        envelope = polynomial_envelope(distance, spec.cutoff, spec.envelope_exponent)
-    else:
-        envelope = bell_envelope(distance, *spec.bell)
     return attention_weights(score, head, envelope, target, num_nodes, spec.norm), distance
 
 
@@ -203,8 +203,10 @@ def aggregate(
         by_axis = coupling.to(weights.dtype).transpose(0, 1).reshape(3, rows * num_rows)
         matrix = (direction @ by_axis).view(-1, rows, num_rows)
         return segment_sum(torch.bmm(matrix, _weighted(weights, value)), target, num_nodes)
-    weighted = _weighted(weights, value)
-    outer = torch.stack([segment_sum(direction[:, b, None, None] * weighted, target, num_nodes) for b in range(3)], 1)
+    repeats = value.shape[-1] // weights.shape[-1]
+    spread = weights if repeats == 1 else weights.repeat(1, repeats)  # channel c belongs to head c mod H
+    outer = (direction.unsqueeze(-1) * spread.unsqueeze(1)).unsqueeze(2) * value.unsqueeze(1)
+    outer = segment_sum(outer, target, num_nodes)
     return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer.flatten(1, 2))
 
 
@@ -250,6 +252,7 @@ def equivariant_attention_reference(
     max_chunk_edges: int | None = None,
     image: Tensor | None = None,
     image_rows: Tensor | None = None,
+    geometry: EdgeGeometry | None = None,
 ) -> Tensor:
     r"""Equivariant attention over a receiver-sorted edge list.
 
@@ -264,10 +267,13 @@ def equivariant_attention_reference(
     float32) and recompute in every derivative, so that nothing of edge size outlives a chunk; False keeps edge
     tensors for the backward pass, which is faster for small systems.
     image: [E] row of ``image_rows`` [I, R, C] (further rows of each periodic image, appended to value's rows).
+    geometry: of ``vec``, where a caller has it for several layers; only without recomputation.
 
     Returns [N, M, C] (order 0), [N, P, C] (order 1), [N, M + R, C] (``form="sum"``). Differentiable to any order in
     every floating-point input. Raises ValueError or TypeError on mismatched shapes or dtypes.
     """
+    if geometry is not None and recompute:
+        raise ValueError("geometry: expected None with recompute=True, which keeps no edge tensors")
     rows = None if image_rows is None else image_rows.shape[1]
     _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, image, rows)
     dot_radial = None if dot_weights is None else dot_weights.radial
@@ -310,6 +316,7 @@ def equivariant_attention_reference(
             species.index_select(0, chunk.source),
             c_radial,
             c_dot_weights,
+            geometry,
         )
         return aggregate(
             spec, form, weights, distance, c_vec, c_value, chunk.target, chunk.num_nodes, coupling
