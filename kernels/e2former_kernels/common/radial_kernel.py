@@ -1,9 +1,9 @@
-r"""Triton kernels of the radial network: a tile of edges goes through all three layers in registers.
+r"""The radial network without a graph: matrix products, with Triton kernels for everything between them.
 
-Value: :func:`radial_forward`. Derivative with respect to the distance, for frozen weights: :func:`radial_backward`,
-which computes everything again, so nothing is kept between the two. In float32 the first layer, a function of the
-distance alone, comes from a table that is made from the weights of the moment (:func:`first_layer_table`). Weight
-gradients are matrix products over the edges and stay with PyTorch (``radial.py``).
+Value: :func:`radial_forward`. Derivative with respect to the distance, for frozen weights: :func:`radial_backward`.
+Callers pass edges in runs of bounded length. In float32 the first layer, a function of the distance alone, comes from
+a table that is made from the weights of the moment (:func:`first_layer_table`). Weight gradients stay with PyTorch
+(``radial.py``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.backend import interpreting
 from e2former_kernels.common.radial import LAYER_NORM_EPS, RadialWeights
 from e2former_kernels.common.tiles import next_power
+
+# Intervals of the table of W0 phi(d) for one distance of two Gaussian centres. Cubic Hermite interpolation of Gaussians
+# of width two such distances is then good to 8e-9 of their weights, its slope to 8e-7 (errors h^4/384 and
+# h^3 sqrt(3)/216 times the fourth derivative).
+KNOTS_PER_CENTRE = 16
 
 
 @triton.jit
@@ -68,37 +72,27 @@ def _cubic(d, table, at, inside, G, H, intervals, scale, SLOPE: tl.constexpr):
 
 @triton.jit
 def _first_layer(
-    d, zt, zs, in_e, basis, target_table, source_table, at, inside, G, H, NB, spacing,
-    HP: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr,
+    d, e, in_e, zt, zs, table, target_table, source_table, at, inside, E, G, H, intervals, scale, g,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
-    """W0 phi(d) + T[z_i] + S[z_j] for a tile of edges. ``at``: columns of this group in a [G, H] row.
-
-    TABLE: ``basis`` is the table of W0 phi, NB its number of intervals, ``spacing`` how many of them make a length of 1.
-    """
-    if TABLE:
-        x = _cubic(d, basis, at, inside, G, H, NB, spacing, False)
-    else:
-        x = tl.zeros([BE, HP], dtype=d.dtype)
-        for k0 in range(0, NB, BK):
-            k = k0 + tl.arange(0, BK)
-            t = (d[:, None] - k.to(d.dtype)[None, :] * spacing) * (0.5 / spacing)
-            phi = tl.where(k[None, :] < NB, tl.exp(-0.5 * t * t), 0.0)
-            w = tl.load(basis + at[:, None] * NB + k[None, :], mask=inside[:, None] & (k[None, :] < NB), other=0.0)
-            x = tl.dot(phi, tl.trans(w), acc=x, input_precision=PRECISION, out_dtype=d.dtype)
+    """W0 phi(d) + T[z_i] + S[z_j] of a tile of edges. TABLE false: ``table`` holds W0 phi(d) itself, [G, E, H]."""
     both = in_e[:, None] & inside[None, :]
+    if TABLE:
+        x = _cubic(d, table, at, inside, G, H, intervals, scale, False)
+    else:
+        x = tl.load(table + (g * E + e)[:, None] * H + (at - g * H)[None, :], mask=both, other=0.0)
     x += tl.load(target_table + zt[:, None] * (G * H) + at[None, :], mask=both, other=0.0)
     x += tl.load(source_table + zs[:, None] * (G * H) + at[None, :], mask=both, other=0.0)
     return x
 
 
 @triton.jit
-def radial_forward_kernel(
-    distance, target_species, source_species, basis, target_table, source_table, gamma0, beta0, hidden, hidden_bias,
-    gamma1, beta1, out_weight, out_bias, out, E, G, H, NB, K, spacing,
-    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr,
+def first_kernel(
+    distance, target_species, source_species, table, target_table, source_table, gamma, beta, out,
+    E, G, H, intervals, scale,
+    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """out[e, g, :] = network g of edge e ([K] numbers), or with LAST false its last hidden layer ([H] numbers)."""
+    """out[g, e] = SiLU(LN(W0 [phi(d); T; S] + b0)), [G, E, H]."""
     e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     g = tl.program_id(1)
     in_e = e < E
@@ -109,94 +103,96 @@ def radial_forward_kernel(
     zt = tl.load(target_species + e, mask=in_e, other=0)
     zs = tl.load(source_species + e, mask=in_e, other=0)
     x = _first_layer(
-        d, zt, zs, in_e, basis, target_table, source_table, at, inside, G, H, NB, spacing, HP, BE, BK, PRECISION, TABLE
+        d, e, in_e, zt, zs, table, target_table, source_table, at, inside, E, G, H, intervals, scale, g, TABLE
     )
     if NORM:
-        _, _, x = _layer_norm(x, gamma0, beta0, at, inside, H, EPS)
+        _, _, x = _layer_norm(x, gamma, beta, at, inside, H, EPS)
     x = x * (1.0 / (1.0 + tl.exp(-x)))
-    w = tl.load(hidden + at[:, None] * H + c[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
-    x = tl.dot(x, tl.trans(w), input_precision=PRECISION, out_dtype=d.dtype)
-    x += tl.load(hidden_bias + at, mask=inside, other=0.0)[None, :]
-    if NORM:
-        _, _, x = _layer_norm(x, gamma1, beta1, at, inside, H, EPS)
-    x = x * (1.0 / (1.0 + tl.exp(-x)))
-    if LAST:
-        for n0 in range(0, K, BN):
-            n = n0 + tl.arange(0, BN)
-            in_n = n < K
-            v = tl.load(
-                out_weight + (g * K + n)[:, None] * H + c[None, :], mask=in_n[:, None] & inside[None, :], other=0.0
-            )
-            y = tl.dot(x, tl.trans(v), input_precision=PRECISION, out_dtype=d.dtype)
-            y += tl.load(out_bias + g * K + n, mask=in_n, other=0.0)[None, :]
-            tl.store(out + e[:, None] * (G * K) + (g * K + n)[None, :], y, mask=in_e[:, None] & in_n[None, :])
-    else:
-        tl.store(out + e[:, None] * (G * H) + at[None, :], x, mask=in_e[:, None] & inside[None, :])
+    tl.store(out + (g * E + e)[:, None] * H + c[None, :], x, mask=in_e[:, None] & inside[None, :])
 
 
 @triton.jit
-def radial_backward_kernel(
-    distance, target_species, source_species, basis, target_table, source_table, gamma0, beta0, hidden, hidden_t,
-    hidden_bias, gamma1, beta1, out_weight_t, grad, grad_distance, E, G, H, NB, K, spacing,
-    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr,
+def first_backward_kernel(
+    grad, distance, target_species, source_species, table, slopes, target_table, source_table, gamma, beta, out,
+    E, G, H, intervals, scale,
+    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """grad_distance[g, e] = d/dd of sum(grad * network g). hidden_t [G, H, H], out_weight_t [G, H, K]: transposed."""
+    """out[g, e] = d/dd of <grad, first_kernel>."""
     e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     g = tl.program_id(1)
     in_e = e < E
     c = tl.arange(0, HP)
     inside = c < H
     at = g * H + c
-    square = inside[:, None] & inside[None, :]
+    both = in_e[:, None] & inside[None, :]
+    row = (g * E + e)[:, None] * H + c[None, :]
     d = tl.load(distance + e, mask=in_e, other=0.0)
     zt = tl.load(target_species + e, mask=in_e, other=0)
     zs = tl.load(source_species + e, mask=in_e, other=0)
     x = _first_layer(
-        d, zt, zs, in_e, basis, target_table, source_table, at, inside, G, H, NB, spacing, HP, BE, BK, PRECISION, TABLE
+        d, e, in_e, zt, zs, table, target_table, source_table, at, inside, E, G, H, intervals, scale, g, TABLE
     )
     if NORM:
-        normal0, rstd0, x = _layer_norm(x, gamma0, beta0, at, inside, H, EPS)
+        normal, rstd, x = _layer_norm(x, gamma, beta, at, inside, H, EPS)
     gate = 1.0 / (1.0 + tl.exp(-x))
-    slope0 = gate * (1.0 + x * (1.0 - gate))
-    w = tl.load(hidden + at[:, None] * H + c[None, :], mask=square, other=0.0)
-    y = tl.dot(x * gate, tl.trans(w), input_precision=PRECISION, out_dtype=d.dtype)
-    y += tl.load(hidden_bias + at, mask=inside, other=0.0)[None, :]
+    q = tl.load(grad + row, mask=both, other=0.0) * gate * (1.0 + x * (1.0 - gate))
     if NORM:
-        normal1, rstd1, y = _layer_norm(y, gamma1, beta1, at, inside, H, EPS)
-    gate = 1.0 / (1.0 + tl.exp(-y))
-    slope1 = gate * (1.0 + y * (1.0 - gate))
-    if LAST:
-        q = tl.zeros([BE, HP], dtype=d.dtype)
-        for n0 in range(0, K, BN):
-            n = n0 + tl.arange(0, BN)
-            in_n = n < K
-            p = tl.load(
-                grad + e[:, None] * (G * K) + (g * K + n)[None, :], mask=in_e[:, None] & in_n[None, :], other=0.0
-            )
-            v = tl.load(out_weight_t + at[:, None] * K + n[None, :], mask=inside[:, None] & in_n[None, :], other=0.0)
-            q = tl.dot(p, tl.trans(v), acc=q, input_precision=PRECISION, out_dtype=d.dtype)
-    else:
-        q = tl.load(grad + e[:, None] * (G * H) + at[None, :], mask=in_e[:, None] & inside[None, :], other=0.0)
-    q = q * slope1
-    if NORM:
-        q = _layer_norm_backward(q, normal1, rstd1, gamma1, at, inside, H)
-    w = tl.load(hidden_t + at[:, None] * H + c[None, :], mask=square, other=0.0)
-    q = tl.dot(q, tl.trans(w), input_precision=PRECISION, out_dtype=d.dtype) * slope0
-    if NORM:
-        q = _layer_norm_backward(q, normal0, rstd0, gamma0, at, inside, H)
+        q = _layer_norm_backward(q, normal, rstd, gamma, at, inside, H)
     if TABLE:
-        slope = _cubic(d, basis, at, inside, G, H, NB, spacing, True)
+        slope = _cubic(d, table, at, inside, G, H, intervals, scale, True)
     else:
-        slope = tl.zeros([BE, HP], dtype=d.dtype)
-        for k0 in range(0, NB, BK):
-            k = k0 + tl.arange(0, BK)
-            t = (d[:, None] - k.to(d.dtype)[None, :] * spacing) * (0.5 / spacing)
-            phi = tl.where(k[None, :] < NB, tl.exp(-0.5 * t * t) * t * (-0.5 / spacing), 0.0)
-            b = tl.load(basis + at[:, None] * NB + k[None, :], mask=inside[:, None] & (k[None, :] < NB), other=0.0)
-            slope = tl.dot(phi, tl.trans(b), acc=slope, input_precision=PRECISION, out_dtype=d.dtype)
-    total = tl.sum(q * slope, axis=1)
-    tl.store(grad_distance + g * E + e, total, mask=in_e)
+        slope = tl.load(slopes + row, mask=both, other=0.0)
+    tl.store(out + g * E + e, tl.sum(q * slope, axis=1), mask=in_e)
+
+
+@triton.jit
+def second_kernel(
+    x, bias, gamma, beta, out, E, G, H,
+    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, EDGE_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """out = SiLU(LN(x + b1)). x: [G, E, H]; out: [G, E, H], or [E, G, H] with EDGE_MAJOR."""
+    e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    g = tl.program_id(1)
+    c = tl.arange(0, HP)
+    inside = c < H
+    at = g * H + c
+    both = (e < E)[:, None] & inside[None, :]
+    y = tl.load(x + (g * E + e)[:, None] * H + c[None, :], mask=both, other=0.0)
+    y += tl.load(bias + at, mask=inside, other=0.0)[None, :]
+    if NORM:
+        _, _, y = _layer_norm(y, gamma, beta, at, inside, H, EPS)
+    y = y * (1.0 / (1.0 + tl.exp(-y)))
+    if EDGE_MAJOR:
+        tl.store(out + e[:, None] * (G * H) + at[None, :], y, mask=both)
+    else:
+        tl.store(out + (g * E + e)[:, None] * H + c[None, :], y, mask=both)
+
+
+@triton.jit
+def second_backward_kernel(
+    grad, x, bias, gamma, beta, out, E, G, H,
+    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, EDGE_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """Gradient of second_kernel by x, [G, E, H]. grad: as the output of second_kernel."""
+    e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    g = tl.program_id(1)
+    c = tl.arange(0, HP)
+    inside = c < H
+    at = g * H + c
+    both = (e < E)[:, None] & inside[None, :]
+    row = (g * E + e)[:, None] * H + c[None, :]
+    y = tl.load(x + row, mask=both, other=0.0) + tl.load(bias + at, mask=inside, other=0.0)[None, :]
+    if NORM:
+        normal, rstd, y = _layer_norm(y, gamma, beta, at, inside, H, EPS)
+    gate = 1.0 / (1.0 + tl.exp(-y))
+    if EDGE_MAJOR:
+        q = tl.load(grad + e[:, None] * (G * H) + at[None, :], mask=both, other=0.0)
+    else:
+        q = tl.load(grad + row, mask=both, other=0.0)
+    q = q * gate * (1.0 + y * (1.0 - gate))
+    if NORM:
+        q = _layer_norm_backward(q, normal, rstd, gamma, at, inside, H)
+    tl.store(out + row, q, mask=both)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -204,14 +200,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-# Tile shapes of the two kernels for hidden widths up to 128: edges, outputs at a time, warps (benchmarks/NOTES.md).
-TILES = {"forward": (64, 64, 8), "backward": (64, 64, 8)}
-# Knots of the table of W0 phi(d) for one distance of two Gaussian centres. Cubic Hermite interpolation of Gaussians of
-# width two such distances is then good to 8e-9 of their weights, its slope to 8e-7 (errors h^4/384 and h^3 sqrt(3)/216
-# times the fourth derivative).
-KNOTS_PER_CENTRE = 16
 
 
 @functools.lru_cache(maxsize=8)
@@ -239,87 +227,95 @@ def first_layer_table(basis: Tensor) -> Tensor:
     return table.to(basis.dtype).view(-1, 4, groups, hidden)
 
 
-def _constants(weights: RadialWeights, edges: int, last: bool, dtype: torch.dtype, which: str) -> dict:
-    groups, hidden, _ = weights.hidden.shape
-    padded = max(next_power(hidden), 16)
-    outputs = weights.out.shape[1]
-    tile_edges, tile_outputs, warps = (16, 16, 4) if interpreting() else TILES[which]
-    if padded > 128:
-        tile_edges, tile_outputs = 32, 32
-    return {
-        "E": edges, "G": groups, "H": hidden, "K": outputs, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": tile_edges,
-        "BK": 16 if interpreting() else 32, "BN": min(max(next_power(outputs), 16), tile_outputs),
-        "NORM": weights.norm0_weight is not None, "LAST": last, "PRECISION": dot_precision(dtype),
-        "num_warps": warps if padded >= 128 else 4, "num_stages": 2,
-    }  # fmt: skip
+class RadialNetwork:
+    """Radial networks with weights that no gradient is asked for, ready to be evaluated on runs of edges.
 
-
-def _first(weights: RadialWeights, cutoff: float) -> tuple[Tensor, dict]:
-    """First layer's argument of the kernels: the weights in float64, else their table; and what goes with it."""
-    num_basis = weights.basis.shape[-1]
-    if weights.basis.dtype == torch.float64:
-        return weights.basis.contiguous(), {"NB": num_basis, "spacing": cutoff / (num_basis - 1), "TABLE": False}
-    table = first_layer_table(weights.basis)
-    scale = (num_basis - 1) * KNOTS_PER_CENTRE / cutoff
-    return table, {"NB": table.shape[0], "spacing": scale, "TABLE": True}
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def radial_forward(
-    distance: Tensor,
-    cutoff: float,
-    target_species: Tensor,
-    source_species: Tensor,
-    weights: RadialWeights,
-    last: bool = True,
-) -> Tensor:
-    """Value of :func:`e2former_kernels.common.radial.radial_network` on the Gaussian basis of ``distance``.
-
-    distance: [E], Å; target_species, source_species: [E]. Returns [E, G, K], or with ``last=False`` the last hidden
-    layer after its activation, [E, G, h]. No gradient.
+    cutoff: Å. last: with the last linear layer (results [E, G, K]) or without it (results [E, G, h]).
     """
-    groups, hidden, _ = weights.basis.shape
-    edges = distance.numel()
-    out = distance.new_empty(edges, groups, weights.out.shape[1] if last else hidden)
-    if not edges:
-        return out
-    w = RadialWeights(weights.basis, *_contiguous(*weights[1:]))
-    basis, first = _first(weights, cutoff)
-    constants = first | _constants(weights, edges, last, distance.dtype, "forward")
-    norm = [basis if t is None else t for t in (w.norm0_weight, w.norm0_bias, w.norm1_weight, w.norm1_bias)]
-    radial_forward_kernel[triton.cdiv(edges, constants["BE"]), groups](
-        distance, target_species, source_species, basis, w.target_table, w.source_table, norm[0], norm[1],
-        w.hidden, w.hidden_bias, norm[2], norm[3], w.out, w.out_bias, out,
-        **constants,
-    )  # fmt: skip
-    return out
 
+    def __init__(self, weights: RadialWeights, cutoff: float, last: bool = True) -> None:
+        self.weights = RadialWeights(*(None if t is None else t.detach().contiguous() for t in weights))
+        self.cutoff, self.last = cutoff, last
+        self.groups, self.hidden, self.num_basis = weights.basis.shape
+        self.exact = weights.basis.dtype == torch.float64
+        self.table = self.weights.basis if self.exact else first_layer_table(self.weights.basis)
 
-def radial_backward(
-    grad: Tensor,
-    distance: Tensor,
-    cutoff: float,
-    target_species: Tensor,
-    source_species: Tensor,
-    weights: RadialWeights,
-    last: bool = True,
-) -> Tensor:
-    """Gradient of ``sum(grad * radial_forward(...))`` with respect to the distance. Returns [E]."""
-    groups, edges = weights.basis.shape[0], distance.numel()
-    out = distance.new_empty(groups, edges)
-    if not edges:
-        return out.sum(0)
-    w = RadialWeights(weights.basis, *_contiguous(*weights[1:]))
-    basis, first = _first(weights, cutoff)
-    constants = first | _constants(weights, edges, last, distance.dtype, "backward")
-    norm = [basis if t is None else t for t in (w.norm0_weight, w.norm0_bias, w.norm1_weight, w.norm1_bias)]
-    radial_backward_kernel[triton.cdiv(edges, constants["BE"]), groups](
-        distance, target_species, source_species, basis, w.target_table, w.source_table, norm[0], norm[1],
-        w.hidden, w.hidden.transpose(1, 2).contiguous(), w.hidden_bias, norm[2], norm[3],
-        w.out.transpose(1, 2).contiguous(), grad.contiguous(), out,
-        **constants,
-    )  # fmt: skip
-    return out[0] if groups == 1 else out.sum(0)
+    def _launch(self, edges: int) -> tuple[tuple[int, int], dict]:
+        padded = next_power(self.hidden)
+        block = max(2048 // padded, 1)
+        constants = {
+            "E": edges, "G": self.groups, "H": self.hidden, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block,
+            "NORM": self.weights.norm0_weight is not None, "num_warps": 4,
+        }  # fmt: skip
+        return (triton.cdiv(edges, block), self.groups), constants
+
+    def _first(self, distance: Tensor, slope: bool) -> tuple[Tensor, Tensor, dict]:
+        """Table, slopes and constants of the first layer's kernels."""
+        if not self.exact:
+            intervals = self.table.shape[0]
+            return self.table, self.table, {"intervals": intervals, "scale": intervals / self.cutoff, "TABLE": True}
+        spacing = self.cutoff / (self.num_basis - 1)
+        centre = torch.arange(self.num_basis, dtype=distance.dtype, device=distance.device) * spacing
+        t = (distance.unsqueeze(-1) - centre) * (0.5 / spacing)
+        phi = torch.exp(-0.5 * t * t)
+        weight = self.weights.basis.transpose(1, 2)
+        value = torch.matmul(phi, weight)
+        slopes = torch.matmul(phi * t * (-0.5 / spacing), weight) if slope else value
+        return value, slopes, {"intervals": 1, "scale": 1.0, "TABLE": False}
+
+    def _norm(self, which: int) -> tuple[Tensor, Tensor]:
+        w = self.weights
+        if w.norm0_weight is None:
+            return w.basis, w.basis
+        return (w.norm0_weight, w.norm0_bias) if which == 0 else (w.norm1_weight, w.norm1_bias)
+
+    def forward(self, distance: Tensor, target_species: Tensor, source_species: Tensor) -> tuple[Tensor, Tensor]:
+        """Results, and the second layer's products [G, E, h], which :meth:`backward` takes.
+
+        distance: [E], Å; target_species, source_species: [E].
+        """
+        w, edges = self.weights, distance.numel()
+        out = distance.new_empty(self.groups, edges, self.hidden)
+        if not edges:
+            width = w.out.shape[1] if self.last else self.hidden
+            return distance.new_empty(0, self.groups, width), out
+        grid, constants = self._launch(edges)
+        table, _, first = self._first(distance, False)
+        first_kernel[grid](
+            distance, target_species, source_species, table, w.target_table, w.source_table, *self._norm(0), out,
+            **first, **constants,
+        )  # fmt: skip
+        middle = torch.bmm(out, w.hidden.transpose(1, 2))
+        if not self.last:
+            out = out.view(edges, self.groups, self.hidden)
+        second_kernel[grid](middle, w.hidden_bias, *self._norm(1), out, EDGE_MAJOR=not self.last, **constants)
+        if not self.last:
+            return out, middle
+        if self.groups == 1:
+            return torch.addmm(w.out_bias[0], out[0], w.out[0].t()).unsqueeze(1), middle
+        return torch.baddbmm(w.out_bias.unsqueeze(1), out, w.out.transpose(1, 2)).transpose(0, 1).contiguous(), middle
+
+    def backward(
+        self, grad: Tensor, middle: Tensor, distance: Tensor, target_species: Tensor, source_species: Tensor
+    ) -> Tensor:
+        """Gradient of ``sum(grad * forward(...))`` by the distance, [E]. ``middle`` is used up."""
+        w, edges = self.weights, distance.numel()
+        if not edges:
+            return distance.new_empty(0)
+        grid, constants = self._launch(edges)
+        if self.last:
+            if self.groups == 1:
+                grad = torch.mm(grad.reshape(edges, -1), w.out[0]).unsqueeze(0)
+            else:
+                grad = torch.bmm(grad.transpose(0, 1), w.out)
+        second_backward_kernel[grid](
+            grad.contiguous(), middle, w.hidden_bias, *self._norm(1), middle, EDGE_MAJOR=not self.last, **constants
+        )
+        grad = torch.bmm(middle, w.hidden)
+        table, slopes, first = self._first(distance, True)
+        out = distance.new_empty(self.groups, edges)
+        first_backward_kernel[grid](
+            grad, distance, target_species, source_species, table, slopes, w.target_table, w.source_table,
+            *self._norm(0), out, **first, **constants,
+        )  # fmt: skip
+        return out[0] if self.groups == 1 else out.sum(0)

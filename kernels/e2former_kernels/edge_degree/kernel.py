@@ -38,21 +38,19 @@ def harmonic_sum_kernel(
 
 @triton.jit
 def harmonic_features_kernel(
-    harmonics, grad, row_ptr, out, M, L, K, BM: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr
+    harmonics, grad, row_ptr, out, M, L, K, BL: tl.constexpr, BK: tl.constexpr
 ):
     """out[e, l, c] = sum over the rows m of degree l of Y[e, m] g[i(e), m, c]."""
     i = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BK + tl.arange(0, BK)
-    m = tl.arange(0, BM)
-    mask = (m[:, None] < M) & (c[None, :] < K)
-    g = tl.load(grad + i * M * K + m[:, None] * K + c[None, :], mask=mask, other=0.0)
-    degree = _degree(m)
+    inside = c < K
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
-        y = tl.load(harmonics + e * M + m, mask=m < M, other=0.0)
-        product = y[:, None] * g
         for l in tl.static_range(BL):
-            row = tl.sum(tl.where(degree[:, None] == l, product, 0.0), axis=0)
-            tl.store(out + e * L * K + l * K + c, row, mask=c < K)
+            total = tl.zeros([BK], dtype=out.dtype.element_ty)
+            for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+                g = tl.load(grad + (i * M + m) * K + c, mask=inside, other=0.0)
+                total += tl.load(harmonics + e * M + m) * g
+            tl.store(out + (e * L + l) * K + c, total, mask=inside)
 
 
 @triton.jit

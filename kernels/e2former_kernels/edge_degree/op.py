@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
@@ -20,7 +21,7 @@ from e2former_kernels.common.envelope import polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, edge_plan
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_hidden
-from e2former_kernels.common.radial_kernel import radial_backward, radial_forward
+from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.segments import segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_features, harmonic_sum
@@ -30,11 +31,12 @@ from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 FUSED_NUMBERS = 1 << 27
 RUN_NUMBERS = 1 << 30
 MIN_RUN_EDGES = 64
+PAD = 4  # columns beside the sums of features
 
 
 @dataclass(frozen=True)
 class _Embedding:
-    """One embedding over its runs of receivers. Result: [N, M, h + 1], the last column the plain sum of y."""
+    """One embedding over its runs of receivers. Result: [N, M, h + 4], see :meth:`join`."""
 
     lmax: int
     cutoff: float
@@ -66,28 +68,34 @@ class _Embedding:
         hidden = radial_hidden(basis, *self.elements(chunk), self.weights(list(tensors))).to(vec.dtype)
         y = self.harmonics(vec, distance)
         total = segment_sum(y, chunk.row_ptr, chunk.target)
-        return torch.cat([harmonic_sum(y, hidden, chunk.row_ptr), total.unsqueeze(-1)], -1)
+        return self.join(harmonic_sum(y, hidden, chunk.row_ptr), total)
+
+    @staticmethod
+    def join(sums: Tensor, total: Tensor) -> Tensor:
+        """[N, M, h + 4]: the sums of features, the sum of y, and three zeros that keep rows aligned."""
+        return torch.cat([sums, F.pad(total.unsqueeze(-1), (0, PAD - 1))], -1)
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        vec, radial = tensors[0], self.weights(tensors[1:])
+        vec, network = tensors[0], RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
         parts = []
         for chunk in self.chunks:
             part = vec[chunk.edges].contiguous()
             distance = part.square().sum(-1).sqrt()
-            hidden = radial_forward(distance, self.cutoff, *self.elements(chunk), radial, last=False)
+            hidden, _ = network.forward(distance, *self.elements(chunk))
             y = self.harmonics(part, distance)
             total = segment_sum(y, chunk.row_ptr, chunk.target)
-            parts.append(torch.cat([harmonic_sum(y, hidden, chunk.row_ptr), total.unsqueeze(-1)], -1))
+            parts.append(self.join(harmonic_sum(y, hidden, chunk.row_ptr), total))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         weights = [n - 1 for n in wanted if n > 0]
         sums: list[Tensor | None] = [None] * len(weights)
         vectors = []
+        network = None if weights else RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
         for chunk in self.chunks:
             elements = self.elements(chunk)
             part = grad[chunk.nodes]
-            grad_sum, grad_total = part[..., :-1].contiguous(), part[..., -1]
+            grad_sum, grad_total = part[..., :-PAD].contiguous(), part[..., -PAD]
             with torch.enable_grad():
                 vec = tensors[0][chunk.edges].detach().requires_grad_()
                 distance = vec.square().sum(-1).sqrt()
@@ -99,17 +107,14 @@ class _Embedding:
                     hidden = radial_hidden(basis, *elements, self.weights(leaves))
                 features = hidden.detach()
             else:
-                radial = self.weights(tensors[1:])
-                features = radial_forward(distance.detach(), self.cutoff, *elements, radial, last=False)
+                features, middle = network.forward(distance.detach(), *elements)
             grad_hidden = harmonic_features(y.detach(), grad_sum, chunk.row_ptr, self.lmax + 1)
             grad_y = harmonic_dot(features, grad_sum, chunk.row_ptr) + grad_total.index_select(0, chunk.target)
             if weights:
                 outputs, cotangents = [y, hidden], [grad_y, grad_hidden]
                 inputs = [vec, *(leaves[n] for n in weights)]
             else:
-                slope = radial_backward(
-                    grad_hidden, distance.detach(), self.cutoff, *elements, radial, last=False
-                )
+                slope = network.backward(grad_hidden, middle, distance.detach(), *elements)
                 outputs, cotangents, inputs = [y, distance], [grad_y, slope], [vec]
             grad_vec, *found = torch.autograd.grad(outputs, inputs, cotangents)
             vectors.append(grad_vec)
@@ -169,7 +174,7 @@ def edge_degree_embedding(
         size = max_run_edges or max(budget // numbers, MIN_RUN_EDGES)
         return edge_plan(source, target, row_ptr, source_order, source_ptr, size)
 
-    fused = plan(FUSED_NUMBERS, groups * 2 * hidden + 24 * (lmax + 1) ** 2)
+    fused = plan(FUSED_NUMBERS, groups * 4 * hidden + 24 * (lmax + 1) ** 2)
     step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial)
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
     further = plan_of(step.of_run, plan(RUN_NUMBERS, numbers), arguments)
@@ -179,5 +184,5 @@ def edge_degree_embedding(
     for degree in range(lmax + 1):
         rows = sums[:, degree * degree : (degree + 1) ** 2]
         weight, bias = radial.out[degree], radial.out_bias[degree]
-        parts.append(torch.nn.functional.linear(rows[..., :-1], weight).to(dtype) + rows[..., -1:] * bias)
+        parts.append(F.linear(rows[..., :-PAD], weight).to(dtype) + rows[..., -PAD, None] * bias)
     return torch.cat(parts, 1)

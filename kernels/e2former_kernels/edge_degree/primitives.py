@@ -42,7 +42,7 @@ def harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, degrees:
         block = min(next_power(width), 128)
         kernel.harmonic_features_kernel[nodes, triton.cdiv(width, block)](
             harmonics.contiguous(), grad.contiguous(), row_ptr, out, rows, degrees, width,
-            BM=next_power(rows), BL=degrees, BK=block, num_warps=_warps(next_power(rows) * block),
+            BL=degrees, BK=block, num_warps=1,
         )  # fmt: skip
     return out
 

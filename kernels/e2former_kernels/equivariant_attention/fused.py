@@ -6,7 +6,7 @@ For score ``qk``. The second derivative and everything beyond goes through :mod:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
-from e2former_kernels.common.radial_kernel import radial_backward, radial_forward
+from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.equivariant_attention import fused_kernel as kernel
 from e2former_kernels.equivariant_attention.primitives import (
@@ -50,7 +50,7 @@ class FusedAttention:
 
     directions: B of the kernels, 3 for the relative form of order 1, else 1. coupling: [P, 3 M] or None.
     radial: the structure of the radial weights (which of them are there). plan: the same function for
-    :mod:`e2former_kernels.common.chunked`.
+    :mod:`e2former_kernels.common.chunked`. cache: what the backward pass takes over from the forward pass.
     """
 
     spec: AttentionSpec
@@ -61,10 +61,20 @@ class FusedAttention:
     coupling: Tensor | None
     radial: RadialWeights
     plan: Plan
+    cache: dict = field(default_factory=dict, compare=False)
 
     def _weights(self, tensors: list[Tensor]) -> RadialWeights:
         rest = iter(tensors)
         return RadialWeights(*(None if t is None else next(rest) for t in self.radial))
+
+    def _network(self, weights: list[Tensor]) -> RadialNetwork:
+        """The radial network, the one of the forward pass where the weights are frozen."""
+        if "network" in self.cache:
+            return self.cache["network"]
+        network = RadialNetwork(self._weights(weights), self.spec.cutoff)
+        if not any(w.requires_grad for w in weights):
+            self.cache["network"] = network
+        return network
 
     def _geometry_arguments(self, edges: int) -> tuple[tuple[int, ...], dict]:
         spec = self.spec
@@ -108,7 +118,7 @@ class FusedAttention:
         """vec [E, 3], query, key [N, H, S], value [N, M, C], radial weights -> [N, P or M, C]."""
         vec, query, key, value = tensors[:_RADIAL]
         query, key = query.contiguous(), key.contiguous()
-        radial = self._weights(tensors[_RADIAL:])
+        network = self._network(tensors[_RADIAL:])
         nodes, rows, channels = value.shape
         heads = query.shape[1]
         per_head = value.view(nodes, -1, heads)
@@ -116,9 +126,7 @@ class FusedAttention:
         out = value.new_empty(nodes, out_rows, channels)
         for chunk in self.chunks:
             edges = self._edges(chunk, vec)
-            features = radial_forward(
-                edges.distance, self.spec.cutoff, edges.target_species, edges.source_species, radial
-            )
+            features, _ = network.forward(edges.distance, edges.target_species, edges.source_species)
             weight, *_ = self._attention(chunk, edges, query, key, features, keep=False)
             if self.coupling is None:
                 summed = out[chunk.nodes].view(chunk.num_nodes, 1, -1, heads)
@@ -133,12 +141,13 @@ class FusedAttention:
         """Gradients of the wanted inputs."""
         vec, query, key, value = tensors[:_RADIAL]
         grad, query, key = grad.contiguous(), query.contiguous(), key.contiguous()
-        radial = self._weights(tensors[_RADIAL:])
         nodes, _, channels = value.shape
         heads, width = query.shape[1:]
         per_head = value.view(nodes, -1, heads)
         rows = per_head.shape[1]
         weights_wanted = [n - _RADIAL for n in wanted if n >= _RADIAL]
+        network = None if weights_wanted else self._network(tensors[_RADIAL:])
+        self.cache.clear()
         single = len(self.chunks) == 1
         fresh = torch.empty_like if single else torch.zeros_like
         grad_vec = torch.empty_like(vec) if _VEC in wanted else None
@@ -154,9 +163,7 @@ class FusedAttention:
             if weights_wanted:
                 features, graph = self._radial_graph(edges, tensors[_RADIAL:], weights_wanted)
             else:
-                features = radial_forward(
-                    edges.distance, self.spec.cutoff, edges.target_species, edges.source_species, radial
-                )
+                features, middle = network.forward(edges.distance, edges.target_species, edges.source_species)
             weight, pair, top, total = self._attention(chunk, edges, query, key, features, keep=True)
             part = grad[chunk.nodes]
             if self.coupling is not None:
@@ -190,8 +197,8 @@ class FusedAttention:
                 for n, g in enumerate(found):
                     grad_weights[n] = g if grad_weights[n] is None else grad_weights[n] + g
             elif grad_vec is not None:
-                grad_distance = radial_backward(
-                    grad_features, edges.distance, self.spec.cutoff, edges.target_species, edges.source_species, radial
+                grad_distance = network.backward(
+                    grad_features, middle, edges.distance, edges.target_species, edges.source_species
                 )
             if grad_vec is not None and number:
                 grid, constants = self._geometry_arguments(number)
