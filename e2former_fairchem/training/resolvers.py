@@ -3,6 +3,7 @@
 | resolver | value |
 |---|---|
 | `${e2former.device:}` | `CUDA` where torch finds a GPU, else `CPU` |
+| `${e2former.workers:}` | number of GPUs that torch finds, at least 1 |
 | `${e2former.sample:train}` | folder of a part of the bundled sample: `train`, `val_known` or `val_new` |
 | `${e2former.element_references:NAME}` | energies per element, eV by Z: `sample`, `omol25`, `spice` or a JSON file |
 | `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set; KEY is named in the message |
@@ -27,6 +28,13 @@ def device() -> str:
     import torch
 
     return "CUDA" if torch.cuda.is_available() else "CPU"
+
+
+def workers() -> int:
+    """Number of processes that use this machine: one for each GPU, or one on the CPU."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def sample(part: str) -> str:
@@ -115,5 +123,5 @@ def checkpoint(key: str, path: str | None) -> str:
 
 def register_resolvers() -> None:
     """Register all of the above with OmegaConf; calling it again changes nothing."""
-    for function in (device, sample, element_references, dataset, checkpoint):
+    for function in (device, workers, sample, element_references, dataset, checkpoint):
         OmegaConf.register_new_resolver(f"e2former.{function.__name__}", function, replace=True)

@@ -1,0 +1,72 @@
+"""Files that are either there and whole, or not there at all."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write that takes the name `path` only when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON under `path`; a not-a-number in it is an error.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False)
+    with replacing(path) as handle:
+        handle.write(text.encode() + b"\n")
+
+
+def write_gzipped_json(path: Path, content: Any) -> None:
+    """Write compact gzipped JSON under `path`, the same bytes for the same content.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps(content, allow_nan=False)
+    with replacing(path) as handle, gzip.GzipFile(filename="", fileobj=handle, mode="wb", mtime=0) as packed:
+        packed.write(text.encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON, gzipped or not, whatever the file is called.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the file holds something else or ends early.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    try:
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        return json.loads(data)
+    except (EOFError, OSError, ValueError) as err:
+        raise ValueError(f"{path}: expected JSON or gzipped JSON, got {type(err).__name__}: {err}") from err

@@ -1,0 +1,201 @@
+"""A journal of results: appended record by record, readable up to the last whole record whenever its writer dies.
+
+A record is `magic | kind | number of indices | payload length | CRC-32 | indices (int64) | payload`, little endian; the
+checksum covers everything but itself and the magic. The first record of a file is its header, a JSON object with the
+run's fingerprint: results of another checkpoint, data set or setting are never mixed in.
+
+A file belongs to one worker at a time (an exclusive lock). When its owner opens it, whatever follows the last whole
+record is moved to a file of its own beside it, so that nothing is destroyed, and is computed again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+SUFFIX = ".journal"
+_MAGIC = b"E2FJ"
+_FIXED = struct.Struct("<4sBIQI")
+#: Seconds between two fsync calls. A killed process loses nothing; only a machine that loses power can lose this much.
+SYNC_EVERY = 10.0
+
+
+class Kind(IntEnum):
+    """What a record holds."""
+
+    HEADER = 0
+    RESULT = 1  # structures that are done
+    FAILURE = 2  # structures without a result, and why
+
+
+class JournalError(RuntimeError):
+    """A journal that belongs to another run or is in use."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: its kind, the indices of the structures it is about, and the payload."""
+
+    kind: Kind
+    indices: np.ndarray
+    payload: bytes
+
+
+def _checksum(kind: int, indices: bytes, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(indices, zlib.crc32(bytes([kind]))))
+
+
+def _read_record(handle: IO[bytes]) -> Record | None:
+    """The next record, or None at the end or at the first byte that is no whole record."""
+    fixed = handle.read(_FIXED.size)
+    if len(fixed) < _FIXED.size:
+        return None
+    magic, kind, count, length, checksum = _FIXED.unpack(fixed)
+    left = os.fstat(handle.fileno()).st_size - handle.tell()
+    if magic != _MAGIC or kind not in list(Kind) or 8 * count + length > left:
+        return None
+    indices, payload = handle.read(8 * count), handle.read(length)
+    if _checksum(kind, indices, payload) != checksum:
+        return None
+    return Record(Kind(kind), np.frombuffer(indices, "<i8"), payload)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The whole records of a journal, the header included, up to the first damaged one."""
+    with path.open("rb") as handle:
+        while (record := _read_record(handle)) is not None:
+            yield record
+
+
+def journals(folder: Path) -> list[Path]:
+    """All journals of a folder, by name."""
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """A journal's header, or None where its writer died before it was whole."""
+    record = next(read_records(path), None)
+    return json.loads(record.payload) if record is not None and record.kind == Kind.HEADER else None
+
+
+def check_fingerprint(path: Path, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Check that a journal belongs to this run.
+
+    Raises:
+        JournalError: names the first keys that differ.
+    """
+    differing = [k for k in sorted({*expected, *got}) if expected.get(k) != got.get(k)]
+    if differing:
+        what = "; ".join(f"{k}: expected {expected.get(k)!r}, got {got.get(k)!r}" for k in differing[:3])
+        raise JournalError(
+            f"{path}: the journal of another run ({what}). Choose another job.run_dir, or remove the folder "
+            f"{path.parent} to start again"
+        )
+
+
+def done_indices(paths: Iterable[Path], *, retry_failed: bool = False) -> set[int]:
+    """Indices of the structures that need no more work; failed ones count as done unless they are to be retried."""
+    done: set[int] = set()
+    for path in paths:
+        for record in read_records(path):
+            if record.kind == Kind.RESULT or (record.kind == Kind.FAILURE and not retry_failed):
+                done.update(record.indices.tolist())
+    return done
+
+
+class Journal:
+    """The journal that this process appends to. Use as a context manager.
+
+    Args:
+        path: the file; made if it is not there.
+        fingerprint: what the results depend on; kept in the header and compared with the one that is there.
+        about: what else the header tells, such as versions and the machine; not compared.
+
+    Raises:
+        JournalError: another process holds the file, or it belongs to another run.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = path.open("a+b")
+        try:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as err:
+                raise JournalError(f"{path}: expected no other writer, got one that is still running") from err
+            header = self._repair()
+            if header is None:
+                self._synced = 0.0
+                content = {"fingerprint": dict(fingerprint), "about": dict(about or {})}
+                self.append(Kind.HEADER, (), json.dumps(content).encode())
+            else:
+                check_fingerprint(path, fingerprint, header["fingerprint"])
+            self._synced = time.monotonic()
+        except BaseException:
+            self._handle.close()
+            raise
+
+    def _repair(self) -> dict[str, Any] | None:
+        """Cut the file after its last whole record; returns the header."""
+        header, end = None, 0
+        self._handle.seek(0)
+        while (record := _read_record(self._handle)) is not None:
+            if end == 0:
+                if record.kind != Kind.HEADER:
+                    break
+                header = json.loads(record.payload)
+            end = self._handle.tell()
+        size = os.fstat(self._handle.fileno()).st_size
+        if end < size:
+            aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+            self._handle.seek(end)
+            aside.write_bytes(self._handle.read())
+            self._handle.truncate(end)
+            logging.warning(
+                "%s: the last %d of %d bytes are no whole record (a killed or failed write); they are kept in %s, and "
+                "their structures are computed again",
+                self.path,
+                size - end,
+                size,
+                aside.name,
+            )
+        return header
+
+    def append(self, kind: Kind, indices: Sequence[int], payload: bytes) -> None:
+        """Add a record; it survives this process from the moment that the call returns."""
+        rows = np.asarray(indices, "<i8").tobytes()
+        fixed = _FIXED.pack(_MAGIC, kind, len(rows) // 8, len(payload), _checksum(kind, rows, payload))
+        self._handle.write(fixed + rows + payload)
+        self._handle.flush()
+        if time.monotonic() - self._synced > SYNC_EVERY:
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until everything so far is on the disk."""
+        os.fsync(self._handle.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Sync, and give the lock back."""
+        if not self._handle.closed:
+            self.sync()
+            self._handle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

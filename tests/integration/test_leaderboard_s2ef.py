@@ -1,0 +1,338 @@
+"""S2EF submissions: the file's contents, and every way in which a run can be cut short."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from omegaconf import OmegaConf
+
+from e2former_fairchem.data.make_sample import write_folder
+from e2former_fairchem.leaderboard import journal as j
+from e2former_fairchem.leaderboard.predictor import Predictor, pack
+from e2former_fairchem.leaderboard.runner import IncompleteError, collect, journal_folder
+from e2former_fairchem.leaderboard.s2ef import S2EFRunner, force_errors
+from e2former_fairchem.leaderboard.s2ef_merge import DuplicateIdError, S2EFReducer
+from e2former_fairchem.training.resolvers import sample
+
+SPLIT_OF = {"biomolecules": "biomolecules", "elytes": "electrolytes", "rgd": "neutral_organics"}
+LABELS = (*SPLIT_OF, "trans1x", "reactivity")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "inference_ckpt.pt", num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Atoms]:
+    """Sample structures under OMol25's `data_id`s."""
+    from fairchem.core.datasets.ase_datasets import AseDBDataset
+
+    source = AseDBDataset({"src": sample("val_known")})
+    found = [source.get_atoms(i) for i in range(20)]
+    for i, atoms in enumerate(found):
+        atoms.info["data_id"] = LABELS[i % len(LABELS)]
+        atoms.info.pop("sid")
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(frames: list[Atoms], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("s2ef") / "val"
+    write_folder(frames, folder)
+    return folder
+
+
+def job(worker: int = 0, workers: int = 1) -> OmegaConf:
+    """The part of fairchem's job configuration that runners read, of one task of a SLURM array."""
+    return OmegaConf.create(
+        {
+            "device_type": "CPU",
+            "scheduler": {"num_nodes": 1, "ranks_per_node": 1, "num_array_jobs": workers},
+            "metadata": {"array_job_num": worker, "commit": "none"},
+        }
+    )
+
+
+def work(checkpoint: Path, data: Path, output: Path, worker: int = 0, workers: int = 1, **options) -> None:
+    keys = {"num_workers": 0, "max_atoms": 24} | options
+    runner = S2EFRunner(checkpoint=str(checkpoint), data=str(data), output_dir=str(output), **keys)
+    runner.job_config = job(worker, workers)
+    runner.run()
+
+
+def merge(output: Path) -> dict[str, np.ndarray]:
+    with np.load(S2EFReducer(str(output)).reduce(), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def slow_work(pause: float, *arguments) -> None:
+    """As `work`, in a process of its own that takes its time for each batch."""
+    predict = Predictor._predict_once
+
+    def slowly(self, batch):
+        time.sleep(pause)
+        return predict(self, batch)
+
+    Predictor._predict_once = slowly
+    work(*arguments)
+    os._exit(0)  # a fork of pytest must not run pytest's exit handlers
+
+
+def start(pause: float, *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=slow_work, args=(pause, *arguments))
+    process.start()
+    return process
+
+
+def computed(output: Path) -> list[int]:
+    """Every index that any journal holds a result of, with repetitions."""
+    paths = j.journals(journal_folder(output))
+    return [i for p in paths for r in j.read_records(p) if r.kind == j.Kind.RESULT for i in r.indices.tolist()]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """An undisturbed run of one worker: folder and arrays."""
+    output = tmp_path_factory.mktemp("whole")
+    work(checkpoint, data, output)
+    return output, merge(output)
+
+
+def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert got["ids"].tolist() == expected["ids"].tolist()
+    np.testing.assert_array_equal(got["natoms"], expected["natoms"])
+    for name, tolerance in (("energy", 1e-4), ("forces", 1e-4)):  # batches differ, and with them float32 rounding
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-6, atol=tolerance)
+
+
+def test_command_writes_the_file_that_the_leaderboard_takes(
+    launch: Callable, repo: Path, checkpoint: Path, data: Path, frames: list[Atoms], elsewhere: Path
+) -> None:
+    """One command; equal to fairchem's calculator on each structure alone; with scores of each part."""
+    from fairchem.core import FAIRChemCalculator
+
+    launch(
+        repo / "configs" / "leaderboard" / "s2ef.yaml",
+        f"checkpoint={checkpoint}",
+        f"data={data}",
+        "job.device_type=CPU",
+        "job.run_dir=out",
+        "max_atoms=40",
+        "num_workers=1",
+    )
+    with np.load(elsewhere / "out" / "s2ef_predictions.npz", allow_pickle=False) as arrays:
+        got = dict(arrays)
+    assert sorted(got) == ["energy", "forces", "ids", "natoms"]
+    assert got["ids"].dtype.kind == "U"
+    assert got["energy"].dtype == got["forces"].dtype == np.float64
+    assert got["natoms"].dtype == np.int64
+    assert got["ids"].tolist() == [a.info["source"] for a in frames]
+    assert got["natoms"].tolist() == [len(a) for a in frames]
+
+    calculator = FAIRChemCalculator.from_model_checkpoint(
+        str(checkpoint), task_name="omol", device="cpu", inference_settings="batch"
+    )
+    rows = np.split(got["forces"], np.cumsum(got["natoms"])[:-1])
+    absolute = {}
+    for atoms, energy, forces in zip(frames, got["energy"], rows, strict=True):
+        alone = atoms.copy()
+        alone.calc = calculator
+        assert energy == pytest.approx(alone.get_potential_energy(), abs=1e-3)
+        np.testing.assert_allclose(forces, alone.get_forces(), atol=1e-4)
+        part = {"trans1x": "neutral_organics"} | SPLIT_OF
+        for name in {"all", part.get(atoms.info["data_id"], "all")}:
+            absolute.setdefault(name, []).append(
+                (abs(energy - atoms.get_potential_energy()), np.abs(forces - atoms.get_forces()))
+            )
+
+    scores = json.loads((elsewhere / "out" / "scores.json").read_text())
+    assert set(scores) == set(absolute) == {"all", "biomolecules", "electrolytes", "neutral_organics"}
+    for name, errors in absolute.items():
+        assert scores[name]["structures"] == len(errors)
+        assert scores[name]["energy_mae"] == pytest.approx(np.mean([e for e, _ in errors]), rel=1e-6)
+        assert scores[name]["forces_mae"] == pytest.approx(np.concatenate([f for _, f in errors]).mean(), rel=1e-6)
+
+    provenance = json.loads((elsewhere / "out" / "s2ef_predictions.npz.provenance.json").read_text())
+    assert provenance["structures"] == 20
+    assert len(provenance["checkpoint_sha256"]) == 64
+    assert provenance["workers"][0]["packages"]["fairchem-core"].startswith("2.")
+    assert str(checkpoint.parent) not in json.dumps(provenance)
+
+
+def test_killed_run_goes_on(checkpoint: Path, data: Path, tmp_path: Path, whole: tuple) -> None:
+    """SIGKILL in the middle, a torn record besides; then nothing is lost and nothing computed twice."""
+    process = start(0.05, checkpoint, data, tmp_path)
+    deadline = time.monotonic() + 60
+    while len(computed(tmp_path)) < 6:
+        assert time.monotonic() < deadline and process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    before = computed(tmp_path)
+    assert 6 <= len(before) < 20
+    (path,) = j.journals(journal_folder(tmp_path))
+    with pytest.raises(IncompleteError, match=r"20 structures, got \d+: 0 failed, \d+ are not computed yet"):
+        merge(tmp_path)
+    assert not (tmp_path / "s2ef_predictions.npz").exists()
+
+    work(checkpoint, data, tmp_path)
+    assert computed(tmp_path)[: len(before)] == before
+    assert sorted(computed(tmp_path)) == list(range(20))
+    assert_same(merge(tmp_path), whole[1])
+    assert json.loads((tmp_path / "s2ef_predictions.npz.provenance.json").read_text())["computed_more_than_once"] == 0
+
+    size = path.stat().st_size
+    work(checkpoint, data, tmp_path)  # nothing is left to do
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "garbage"])
+def test_corrupt_journal_tail(
+    damage: str, checkpoint: Path, data: Path, tmp_path: Path, whole: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = journal_folder(tmp_path)
+    folder.mkdir()
+    path = folder / "worker-0000.journal"
+    good = (journal_folder(whole[0]) / path.name).read_bytes()
+    broken = {
+        "cut": good[:-100],
+        "flipped": good[:-100] + bytes([good[-100] ^ 1]) + good[-99:],
+        "garbage": good + b"\x00" * 37,
+    }[damage]
+    path.write_bytes(broken)
+    left = len(computed(tmp_path))
+    assert left == (20 if damage == "garbage" else left)
+    with caplog.at_level(logging.WARNING):
+        work(checkpoint, data, tmp_path)
+    assert "are no whole record" in caplog.text
+    assert len(list(folder.glob("*.damaged-*"))) == 1
+    assert sorted(computed(tmp_path)) == list(range(20))
+    assert_same(merge(tmp_path), whole[1])
+
+
+def test_two_workers_one_killed_then_one(checkpoint: Path, data: Path, tmp_path: Path, whole: tuple) -> None:
+    """Two at once; one is killed; a single worker does the rest of both shares."""
+    first, second = (start(0.05, checkpoint, data, tmp_path, worker, 2) for worker in (0, 1))
+    second_journal = journal_folder(tmp_path) / "worker-0001.journal"
+    deadline = time.monotonic() + 60
+    while not second_journal.exists() or sum(1 for _ in j.read_records(second_journal)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second.kill()
+    second.join()
+    first.join(60)
+    assert first.exitcode == 0
+    done = computed(tmp_path)
+    assert set(range(0, 20, 2)) < set(done)
+    assert len(done) < 20
+    work(checkpoint, data, tmp_path)
+    assert sorted(computed(tmp_path)) == list(range(20))
+    assert_same(merge(tmp_path), whole[1])
+    assert len(collect(tmp_path).workers) == 2
+
+
+def test_journal_belongs_to_one_run_and_one_writer(
+    checkpoint: Path, data: Path, tmp_path: Path, whole: tuple, write_checkpoint: Callable[..., Path]
+) -> None:
+    other = write_checkpoint(tmp_path / "other.pt", num_layers=2)
+    with pytest.raises(j.JournalError, match=r"checkpoint_sha256: expected '\w+', got '\w+'.*job\.run_dir"):
+        work(other, data, whole[0])
+    with pytest.raises(j.JournalError, match="task_name|inference"):
+        work(checkpoint, data, whole[0], inference={"tf32": True})
+    path = journal_folder(whole[0]) / "worker-0000.journal"
+    with j.Journal(path, j.read_header(path)["fingerprint"]), pytest.raises(j.JournalError, match="still running"):
+        work(checkpoint, data, whole[0])
+
+
+def test_structures_computed_twice_count_once(checkpoint: Path, data: Path, tmp_path: Path, whole: tuple) -> None:
+    work(checkpoint, data, tmp_path)
+    folder = journal_folder(tmp_path)
+    (folder / "worker-0007.journal").write_bytes((folder / "worker-0000.journal").read_bytes())
+    assert_same(merge(tmp_path), whole[1])
+    assert json.loads((tmp_path / "s2ef_predictions.npz.provenance.json").read_text())["computed_more_than_once"] == 20
+
+
+def test_duplicate_id(checkpoint: Path, frames: list[Atoms], tmp_path: Path) -> None:
+    write_folder([*frames[:3], frames[1]], tmp_path / "val")
+    work(checkpoint, tmp_path / "val", tmp_path / "out")
+    with pytest.raises(DuplicateIdError, match=f"expected 4 different ids.*{frames[1].info['source']}"):
+        merge(tmp_path / "out")
+    assert not (tmp_path / "out" / "s2ef_predictions.npz").exists()
+
+
+def test_failures_are_recorded_counted_and_retried(
+    checkpoint: Path, frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A structure without charge, one that the model refuses within a batch, and one with a prediction that is none."""
+    six = list({len(atoms): atoms for atoms in frames}.values())[:6]
+    uncharged = six[2].copy()
+    uncharged.info.pop("charge")
+    write_folder([*six[:2], uncharged, *six[3:]], tmp_path / "val")
+    refused, infinite = len(six[4]), len(six[5])
+    predict = Predictor._predict_once
+
+    def fragile(self: Predictor, batch) -> Sequence:
+        if refused in batch.natoms.tolist():
+            raise RuntimeError("no memory for this one")
+        found = predict(self, batch)
+        return [ValueError("infinite") if n == infinite else p for n, p in zip(batch.natoms, found, strict=True)]
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "_predict_once", fragile)
+        work(checkpoint, tmp_path / "val", output, max_atoms=1000)
+    with pytest.raises(IncompleteError, match=r"got \d: \d failed \(reasons in .*failures.json; retry_failed=true"):
+        merge(output)
+    failures = {f["index"]: f["error"] for f in json.loads((output / "failures.json").read_text())}
+    assert "expected source, charge, spin, got none of charge" in failures[2]
+    assert failures[4] == "RuntimeError: no memory for this one"
+    assert failures[5] == "ValueError: infinite"
+
+    size = len(computed(output))
+    work(checkpoint, tmp_path / "val", output)
+    assert len(computed(output)) == size  # failed ones are not tried again unless asked
+    work(checkpoint, tmp_path / "val", output, retry_failed=True)
+    assert sorted(computed(output)) == [0, 1, 3, 4, 5]
+    with pytest.raises(IncompleteError, match="got 5: 1 failed"):
+        merge(output)
+
+
+def test_wrong_keys_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"max_atoms": 0}, "max_atoms: expected a positive integer, got 0"),
+        ({"inference": "default"}, "inference: expected settings for batches of different molecules"),
+        ({"inference": {"tf23": True}}, "inference: expected keys of fairchem's InferenceSettings, got tf23"),
+        ({"inference": "fast"}, "inference: expected a preset's name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work(checkpoint, data, tmp_path, **options)
+    with pytest.raises(ValueError, match=r"task_name: expected one of omol, got 'oc20'"):
+        work(checkpoint, data, tmp_path, task_name="oc20")
+    with pytest.raises(FileNotFoundError, match="checkpoint: expected an inference checkpoint's file"):
+        work(tmp_path / "none.pt", data, tmp_path)
+
+
+def test_pack() -> None:
+    natoms = [5, 1, 9, 3, 30, 1, 4, 4]
+    batches = pack(natoms, 10)
+    assert sorted(i for b in batches for i in b) == list(range(8))
+    assert all(sum(natoms[i] for i in b) <= 10 or len(b) == 1 for b in batches)
+    assert all(len(b) == 1 for b in batches if any(natoms[i] == 1 for i in b))
+    assert pack([], 10) == []
+
+
+def test_force_errors() -> None:
+    a, b = np.array([[1.0, 0, 0], [0, 2, 0]]), np.array([[1.0, 0, 0], [0, 0, 0]])
+    assert force_errors(a, b) == (2.0, 1.0)
+    assert np.isnan(force_errors(a, None)).all()
