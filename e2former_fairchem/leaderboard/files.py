@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,18 +56,26 @@ def write_gzipped_json(path: Path, content: Any) -> None:
         packed.write(text.encode())
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"expected each key once, got {next(k for k in keys if keys.count(k) > 1)!r} repeated")
+    return found
+
+
 def read_json(path: str | Path) -> Any:
     """Read JSON, gzipped or not, whatever the file is called.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: the file holds something else or ends early.
+        ValueError: the file holds something else, ends early or repeats a key within an object.
     """
     path = Path(path)
     data = path.read_bytes()
     try:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        return json.loads(data)
-    except (EOFError, OSError, ValueError) as err:
+        return json.loads(data, object_pairs_hook=_unique)
+    except (EOFError, OSError, ValueError, zlib.error) as err:
         raise ValueError(f"{path}: expected JSON or gzipped JSON, got {type(err).__name__}: {err}") from err

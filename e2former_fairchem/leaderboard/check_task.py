@@ -1,0 +1,248 @@
+"""Checks of the results of an evaluation task."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.io.jsonio import decode
+
+from e2former_fairchem.leaderboard.report import Report, listed
+from e2former_fairchem.leaderboard.tasks import COMPONENTS, KeyPath, load_inputs, read_results
+
+Results = Mapping[KeyPath, dict[str, Any]]
+#: Å; files of other programs round.
+POSITION_TOLERANCE = 1e-6
+RELAXED = ("conformers", "protonation")
+DEPTHS = {
+    "ligand_pocket": {2},
+    "ligand_strain": {2, 3},
+    "conformers": {2},
+    "protonation": {2},
+    "ieea": {3},
+    "spingap": {2},
+    "distance_scaling": {3},
+}
+
+
+def is_relaxation(task: str, path: KeyPath) -> bool:
+    """Whether a result of the task at this path is a relaxation (`initial`, `final`) or a single point."""
+    return task in RELAXED or (task == "ligand_strain" and len(path) == 3)
+
+
+def atoms_of(result: Mapping[str, Any]) -> Atoms:
+    """The structure of a single point or of one end of a relaxation.
+
+    Raises:
+        ValueError: no MSONAtoms dictionary.
+    """
+    packed = result.get("atoms")
+    if not isinstance(packed, dict) or "atoms_json" not in packed:
+        raise ValueError("atoms: expected an MSONAtoms object with atoms_json")
+    try:
+        atoms = decode(packed["atoms_json"])
+    except Exception as err:  # ASE's decoder meets whatever is in the file
+        raise ValueError(f"atoms: expected ase.Atoms in atoms_json, got {type(err).__name__}: {err}") from err
+    if not isinstance(atoms, Atoms):
+        raise ValueError(f"atoms: expected ase.Atoms in atoms_json, got {type(atoms).__name__}")
+    return atoms
+
+
+def check_point(result: Any) -> Atoms:
+    """The structure of one calculation whose energy and forces are as they should be.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if not isinstance(result, dict):
+        raise ValueError(f"expected an object, got {type(result).__name__}")
+    missing = [k for k in ("atoms", "energy", "forces") if k not in result]
+    if missing:
+        raise ValueError(f"expected atoms, energy and forces, got none of {', '.join(missing)}")
+    atoms, energy = atoms_of(result), result["energy"]
+    if isinstance(energy, bool) or not isinstance(energy, int | float) or not np.isfinite(energy):
+        raise ValueError(f"energy: expected a finite number, got {energy!r}")
+    try:
+        forces = np.asarray(result["forces"], float)
+    except (TypeError, ValueError) as err:
+        raise ValueError("forces: expected a list of triples of numbers") from err
+    if forces.shape != (len(atoms), 3):
+        raise ValueError(f"forces: expected {(len(atoms), 3)}, got {forces.shape}")
+    if not np.isfinite(forces).all():
+        raise ValueError("forces: expected finite numbers")
+    return atoms
+
+
+def check_task(report: Report, file: Path, task: str, reference: Path | None) -> None:
+    """Note what holds of a task's result file.
+
+    Checked: gzipped JSON, the task's nesting, energy, forces and structure of each calculation, what the task's metric
+    assumes (components that make up the complex, three consecutive charges, names with charge and spin, points of a
+    curve). Against the input pickle or another result file: the same keys, elements, and starting positions.
+
+    Raises:
+        ValueError, FileNotFoundError: the reference cannot be read.
+    """
+    expected = _reference(task, reference) if reference is not None else None
+    try:
+        results = read_results(file)
+    except ValueError as err:
+        report.require(False, "", str(err))
+        return
+    report.require(True, f"JSON with {len(results)} calculations in {len({p[0] for p in results})} top-level entries")
+    with file.open("rb") as handle:
+        if handle.read(2) != b"\x1f\x8b":
+            report.note("the JSON is not gzipped; the leaderboard takes the gzipped file")
+
+    deep = [path for path in results if len(path) not in DEPTHS[task]]
+    report.require(
+        not deep,
+        f"nested as {task} is",
+        f"expected results of {task} at depth {' or '.join(map(str, sorted(DEPTHS[task])))}, got others at "
+        f"{listed(('/'.join(p) for p in deep), len(deep))}",
+    )
+    structures: dict[KeyPath, Atoms] = {}
+    problems: list[str] = []
+    for path, result in results.items():
+        try:
+            if is_relaxation(task, path):
+                missing = [k for k in ("initial", "final") if k not in result]
+                if missing:
+                    raise ValueError(f"expected a relaxation (initial, final), got none of {', '.join(missing)}")
+                structures[path] = check_point(result["initial"])
+                final = check_point(result["final"])
+                if final.numbers.tolist() != structures[path].numbers.tolist():
+                    raise ValueError("final: expected the elements of initial in the same order")
+            else:
+                structures[path] = check_point(result)
+        except ValueError as err:
+            problems.append(f"{'/'.join(path)}: {err}")
+    report.require(
+        not problems,
+        "atoms, a finite energy and finite forces in every calculation",
+        f"calculations with problems: {listed(problems, len(problems))}",
+    )
+    rules = {
+        "ligand_pocket": _components,
+        "ligand_strain": _strain,
+        "protonation": _names,
+        "ieea": _charges,
+        "spingap": _spins,
+        "distance_scaling": _points,
+    }
+    if task in rules and not deep:
+        text, wrong = rules[task](structures)
+        report.require(not wrong, text, f"expected {text}; not so: {listed(wrong, len(wrong))}")
+    if expected is not None:
+        _compare(report, structures, results.keys(), expected)
+
+
+def _reference(task: str, reference: Path) -> dict[KeyPath, Atoms]:
+    if reference.name.endswith((".pkl", ".pickle")):
+        return {unit.path: unit.atoms for unit in load_inputs(task, reference)}
+    found = {}
+    for path, result in read_results(reference).items():
+        try:
+            found[path] = atoms_of(result.get("initial", result))
+        except ValueError as err:
+            raise ValueError(f"--reference: {reference}, {'/'.join(path)}: {err}") from err
+    return found
+
+
+def _grouped(structures: Mapping[KeyPath, Atoms], depth: int = 1) -> dict[KeyPath, dict[KeyPath, Atoms]]:
+    groups: dict[KeyPath, dict[KeyPath, Atoms]] = defaultdict(dict)
+    for path, atoms in structures.items():
+        groups[path[:depth]][path[depth:]] = atoms
+    return groups
+
+
+def _components(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
+    """The metric finds each component's atoms in the complex by element and by exactly equal position."""
+    wrong = []
+    for key, parts in _grouped(structures).items():
+        if set(parts) != {(c,) for c in COMPONENTS}:
+            wrong.append(f"{key[0]}: has {', '.join(p[0] for p in parts)}")
+            continue
+        whole, *rest = (
+            [(int(z), *r) for z, r in zip(parts[(c,)].numbers, parts[(c,)].positions.tolist(), strict=True)]
+            for c in ("ligand_pocket", "ligand", "pocket")
+        )
+        if len(set(whole)) != len(whole) or set(whole) != set().union(*rest):
+            wrong.append(f"{key[0]}: positions of ligand and pocket are not exactly those of ligand_pocket")
+    return "ligand, pocket and ligand_pocket, the first two at exactly the positions of the third", wrong
+
+
+def _strain(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
+    wrong = [
+        key[0]
+        for key, parts in _grouped(structures).items()
+        if ("bioactive",) not in parts or not any(p[0] == "gas_phase" for p in parts)
+    ]
+    return "bioactive and at least one gas_phase conformer for each ligand", wrong
+
+
+def _names(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
+    wrong = ["/".join(p) for p in structures if not re.search(r"_-?\d+_\d+$", p[-1])]
+    return "states called name_charge_spin", wrong
+
+
+def _charges(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
+    wrong = []
+    for key, states in _grouped(structures).items():
+        by_charge: dict[str, int] = defaultdict(int)
+        for charge, _ in states:
+            by_charge[charge] += 1
+        try:
+            charges = sorted(by_charge, key=int)
+            good = [int(c) for c in charges] == list(range(int(charges[0]), int(charges[0]) + 3))
+        except ValueError:
+            good = False
+        if not good or by_charge[charges[1]] != 1:
+            wrong.append(f"{key[0]}: charges {', '.join(by_charge)}")
+    return "three consecutive charges, the middle one with one spin", wrong
+
+
+def _spins(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
+    wrong = []
+    for key, states in _grouped(structures).items():
+        spins = [s for (s,) in states]
+        if len(spins) < 2 or not all(s.isdigit() for s in spins):
+            wrong.append(f"{key[0]}: spins {', '.join(spins)}")
+    return "at least two spins, whole numbers, for each system", wrong
+
+
+def _points(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
+    wrong = ["/".join(p) for p in structures if "short_range" not in p[-1] and "long_range" not in p[-1]]
+    return "points called short_range or long_range", wrong
+
+
+def _compare(report: Report, structures: Mapping[KeyPath, Atoms], keys: Any, expected: Mapping[KeyPath, Atoms]) -> None:
+    missing = ["/".join(p) for p in expected if p not in keys]
+    unknown = ["/".join(p) for p in keys if p not in expected]
+    report.require(
+        not missing,
+        f"all {len(expected)} calculations of the reference",
+        f"expected {len(expected)} calculations of the reference, got none of {listed(missing, len(missing))}",
+    )
+    report.require(not unknown, "nothing that is not in the reference", f"got unknown {listed(unknown, len(unknown))}")
+    moved = []
+    for path, atoms in structures.items():
+        other = expected.get(path)
+        if other is None:
+            continue
+        if atoms.numbers.tolist() != other.numbers.tolist():
+            moved.append(f"{'/'.join(path)}: other elements or another order")
+        elif not np.array_equal(atoms.positions, other.positions):
+            moved.append(
+                f"{'/'.join(path)}: positions up to {np.abs(atoms.positions - other.positions).max():.2g} Å off"
+            )
+    report.require(
+        not moved,
+        "elements and starting positions as in the reference",
+        f"expected elements and starting positions of the reference, got others in {listed(moved, len(moved))}",
+    )
