@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from ase import Atoms
 from torch import Tensor
 
 from e2former_fairchem.testing.base import PotentialTests
@@ -15,25 +16,29 @@ from e2former_fairchem.testing.data import atomic_data, random_molecule, water_b
 class GradientTests(PotentialTests):
     """The energy's derivatives are the forces, and are themselves differentiable."""
 
-    def energy_of(self, pos: Tensor, cell: Tensor | None = None) -> Tensor:
-        """Energy as a differentiable function of a water box's positions (and cell)."""
-        data = atomic_data([water_box() if cell is not None else random_molecule("H2O")], torch.float64, self.dataset)
-        data.pos = pos
-        if cell is not None:
-            data.cell = cell
+    def energy_of(self, atoms: Atoms, pos: Tensor, cell: Tensor) -> Tensor:
+        """Energy as a differentiable function of positions and cell."""
+        data = atomic_data([atoms], torch.float64, self.dataset)
+        data.pos, data.cell = pos, cell
         return self.model(torch.float64)(data)["energy"]["energy"]
 
+    def _inputs(self, atoms: Atoms) -> tuple[Tensor, Tensor]:
+        data = atomic_data([atoms], torch.float64, self.dataset)
+        return data.pos.clone().requires_grad_(), data.cell.clone().requires_grad_()
+
     def test_gradcheck(self) -> None:
-        data = atomic_data([water_box()], torch.float64, self.dataset)
-        pos, cell = data.pos.clone().requires_grad_(), data.cell.clone().requires_grad_()
+        atoms = water_box()
         with self._graph_kept():
-            assert torch.autograd.gradcheck(self.energy_of, (pos, cell), atol=1e-6, rtol=1e-5)
+            assert torch.autograd.gradcheck(
+                lambda pos, cell: self.energy_of(atoms, pos, cell), self._inputs(atoms), atol=1e-6, rtol=1e-5
+            )
 
     def test_gradgradcheck(self) -> None:
-        data = atomic_data([random_molecule("H2O")], torch.float64, self.dataset)
-        pos = data.pos.clone().requires_grad_()
+        atoms = water_box()[:3]  # one molecule and its images
         with self._graph_kept():
-            assert torch.autograd.gradgradcheck(self.energy_of, (pos,), atol=1e-6, rtol=1e-5)
+            assert torch.autograd.gradgradcheck(
+                lambda pos, cell: self.energy_of(atoms, pos, cell), self._inputs(atoms), atol=1e-6, rtol=1e-5
+            )
 
     @contextlib.contextmanager
     def _graph_kept(self) -> Iterator[None]:
