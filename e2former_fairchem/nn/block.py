@@ -45,4 +45,4 @@ class TransformerBlock(nn.Module):
         backend = convolution.backend
         h = self.norm1(x, system, backend=backend)
         x = x + self.attention(h, atomic_numbers, graph, convolution, images)
-        return x + self.feedforward(self.norm2(x, backend=backend), backend)
+        return x + self.feedforward.of_norm(x, self.norm2, backend)

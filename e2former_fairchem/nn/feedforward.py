@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
+from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_fairchem.so3 import degree_of_row
 from e2former_kernels.feedforward import SIGMOID_SCALE, SILU_SCALE, gated_feedforward
 
@@ -26,11 +27,13 @@ class GatedFeedForward(nn.Module):
         rows = [l - 1 for l in degree_of_row(lmax)[1:]]
         self.register_buffer("gate_row", torch.tensor(rows), persistent=False)
 
-    def forward(self, x: Tensor, backend: str = "reference") -> Tensor:
-        """x: [N, (lmax+1)^2, C]. Same shape back."""
+    def of_norm(self, x: Tensor, norm: EquivariantRMSNorm, backend: str) -> Tensor:
+        """This network on ``norm(x)``. x: [N, (lmax+1)^2, C]. Same shape back."""
         if backend == "triton":
             return gated_feedforward(
                 x,
+                norm.affine_weight,
+                norm.affine_bias,
                 self.linear1.weight,
                 self.linear1.bias,
                 self.gates.weight,
@@ -38,6 +41,10 @@ class GatedFeedForward(nn.Module):
                 self.linear2.weight,
                 self.linear2.bias,
             )
+        return self(norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, (lmax+1)^2, C]. Same shape back."""
         y = self.linear1(x)
         gates = self.gates(y[:, 0])
         scalar = SILU_SCALE * F.silu(gates[:, : self.channels])

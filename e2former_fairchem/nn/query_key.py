@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2former_fairchem.so3 import degree_of_row
-from e2former_kernels.query_key import invariants
+from e2former_kernels.query_key import QueryKeyWeights, query_key
 
 LAYER_NORM_EPS = 1e-5
 
@@ -53,7 +53,19 @@ class QueryKey(nn.Module):
 
     def forward(self, h: Tensor, backend: str = "reference") -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]. Returns query and key, each [N, H, S]."""
-        s = invariants(h, self.weight, self.bias) if backend == "triton" else self.invariants(h)
+        if backend == "triton":
+            weights = QueryKeyWeights(
+                self.weight,
+                self.bias,
+                self.hidden_weight,
+                self.hidden_bias,
+                self.norm_weight,
+                self.norm_bias,
+                self.out_weight,
+                self.out_bias,
+            )
+            return query_key(h, weights).unflatten(-1, (self.num_heads, self.head_dim)).unbind(1)
+        s = self.invariants(h)
         nodes = s.shape[0]
         s = s.view(nodes, self.lmax + 1, 2, self.width).permute(2, 0, 1, 3).reshape(2, nodes, -1)
         x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))

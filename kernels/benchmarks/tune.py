@@ -1,4 +1,4 @@
-"""Tile shapes of the radial and attention kernels, timed one by one at the paper's widths.
+"""The pieces of the attention, timed one by one at the paper's widths, and tile shapes against each other.
 
     python kernels/benchmarks/tune.py [--atoms 6144]
 """
@@ -14,7 +14,7 @@ from common import PAPER, System
 import e2former_kernels.common.radial_kernel as radial_kernel
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.tiles import RowTiles
-from e2former_kernels.equivariant_attention import primitives
+from e2former_kernels.equivariant_attention import primitives as launch
 
 
 def bench(function) -> float:
@@ -36,13 +36,11 @@ def main() -> None:
     shapes += [(1, hidden), (1, hidden), (1, hidden), (1, 2 * heads, hidden), (1, 2 * heads)]
     weights = RadialWeights(*(rand(*s) for s in shapes))
     grad = rand(edges, 1, 2 * heads)
+    network = radial_kernel.RadialNetwork(weights, 6.0)
+    _, middle = network.forward(distance, zt, zs)
     print("table", bench(lambda: radial_kernel.first_layer_table(weights.basis)))
-    for tile in ((64, 64, 8), (64, 128, 8), (128, 64, 8), (64, 64, 4), (64, 32, 4)):
-        radial_kernel.TILES = {"forward": tile, "backward": tile}
-        row = [bench(lambda: radial_kernel.radial_forward(distance, 6.0, zt, zs, weights))]
-        if tile[0] == 64 and tile[2] == 8:
-            row.append(bench(lambda: radial_kernel.radial_backward(grad, distance, 6.0, zt, zs, weights)))
-        print("radial", tile, [f"{t:.3f}" for t in row], flush=True)
+    print("radial forward", bench(lambda: network.forward(distance, zt, zs)))
+    print("radial backward", bench(lambda: network.backward(grad, middle, distance, zt, zs)))
     n, rows = system.atoms, 18
     value, part = rand(n, rows, heads), rand(n, 3, rows, heads)
     weight, scale, dots = rand(edges, heads), rand(edges, 3), rand(edges, 3, heads)
@@ -52,19 +50,23 @@ def main() -> None:
             numbers = rows * block / (32 * warps)
             if not 12 <= numbers <= 48:
                 continue
-            primitives.row_tiles = lambda *a, b=block, w=warps: RowTiles(16, 2, b, w)
-            print(
-                "rows", block, warps,
-                f"aggregate {bench(lambda: primitives.launch_aggregate(weight, scale, value, system.source, system.row_ptr, out)):.3f}",
-                f"dot {bench(lambda: primitives.launch_message_dot(value, part, system.source, system.row_ptr, dots)):.3f}",
-                f"transposed {bench(lambda: primitives.launch_aggregate_transposed(weight, scale, part, system.target, system.order, system.ptr, back)):.3f}",
-                flush=True,
-            )  # fmt: skip
+            launch.row_tiles = lambda *a, b=block, w=warps: RowTiles(16, 2, b, w)
+            times = [
+                bench(lambda: launch.launch_aggregate(weight, scale, value, system.source, system.row_ptr, out)),
+                bench(lambda: launch.launch_message_dot(value, part, system.source, system.row_ptr, dots)),
+                bench(
+                    lambda: launch.launch_aggregate_transposed(
+                        weight, scale, part, system.target, system.order, system.ptr, back
+                    )
+                ),
+            ]
+            print("aggregate, dot, transposed", block, warps, [f"{t:.3f}" for t in times], flush=True)
     query = rand(n, heads, width)
     pair = rand(edges, heads)
-    print("pair_sum", bench(lambda: primitives.launch_pair_sum(pair, query, system.source, None, system.row_ptr, query)))
-    print("pair_dot", bench(lambda: primitives.launch_pair_dot(query, query, system.source, system.row_ptr, pair)))
-    print("contract", bench(lambda: primitives.launch_contract(rand(20, 27), part.view(n, 27, 256), rand(n, 20, 256))))
+    total = torch.empty_like(query)
+    print("pair_sum", bench(lambda: launch.launch_pair_sum(pair, query, system.source, None, system.row_ptr, total)))
+    print("pair_dot", bench(lambda: launch.launch_pair_dot(query, query, system.source, system.row_ptr, pair)))
+    print("contract", bench(lambda: launch.launch_contract(rand(20, 27), part.view(n, 27, 256), rand(n, 20, 256))))
     a, b = torch.empty(1 << 28, device="cuda"), torch.empty(1 << 28, device="cuda")
     print("copy TB/s", 2 * a.numel() * 4 / bench(lambda: b.copy_(a)) / 1e9)
     a, b = rand(9, n, 256), rand(9, 256, 2048)

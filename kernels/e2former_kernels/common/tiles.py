@@ -24,15 +24,15 @@ class RowTiles(NamedTuple):
     warps: int
 
 
-def row_tiles(rows: int, heads: int, accumulators: int) -> RowTiles:
-    """Tile for ``accumulators`` tiles of [rows, heads] numbers in registers."""
+def row_tiles(rows: int, heads: int, accumulators: int, widest: int = 32, registers: int = 72) -> RowTiles:
+    """Tile for ``accumulators`` tiles of [rows, heads] numbers: up to ``widest`` heads, ``registers`` a thread."""
     rows_a = next_power(rows + 1) // 2
     rows_b = next_power(rows - rows_a) if rows > rows_a else 0
-    block = min(next_power(heads), 32)
+    block = min(next_power(heads), widest)
     if interpreting():
         block = next_power(heads)
     numbers = accumulators * (rows_a + rows_b) * block
     warps = 1
-    while warps < 8 and numbers / (32 * warps) > 72:
+    while warps < 8 and numbers / (32 * warps) > registers:
         warps *= 2
     return RowTiles(rows_a, rows_b, block, warps)

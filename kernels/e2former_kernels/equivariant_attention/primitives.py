@@ -66,7 +66,7 @@ def launch_message_dot(value: Tensor, grad: Tensor, source: Tensor, row_ptr: Ten
     nodes, directions, rows, heads = grad.shape
     if not out.numel():
         return
-    tiles = row_tiles(rows, heads, directions)
+    tiles = row_tiles(rows, heads, directions, widest=64, registers=108)
     kernel.message_dot_kernel[nodes, triton.cdiv(heads, tiles.heads)](
         value, grad, source, row_ptr, out, rows, heads,
         B=directions, RA=tiles.rows_a, RB=tiles.rows_b, BH=tiles.heads, num_warps=tiles.warps,

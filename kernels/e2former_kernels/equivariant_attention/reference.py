@@ -29,6 +29,7 @@ Form = Literal["dense", "relative", "sum"]
 # Working memory of one chunk of the recomputing form, in numbers (not bytes): 64 MB in float32.
 CHUNK_NUMBERS = 1 << 24
 MIN_CHUNK_EDGES = 256  # however wide the network
+MAX_PADDING = 4  # padded edges for one real one
 
 
 class DotWeights(NamedTuple):
@@ -67,6 +68,25 @@ def segment_max(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
 def segment_sum(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
     """Sum of edge values per receiver: values [E, ...], target [E] -> [num_nodes, ...]."""
     return values.new_zeros((num_nodes, *values.shape[1:])).index_add(0, target, values)
+
+
+def segment_outer(left: Tensor, right: Tensor, target: Tensor, num_nodes: int) -> Tensor:
+    """Sum of outer products per receiver, as one matrix product for each.
+
+    left: [E, I]; right: [E, J]; target: [E], ascending. Returns [num_nodes, I, J]. A receiver's edges become the inner
+    dimension, padded to the largest number of edges; very uneven receivers are summed column by column instead.
+    """
+    with torch.no_grad():
+        count = torch.bincount(target, minlength=num_nodes)
+        longest = int(count.max()) if num_nodes else 0
+        place = torch.arange(target.numel(), device=target.device) - (count.cumsum(0) - count).index_select(0, target)
+        place = target * longest + place
+    if num_nodes * longest > MAX_PADDING * target.numel():
+        return torch.stack([segment_sum(x.unsqueeze(1) * right, target, num_nodes) for x in left.unbind(1)], 1)
+    rows = num_nodes * longest
+    left = left.new_zeros(rows, left.shape[1]).index_copy(0, place, left).view(num_nodes, longest, -1)
+    right = right.new_zeros(rows, right.shape[1]).index_copy(0, place, right).view(num_nodes, longest, -1)
+    return torch.bmm(left.transpose(1, 2), right)
 
 
 def attention_weights(
@@ -203,11 +223,10 @@ def aggregate(
         by_axis = coupling.to(weights.dtype).transpose(0, 1).reshape(3, rows * num_rows)
         matrix = (direction @ by_axis).view(-1, rows, num_rows)
         return segment_sum(torch.bmm(matrix, _weighted(weights, value)), target, num_nodes)
-    repeats = value.shape[-1] // weights.shape[-1]
-    spread = weights if repeats == 1 else weights.repeat(1, repeats)  # channel c belongs to head c mod H
-    outer = (direction.unsqueeze(-1) * spread.unsqueeze(1)).unsqueeze(2) * value.unsqueeze(1)
-    outer = segment_sum(outer, target, num_nodes)
-    return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer.flatten(1, 2))
+    weighted = _weighted(weights, value)
+    outer = segment_outer(direction, weighted.flatten(1), target, num_nodes)
+    outer = outer.view(num_nodes, 3 * num_rows, -1)
+    return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer)
 
 
 def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, image, image_source_rows):

@@ -14,6 +14,7 @@ from e2former_kernels.common.step import node_plan, node_runs, run_step
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward.kernel import gate_backward_kernel, gate_kernel
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, gated_feedforward_reference
+from e2former_kernels.norm.op import launch_norm, launch_norm_backward
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class _FeedForward:
         return (x.shape[0], triton.cdiv(channels, block)), {"C": channels, "BC": block, "num_warps": 2}
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        x, *weights = tensors
+        x, norm_weight, norm_bias, *weights = tensors
         weight2, bias2 = weights[4:]
         x = x.contiguous()
         out = torch.empty_like(x)
         if x.numel():
             for run in node_runs(x.shape[0]):
-                y, gates, rows = self._first(x[run.nodes], weights)
+                y, gates, rows = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
                 grid, constants = self._grid(y)
                 gate_kernel[grid](y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=len(rows), **constants)
                 apply_groups(y.flatten(1), weight2.unbind(0), rows, False, out[run.nodes].flatten(1))
@@ -51,13 +52,13 @@ class _FeedForward:
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         if any(n > 0 for n in wanted):
             return list(self.plan.vjp(wanted, tensors).run([grad, *tensors]))
-        x, *weights = tensors
+        x, norm_weight, norm_bias, *weights = tensors
         weight1, gate_weight, weight2 = weights[0], weights[2], weights[4]
         x, grad = x.contiguous(), grad.contiguous()
         out = torch.empty_like(x)
         if x.numel():
             for run in node_runs(x.shape[0]):
-                y, gates, rows = self._first(x[run.nodes], weights)
+                y, gates, rows = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
                 part = torch.empty_like(y)
                 apply_groups(grad[run.nodes].flatten(1), weight2.unbind(0), rows, True, part.flatten(1))
                 grid, constants = self._grid(y)
@@ -65,15 +66,24 @@ class _FeedForward:
                     part, y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=len(rows), **constants
                 )
                 torch.mm(gates, gate_weight, out=part[:, 0])
-                apply_groups(part.flatten(1), weight1.unbind(0), rows, True, out[run.nodes].flatten(1))
+                apply_groups(part.flatten(1), weight1.unbind(0), rows, True, y.flatten(1))
+                launch_norm_backward(y, x[run.nodes], norm_weight, out[run.nodes])
         return [out]
 
 
 @torch.compiler.disable()
 def gated_feedforward(
-    x: Tensor, weight1: Tensor, bias1: Tensor, gate_weight: Tensor, gate_bias: Tensor, weight2: Tensor, bias2: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
 ) -> Tensor:
     """The function of :func:`gated_feedforward_reference` with Triton kernels; differentiable to any order."""
-    weights = [weight1, bias1, gate_weight, gate_bias, weight2, bias2]
+    weights = [norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2]
     step = _FeedForward(node_plan(gated_feedforward_reference, [x], weights))
     return run_step(step, [x, *weights])

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.grouped_linear import so3_linear
+from e2former_kernels.norm.reference import equivariant_rms_norm_reference
 
 # e3nn's ``normalize2mom`` estimates these second-moment constants from a fixed random sample. The authors' weights
 # were trained with the estimates, so the estimates, not the integrals, are the function.
@@ -15,16 +16,26 @@ SIGMOID_SCALE = 1.8467055342154763
 
 
 def gated_feedforward_reference(
-    x: Tensor, weight1: Tensor, bias1: Tensor, gate_weight: Tensor, gate_bias: Tensor, weight2: Tensor, bias2: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
 ) -> Tensor:
-    r"""The authors' ``s3`` feed-forward (SPEC section 6.8).
+    r"""The authors' ``s3`` feed-forward on the norm of its input (SPEC sections 6.1 and 6.8).
 
-    y = W1 x; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; result W2 z.
+    h = norm(x); y = W1 h + b1; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; then W2 z + b2.
 
-    x: [N, (L+1)^2, C]; weight1, weight2: [L+1, C, C]; gate_weight: [(L+1) C, C]. Returns the shape of x.
+    x: [N, (L+1)^2, C]; norm_weight: [L+1, C]; norm_bias: [C]; weight1, weight2: [L+1, C, C]; gate_weight:
+    [(L+1) C, C]. Returns the shape of x.
     """
     degrees, channels, _ = weight1.shape
-    y = so3_linear(x, weight1, bias1)
+    h = equivariant_rms_norm_reference(x, norm_weight, norm_bias)
+    y = so3_linear(h, weight1, bias1)
     gates = F.linear(y[:, 0], gate_weight, gate_bias).view(-1, degrees, channels)
     parts = [(SILU_SCALE * F.silu(gates[:, 0])).unsqueeze(1)]
     for degree in range(1, degrees):

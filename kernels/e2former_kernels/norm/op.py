@@ -34,9 +34,9 @@ def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -
     return out
 
 
-def launch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the norm by x. grad, x: [N, M, C], contiguous."""
-    out = torch.empty_like(x)
+def launch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient of the norm by x. grad, x, out: [N, M, C], contiguous."""
+    out = torch.empty_like(x) if out is None else out
     if x.numel():
         norm_backward_kernel[(x.shape[0],)](grad, x, weight.contiguous(), out, **_constants(x, weight))
     return out

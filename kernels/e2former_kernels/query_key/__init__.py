@@ -1,14 +1,14 @@
-"""Invariants of spherical tensors: products of two linear maps, contracted over each degree."""
+"""Queries and keys: scalars made from all degrees of spherical tensors."""
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.query_key.reference import invariants_reference
+from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
 
-__all__ = ["invariants", "invariants_reference"]
+__all__ = ["QueryKeyWeights", "query_key", "query_key_reference"]
 
 if triton_installed():
-    from e2former_kernels.query_key.op import invariants
+    from e2former_kernels.query_key.op import query_key
 else:
 
-    def invariants(*args, **kwargs):
+    def query_key(*args, **kwargs):
         """Stands in for the operation where the triton package is missing."""
-        raise RuntimeError("invariants: the triton package is not installed")
+        raise RuntimeError("query_key: the triton package is not installed")

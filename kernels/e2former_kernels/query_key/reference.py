@@ -1,16 +1,31 @@
-"""Invariants of spherical tensors in plain PyTorch."""
+"""Queries and keys in plain PyTorch."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+LAYER_NORM_EPS = 1e-5
 
 
-def invariants_reference(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    r""":math:`s_{lg} = \sum_m ((W_l h_{lm})_g + \delta_{l0} b_g) (W'_l h_{lm})_g` (SPEC section 6.2).
+class QueryKeyWeights(NamedTuple):
+    """Weights of both maps side by side, index 0: query, 1: key. Widths: G inner, O = heads times head width."""
 
-    h: [N, (L+1)^2, C]. weight: [L+1, 2 G, C], W_l above W'_l. bias: [G]. Returns [N, L+1, G].
-    """
+    weight: Tensor  # [L+1, 4 G, C]: first factor of query, of key, second factor of query, of key
+    bias: Tensor  # [2 G], of the first factors
+    hidden_weight: Tensor  # [2, G, (L+1) G]
+    hidden_bias: Tensor  # [2, G]
+    norm_weight: Tensor  # [2, G]
+    norm_bias: Tensor  # [2, G]
+    out_weight: Tensor  # [2, O, G]
+    out_bias: Tensor  # [2, O]
+
+
+def invariants(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    r""":math:`s_{lg} = \sum_m ((W_l h_{lm})_g + \delta_{l0} b_g) (W'_l h_{lm})_g`, [2, N, (L+1) G]."""
     degrees, width = weight.shape[0], bias.shape[0]
     parts = []
     for degree in range(degrees):
@@ -18,5 +33,18 @@ def invariants_reference(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         first, second = torch.matmul(rows, weight[degree].t()).split(width, -1)
         if degree == 0:
             first = first + bias
-        parts.append((first * second).sum(1))
-    return torch.stack(parts, 1)
+        parts.append((first * second).sum(1).view(-1, 2, width // 2))
+    return torch.cat(parts, -1).transpose(0, 1)
+
+
+def heads_of(s: Tensor, weights: QueryKeyWeights) -> Tensor:
+    """Linear, layer norm, SiLU, linear on the invariants [2, N, (L+1) G]. Returns [2, N, O]."""
+    x = torch.baddbmm(weights.hidden_bias.unsqueeze(1), s, weights.hidden_weight.transpose(1, 2))
+    x = F.layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
+    x = F.silu(x * weights.norm_weight.unsqueeze(1) + weights.norm_bias.unsqueeze(1))
+    return torch.baddbmm(weights.out_bias.unsqueeze(1), x, weights.out_weight.transpose(1, 2))
+
+
+def query_key_reference(h: Tensor, weights: QueryKeyWeights) -> Tensor:
+    """Query and key of every head (SPEC section 6.2). h: [N, (L+1)^2, C]. Returns [N, 2, O]."""
+    return heads_of(invariants(h, weights.weight, weights.bias), weights).transpose(0, 1)

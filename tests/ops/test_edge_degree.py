@@ -1,0 +1,84 @@
+"""The edge-degree embedding's kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+
+pytestmark = [
+    pytest.mark.skipif(not triton_installed(), reason="needs the triton package"),
+]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
+
+
+@interpreted
+@pytest.mark.parametrize(("lmax", "norms", "run"), [(1, True, None), (2, False, 4), (4, True, None)])
+def test_equals_the_reference(make, compare, find_leaves, lmax: int, norms: bool, run: int | None) -> None:
+    edges = make.edges(4, 7)
+    radial = make.radial(lmax + 1, 6, 4, 5, norms)
+    arguments = (lmax, 3.0, 5, 5, *edges, radial)
+    op = edge_degree_embedding(*arguments, max_run_edges=run)
+    reference = edge_degree_embedding_reference(*arguments)
+    used = [edges[0], *[t for t in radial[:-2] if t is not None]]
+    compare(op, reference, used)
+    for a, b in zip(
+        torch.autograd.grad(op.square().sum(), find_leaves(arguments), retain_graph=True),
+        torch.autograd.grad(reference.square().sum(), find_leaves(arguments)),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 1e-11 * b.abs().max().clamp(min=1)
+
+
+@interpreted
+@pytest.mark.parametrize("edges", [0, 1, 37])
+def test_numbers_of_edges(make, edges: int) -> None:
+    graph = make.edges(5, edges)
+    arguments = (2, 3.0, 5, 5, *graph, make.radial(3, 7, 4, 5))
+    op, reference = edge_degree_embedding(*arguments), edge_degree_embedding_reference(*arguments)
+    assert (op - reference).abs().max() < 1e-12
+    a, b = (torch.autograd.grad(x.sum(), graph[0])[0] for x in (op, reference))
+    assert (a - b).abs().sum() < 1e-11
+
+
+@interpreted
+def test_gradgradcheck(make) -> None:
+    vec, *graph = make.edges(3, 3)
+    radial = make.radial(2, 3, 4, 5)
+    function = lambda v: edge_degree_embedding(1, 3.0, 5, 5, v, *graph, radial)  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, (vec,), fast_mode=True)
+
+
+@interpreted
+def test_wrong_arguments_are_named(make) -> None:
+    vec, *graph = make.edges(3, 3)
+    radial = make.radial(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="vec"):
+        edge_degree_embedding(1, 3.0, 5, 5, vec[:, :2], *graph, radial)
+    with pytest.raises(ValueError, match="radial"):
+        edge_degree_embedding(2, 3.0, 5, 5, vec, *graph, radial)
+    with pytest.raises(TypeError, match="radial"):
+        edge_degree_embedding(1, 3.0, 5, 5, vec, *graph, radial._replace(hidden=radial.hidden.float()))
+
+
+@pytest.mark.gpu
+def test_gpu(make) -> None:
+    torch.set_float32_matmul_precision("highest")
+    make.device = "cuda"
+    vec, *graph = make.edges(50, 700)
+    radial = make.radial(3, 32, 16, 32)
+    exact = edge_degree_embedding_reference(2, 3.0, 32, 5, vec, *graph, radial)
+    cotangent = torch.randn_like(exact)
+    (exact_grad,) = torch.autograd.grad(exact, vec, cotangent)
+    single = type(radial)(*(t.detach().float() for t in radial))
+    vec32 = vec.detach().float().requires_grad_()
+    errors = []
+    for function in (edge_degree_embedding_reference, edge_degree_embedding):
+        out = function(2, 3.0, 32, 5, vec32, *graph, single)
+        (grad,) = torch.autograd.grad(out, vec32, cotangent.float())
+        errors.append(
+            [float((out - exact).norm() / exact.norm()), float((grad - exact_grad).norm() / exact_grad.norm())]
+        )
+    assert all(error <= 2 * budget + 2e-6 for budget, error in zip(*errors, strict=True))

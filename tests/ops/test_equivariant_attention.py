@@ -1,0 +1,259 @@
+"""The attention's kernels against the reference, in Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from e2former_kernels.common.backend import resolve_backend, triton_installed
+from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+
+pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
+
+CASES = [
+    *itertools.product(["qk"], ["smooth", "molfm", "softplus", "sigmoid"], [0, 1]),
+    ("qk_dot", "molfm", 1),
+    ("qk_dot_scalar", "smooth", 0),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("score", "norm", "order"), CASES)
+def test_equals_the_reference(make, compare, find_leaves, score: str, norm: str, order: int) -> None:
+    arguments = make.attention(score, norm, order)
+    compare(
+        equivariant_attention(*arguments, max_run_edges=4),
+        equivariant_attention_reference(*arguments),
+        find_leaves(arguments),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("lmax", [2, 3, 4])
+def test_degrees(make, compare, find_leaves, lmax: int) -> None:
+    arguments = make.attention(lmax=lmax, inverse_distance="v2")
+    op, reference = equivariant_attention(*arguments), equivariant_attention_reference(*arguments)
+    assert (op - reference).abs().max() < 1e-11
+    inputs = find_leaves(arguments[:6])
+    cotangent = torch.randn_like(op)
+    pairs = zip(
+        torch.autograd.grad(op, inputs, cotangent), torch.autograd.grad(reference, inputs, cotangent), strict=True
+    )
+    assert all((a - b).abs().max() < 1e-10 * b.abs().max().clamp(min=1) for a, b in pairs)
+
+
+@interpreted
+@pytest.mark.parametrize("edges", [0, 1, 37])
+def test_numbers_of_edges(make, compare, find_leaves, edges: int) -> None:
+    arguments = make.attention(edges=edges, heads=5, per_head=3)
+    op, reference = equivariant_attention(*arguments), equivariant_attention_reference(*arguments)
+    inputs = find_leaves(arguments)
+    cotangent = torch.randn_like(op)
+    assert (op - reference).abs().max() < 1e-11
+    for a, b in zip(
+        torch.autograd.grad(op, inputs, cotangent, create_graph=True),
+        torch.autograd.grad(reference, inputs, cotangent, create_graph=True),
+        strict=True,
+    ):
+        assert (a - b).abs().sum() < 1e-9 * b.abs().sum().clamp(min=1)
+
+
+@interpreted
+def test_gradgradcheck(make) -> None:
+    arguments = make.attention("qk", "molfm", 1, nodes=3, edges=3, heads=2, per_head=1)
+
+    def function(query, key, value, vec):
+        return equivariant_attention(arguments[0], query, key, value, None, vec, *arguments[6:])
+
+    inputs = tuple(t.detach().requires_grad_() for t in (*arguments[1:4], arguments[5]))
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@interpreted
+def test_bell_envelope_and_other_options(make, compare, find_leaves) -> None:
+    arguments = make.attention(order=0, bell=(0.3, 2.5), envelope_exponent=3)
+    compare(equivariant_attention(*arguments), equivariant_attention_reference(*arguments), find_leaves(arguments))
+
+
+@interpreted
+def test_sum_form_with_image_rows(make, compare, find_leaves) -> None:
+    arguments = make.attention(edges=9)
+    images = make(6, 5, 6)
+    image = torch.randint(0, 6, (9,))
+    options = {"form": "sum", "image": image, "image_rows": images}
+    compare(
+        equivariant_attention(*arguments, **options, max_run_edges=4),
+        equivariant_attention_reference(*arguments, **options),
+        [*find_leaves(arguments), images],
+    )
+
+
+@interpreted
+def test_inputs_that_are_not_contiguous(make) -> None:
+    arguments = list(make.attention())
+    plain = equivariant_attention(*arguments)
+    for n in (1, 2, 3, 5):
+        arguments[n] = arguments[n].detach().transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(plain, equivariant_attention(*arguments))
+
+
+@interpreted
+def test_far_edges_and_ties(make) -> None:
+    """Beyond the cutoff the weight is zero; equal scores share the maximum with the first edge."""
+    arguments = list(make.attention(norm="molfm"))
+    arguments[5] = torch.cat([arguments[5][:3].detach(), arguments[5][:3].detach(), torch.full((1, 3), 4.0).double()])
+    arguments[5].requires_grad_()
+    arguments[6] = torch.zeros_like(arguments[6])
+    op, reference = equivariant_attention(*arguments), equivariant_attention_reference(*arguments)
+    assert (op - reference).abs().max() < 1e-11
+    a, b = (torch.autograd.grad(x.square().sum(), arguments[5])[0] for x in (op, reference))
+    assert (a - b).abs().max() < 1e-10 * b.abs().max()
+
+
+@interpreted
+def test_float32_uses_the_table(make) -> None:
+    """Errors against float64 stay within twice those of the float32 reference (and the table's 1e-6)."""
+    arguments = make.attention(edges=37, basis=32, hidden=8, heads=4)
+    to = lambda x: (  # noqa: E731
+        x.detach().float().requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else type(x)(*map(to, x))
+        if isinstance(x, tuple)
+        else x
+    )
+    single = [to(x) for x in arguments]
+    exact = equivariant_attention_reference(*arguments)
+    cotangent = torch.randn_like(exact)
+    (exact_grad,) = torch.autograd.grad(exact, arguments[5], cotangent)
+    errors = []
+    for function in (equivariant_attention_reference, equivariant_attention):
+        out = function(*single)
+        (grad,) = torch.autograd.grad(out, single[5], cotangent.float())
+        errors.append(((out - exact).norm() / exact.norm(), (grad - exact_grad).norm() / exact_grad.norm()))
+    for budget, error in zip(*errors, strict=True):
+        assert error <= 2 * budget + 1e-6
+
+
+@interpreted
+def test_frozen_weights_get_no_gradient_work(make, monkeypatch) -> None:
+    """Forces alone never build a graph of the radial networks' weights."""
+    from e2former_kernels.equivariant_attention.fused import FusedAttention
+
+    monkeypatch.setattr(FusedAttention, "_radial_graph", lambda *a: pytest.fail("weights were differentiated"))
+    arguments = make.attention()
+    out = equivariant_attention(*arguments)
+    torch.autograd.grad(out.sum(), arguments[5], create_graph=True)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("position", "change", "error", "name"),
+    [
+        (1, lambda t: t[:, :1], ValueError, "query"),
+        (2, lambda t: t[1:], ValueError, "key"),
+        (3, lambda t: t[:, 1:], ValueError, "value"),
+        (3, lambda t: t[..., 1:], ValueError, "value"),
+        (5, lambda t: t[:, :2], ValueError, "vec"),
+        (7, lambda t: t[1:], ValueError, "target"),
+        (9, lambda t: t[1:], ValueError, "species"),
+        (6, lambda t: t.int(), TypeError, "source"),
+        (1, lambda t: t.float(), TypeError, "query"),
+        (12, lambda t: t[:, :2], ValueError, "coupling"),
+        (3, lambda t: t.to("meta"), RuntimeError, "meta"),
+        (2, lambda t: t.to("meta"), ValueError, "key"),
+        (10, lambda r: r._replace(out=r.out[:, 1:]), ValueError, "radial"),
+    ],
+)
+def test_wrong_arguments_are_named(make, position: int, change, error: type, name: str) -> None:
+    arguments = list(make.attention())
+    arguments[position] = change(arguments[position])
+    with pytest.raises(error, match=name):
+        equivariant_attention(*arguments)
+
+
+def test_backends_are_named_and_loud(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="kernel_backend"):
+        resolve_backend("fast", torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="kernel_backend=triton"):
+        resolve_backend("triton", torch.device("cpu"))
+    assert resolve_backend("auto", torch.device("cpu")) == "reference"
+
+
+@interpreted
+def test_registered_operations(make) -> None:
+    from e2former_kernels.equivariant_attention import primitives
+
+    spec, query, key, value, _, vec, source, target, row_ptr, *_ = make.attention(edges=5, heads=2)
+    order = torch.argsort(source, stable=True)
+    ptr = torch.searchsorted(source[order], torch.arange(row_ptr.numel()))
+    index = (source, target, row_ptr, order, ptr)
+    weight, scale = make(5, 2), make(5, 3)
+    value = make(row_ptr.numel() - 1, 4, 2)
+    outer = make(row_ptr.numel() - 1, 3, 4, 2)
+    # the dynamic-shape test traces the whole double backward, which the interpreter cannot: schema, autograd, fake
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, arguments in (
+        (primitives.aggregate, (weight, scale, value)),
+        (primitives.aggregate_transposed, (weight, scale, outer)),
+        (primitives.message_weight, (scale, value, outer)),
+        (primitives.message_scale, (weight, value, outer)),
+        (primitives.pair_dot, (query, key)),
+        (primitives.pair_to_target, (weight, key)),
+        (primitives.pair_to_source, (weight, query)),
+    ):
+        torch.library.opcheck(op, (*arguments, *index), test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("score", "norm", "order"), CASES)
+def test_gpu(make, score: str, norm: str, order: int) -> None:
+    """Strict float32 against float64: errors within twice the reference's; the same bits twice."""
+    torch.set_float32_matmul_precision("highest")
+    make.device, sizes = "cuda", {"nodes": 60, "edges": 900, "heads": 16, "width": 8, "basis": 32, "hidden": 16}
+    arguments = make.attention(score, norm, order, lmax=2, **sizes)
+    single = _single(arguments)
+    exact = equivariant_attention_reference(*arguments)
+    cotangent = torch.randn_like(exact)
+    exact_grads = torch.autograd.grad(exact, [arguments[k] for k in (1, 2, 3, 5)], cotangent)
+    errors, results = [], []
+    for function in (equivariant_attention_reference, equivariant_attention, equivariant_attention):
+        out = function(*single)
+        grads = torch.autograd.grad(out, [single[k] for k in (1, 2, 3, 5)], cotangent.float())
+        results.append((out, *grads))
+        pairs = zip(results[-1], (exact, *exact_grads), strict=True)
+        errors.append([float((a - b).norm() / b.norm()) for a, b in pairs])
+    for budget, error in zip(errors[0], errors[1], strict=True):
+        assert error <= 2 * budget + 2e-6
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2], strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_memory_does_not_grow_with_neighbours(make) -> None:
+    """At fixed atoms, twice the edges cost no more than their indices and vectors."""
+    make.device, make.dtype = "cuda", torch.float32
+    peaks = []
+    for edges in (200_000, 400_000):
+        sizes = {"nodes": 2000, "edges": edges, "heads": 64, "width": 8, "basis": 64, "hidden": 32}
+        arguments = make.attention(lmax=2, **sizes)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = equivariant_attention(*arguments, max_run_edges=20_000)
+        torch.autograd.grad(out.sum(), arguments[5])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    heads_tensor = 200_000 * 64 * 4
+    assert peaks[1] - peaks[0] < heads_tensor
+
+
+def _single(arguments):
+    def to(x):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x.detach().float().requires_grad_(x.requires_grad)
+        return type(x)(*map(to, x)) if isinstance(x, tuple) else x
+
+    return [to(x) for x in arguments]
