@@ -116,8 +116,8 @@ def check_s2ef(report: Report, file: Path, reference: Path | None) -> None:
     small = np.flatnonzero(natoms < 1)
     report.require(not len(small), "natoms positive", f"natoms: expected at least 1, got less for {_some(ids, small)}")
     total = int(natoms.sum())
-    consistent = report.require(
-        total == len(forces) and not len(small),
+    consistent = not len(small) and report.require(
+        total == len(forces),
         f"{total} atoms, as many as rows of forces",
         f"forces: expected {total} rows (the sum of natoms), got {len(forces)}",
     )

@@ -144,7 +144,7 @@ def check_task(report: Report, file: Path, task: str, reference: Path | None) ->
 
 def _reference(task: str, reference: Path) -> dict[KeyPath, Atoms]:
     if reference.name.endswith((".pkl", ".pickle")):
-        return {unit.path: unit.atoms for unit in load_inputs(task, reference)}
+        return {unit.path: unit.atoms for unit in load_inputs(task, reference, "--reference")}
     found = {}
     for path, result in read_results(reference).items():
         try:

@@ -146,24 +146,26 @@ def flatten(name: str, inputs: Any, source: str | Path) -> list[Unit]:
     return units
 
 
-def load_inputs(name: str, source: str | Path | None) -> list[Unit]:
-    """The structures of a task's pickle, read by fairchem's restricted unpickler.
+def load_inputs(name: str, source: str | Path | None, key: str = "data") -> list[Unit]:
+    """The structures of a task's pickle, read by fairchem's restricted unpickler; `key` is named in messages.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: no file was named, or it holds something else.
     """
     if source is None:
-        raise ValueError("data: expected the task's input pickle, got nothing; add data=FILE.pkl to the command line")
+        raise ValueError(f"{key}: expected the task's input pickle, got nothing; add {key}=FILE.pkl")
     path = Path(source).expanduser().absolute()
     if not path.is_file():
-        raise FileNotFoundError(f"data: expected the input pickle of {name}, got {path}, which is no file")
+        raise FileNotFoundError(f"{key}: expected the input pickle of {name}, got {path}, which is no file")
     try:
         with warnings.catch_warnings(), path.open("rb") as handle:
             warnings.simplefilter("ignore")  # that it is a pickle
             inputs = safe_pickle_load(handle)
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as err:
-        raise ValueError(f"data: expected the input pickle of {name}, got {path}: {type(err).__name__}: {err}") from err
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as err:
+        raise ValueError(
+            f"{key}: expected the input pickle of {name}, got {path}: {type(err).__name__}: {err}"
+        ) from err
     return flatten(name, inputs, path)
 
 

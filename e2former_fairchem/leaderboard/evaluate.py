@@ -1,0 +1,130 @@
+"""The seven evaluation tasks: single points and relaxations, structure by structure into the journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from ase.optimize.optimize import Optimizer
+
+from e2former_fairchem.leaderboard import journal
+from e2former_fairchem.leaderboard.files import sha256_of
+from e2former_fairchem.leaderboard.predictor import PredictionError, Predictor, pack
+from e2former_fairchem.leaderboard.recipes import EVAL_OPT_PARAMETERS, relax_job, single_point_job
+from e2former_fairchem.leaderboard.relax import point, relax_all
+from e2former_fairchem.leaderboard.runner import JournalledRunner
+from e2former_fairchem.leaderboard.tasks import get_task, load_inputs
+
+
+def noticing(optimizer: type[Optimizer], caught: list[Exception]) -> type[Optimizer]:
+    """The optimiser, but exceptions that fairchem's recipe only logs are put on a list on their way."""
+
+    class Noticing(optimizer):
+        def run(self, *args: Any, **kwargs: Any) -> bool:
+            try:
+                return super().run(*args, **kwargs)
+            except Exception as err:
+                caught.append(err)
+                raise
+
+    return Noticing
+
+
+def require_finite(*points: dict[str, Any]) -> None:
+    """Check the numbers of calculations.
+
+    Raises:
+        PredictionError: one is not finite.
+    """
+    for calculation in points:
+        if not (np.isfinite(calculation["energy"]) and np.isfinite(calculation["forces"]).all()):
+            raise PredictionError(f"expected finite numbers, got others with the energy {calculation['energy']}")
+
+
+class EvaluationRunner(JournalledRunner):
+    """Computes the structures of one evaluation task.
+
+    Args:
+        task: one of `tasks.TASKS`.
+        data: the task's input pickle.
+        batched: many structures at once, relaxations in lockstep; false: fairchem's recipe for one after another.
+        options: see `JournalledRunner`.
+
+    Raises:
+        ValueError, FileNotFoundError: see `JournalledRunner` and `tasks.load_inputs`.
+    """
+
+    result_glob_pattern: ClassVar[str] = f"*{journal.SUFFIX}"
+
+    def __init__(self, task: str, data: str | None, batched: bool = True, **options: Any) -> None:
+        get_task(task)
+        super().__init__(task=task, **options)
+        self.units = load_inputs(task, data)
+        self.data = Path(data)
+        self.batched = batched
+
+    def sizes(self) -> Sequence[int]:
+        """Number of atoms of each structure."""
+        return [len(unit.atoms) for unit in self.units]
+
+    def identity(self) -> dict[str, Any]:
+        """The input file and how it is relaxed."""
+        relaxation = {k: v if isinstance(v, int | float | dict) else v.__name__ for k, v in EVAL_OPT_PARAMETERS.items()}
+        return {"data_sha256": sha256_of(self.data), "batched": self.batched, "relaxation": relaxation}
+
+    def compute(self, todo: Sequence[int], predictor: Predictor) -> None:
+        """Single points first, then relaxations, of which the largest come first."""
+        points = [i for i in todo if not self.units[i].relax]
+        relaxations = sorted((i for i in todo if self.units[i].relax), key=lambda i: (-len(self.units[i].atoms), i))
+        if not self.batched:
+            for index in (*points, *relaxations):
+                self._by_recipe(index, predictor)
+            return
+        for batch in pack([len(self.units[i].atoms) for i in points], self.max_atoms):
+            indices = [points[k] for k in batch]
+            structures = [self.units[i].atoms.copy() for i in indices]
+            for index, atoms, found in zip(indices, structures, predictor.predict_atoms(structures), strict=True):
+                if isinstance(found, Exception):
+                    self.failure(index, self.units[index].name, found)
+                else:
+                    self._keep(index, point(atoms, *found))
+        starts = ((i, self.units[i].atoms) for i in relaxations)
+        for done in relax_all(starts, predictor.predict_atoms, EVAL_OPT_PARAMETERS, self.max_atoms):
+            if done.initial is None:
+                self.failure(done.index, self.units[done.index].name, done.error)
+            else:
+                ends = {"initial": done.initial, "final": done.final}
+                self._keep(done.index, ends, error=done.error, steps=done.steps, converged=done.converged)
+
+    def _by_recipe(self, index: int, predictor: Predictor) -> None:
+        unit, caught = self.units[index], []
+        atoms = unit.atoms.copy()
+        try:
+            if not unit.relax:
+                result = single_point_job(atoms, predictor.calculator)
+                require_finite(result)
+                self._keep(index, result)
+                return
+            predictor.calculator.reset()
+            options = {
+                **EVAL_OPT_PARAMETERS,
+                "optimizer": noticing(EVAL_OPT_PARAMETERS["optimizer"], caught),
+                "optimizer_kwargs": {"logfile": None, **EVAL_OPT_PARAMETERS["optimizer_kwargs"]},
+            }
+            result = relax_job(atoms, predictor.calculator, options)
+            require_finite(result["initial"], result["final"])
+        except Exception as err:  # of this structure only: recorded, counted, and the run goes on
+            self.failure(index, unit.name, caught[0] if caught else err)
+            return
+        largest = np.linalg.norm(result["final"]["forces"], axis=1).max()
+        error = caught[0] if caught else None
+        self._keep(index, result, error=error, converged=bool(largest < EVAL_OPT_PARAMETERS["fmax"]))
+
+    def _keep(self, index: int, result: dict[str, Any], error: Exception | None = None, **facts: Any) -> None:
+        content = {"path": self.units[index].path, "result": result, **facts}
+        if error is not None:
+            content["error"] = f"{type(error).__name__}: {error}"
+        self.result([index], json.dumps(content, allow_nan=False).encode())
