@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fairchem.core.common import distutils
 
 from e2former_fairchem.leaderboard.evaluate import EvaluationRunner
 from e2former_fairchem.leaderboard.files import read_json, write_gzipped_json, write_json
@@ -47,17 +46,12 @@ class EvaluationReducer(OMolReducer):
         """The runner whose journals are read."""
         return EvaluationRunner
 
-    def reduce(self) -> None:
-        """Merge, on one process.
+    def join_results(self, results_dir: str, glob_pattern: str) -> dict[str, Any]:
+        """All results, nested as the leaderboard wants them, in the input's order.
 
         Raises:
             IncompleteError: structures are missing; what is there stays in the journals.
         """
-        if distutils.is_master():
-            super().reduce()
-
-    def join_results(self, results_dir: str, glob_pattern: str) -> dict[str, Any]:
-        """All results, nested as the leaderboard wants them, in the input's order."""
         self._collected = collect(self.output_dir)
         refuse_incomplete(self.output_dir, self._collected, self.target)
         records = sorted(self._collected.results, key=lambda record: int(record.indices[0]))

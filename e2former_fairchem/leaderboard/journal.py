@@ -18,6 +18,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -113,6 +114,29 @@ def done_indices(paths: Iterable[Path], *, retry_failed: bool = False) -> set[in
             if record.kind == Kind.RESULT or (record.kind == Kind.FAILURE and not retry_failed):
                 done.update(record.indices.tolist())
     return done
+
+
+def mentioned(paths: Iterable[Path]) -> int:
+    """Number of structures that have a result or a failure; payloads are skipped, so this is quick."""
+    found: set[int] = set()
+    for path in paths:
+        with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            while len(fixed := handle.read(_FIXED.size)) == _FIXED.size:
+                magic, _, count, length, _ = _FIXED.unpack(fixed)
+                if magic != _MAGIC or handle.tell() + 8 * count + length > size:
+                    break
+                found.update(np.frombuffer(handle.read(8 * count), "<i8").tolist())
+                handle.seek(length, os.SEEK_CUR)
+    return len(found)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO[bytes]]:
+    """A file, made if it is not there, that one process at a time has; others wait."""
+    with path.open("a+b") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
 
 
 class Journal:

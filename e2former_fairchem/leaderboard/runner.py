@@ -2,6 +2,10 @@
 
 Workers are the ranks of one local run or the tasks of a SLURM array; together they are numbered 0..n-1, and structure i
 belongs to worker i modulo n. A later run may have another number of workers: all journals of the folder count.
+
+The worker that finishes last merges, so that a merge needs neither a second launch nor all workers at the same time.
+(fairchem 2.24's own second launch, for a `reducer:` at the top of a config, dies where a local run has several ranks:
+torch's launcher turns the enumeration `RunType.REDUCE` into a plain string on the way.)
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 from fairchem.core.common import distutils
+from fairchem.core.components.reducer import Reducer
 from fairchem.core.components.runner import Runner
 from omegaconf import DictConfig
 
@@ -90,6 +95,7 @@ class JournalledRunner(Runner):
         max_atoms: number of atoms of a batch.
         retry_failed: compute structures again that failed before.
         log_every: seconds between two lines of progress.
+        reducer: merges the journals when all workers are done; None: nobody merges.
 
     Raises:
         ValueError, FileNotFoundError: a wrong value, before anything heavy starts.
@@ -105,6 +111,7 @@ class JournalledRunner(Runner):
         max_atoms: int = 2048,
         retry_failed: bool = False,
         log_every: float = 30.0,
+        reducer: Reducer | None = None,
     ) -> None:
         if isinstance(max_atoms, bool) or not isinstance(max_atoms, int) or max_atoms < 1:
             raise ValueError(f"max_atoms: expected a positive integer, got {max_atoms!r}")
@@ -116,6 +123,7 @@ class JournalledRunner(Runner):
         self.max_atoms = max_atoms
         self.retry_failed = retry_failed
         self.log_every = log_every
+        self.reducer = reducer
         self._journal: j.Journal | None = None
 
     @abstractmethod
@@ -143,7 +151,12 @@ class JournalledRunner(Runner):
         self._progress.add([index], failed=1)
 
     def run(self) -> None:
-        """Compute what is left of this worker's share."""
+        """Compute what is left of this worker's share; merge where this was the last.
+
+        Raises:
+            JournalError: the folder belongs to another run, or its journal is in use.
+            IncompleteError: this was the last worker, and structures failed.
+        """
         scheduler = self.job_config.scheduler
         ranks = scheduler.num_nodes * scheduler.ranks_per_node
         workers = ranks * scheduler.num_array_jobs
@@ -192,6 +205,24 @@ class JournalledRunner(Runner):
             self._progress = Progress(label, {i: sizes[i] for i in todo}, len(mine) - len(todo), self.log_every)
             if todo:
                 self.compute(todo, predictor)
+        if self.reducer is not None:
+            self._merge_if_last(len(sizes))
+
+    def _merge_if_last(self, structures: int) -> None:
+        folder = journal_folder(self.output_dir)
+        with j.locked(folder / "merge.lock") as lock:
+            left = structures - j.mentioned(j.journals(folder))
+            if left:
+                logging.info("%s: %d structures are still with other workers; the last one merges", self.task, left)
+                return
+            lock.seek(0)
+            launch = str(self.job_config.timestamp_id).encode()
+            if lock.read() == launch:
+                return  # two workers ended at the same moment, and the other one has merged
+            self.reducer.job_config = self.job_config
+            self.reducer.reduce()
+            lock.truncate(0)
+            lock.write(launch)
 
     def save_state(self, checkpoint_location: str, is_preemption: bool = False) -> bool:
         """The journal is the state: it only has to reach the disk."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fairchem.core.common import distutils
 from fairchem.core.components.reducer import Reducer
 
 from e2former_fairchem.leaderboard.files import replacing, write_json
@@ -124,15 +123,13 @@ class S2EFReducer(Reducer):
         """The runner whose journals are read."""
         return S2EFRunner
 
-    def reduce(self) -> Path | None:
-        """Merge, on one process.
+    def reduce(self) -> Path:
+        """Merge; returns the file for the upload.
 
         Raises:
             IncompleteError: structures are missing; what is there stays in the journals.
             DuplicateIdError: the data set has an id twice.
         """
-        if not distutils.is_master():
-            return None
         target = self.output_dir / "s2ef_predictions.npz"
         collected = collect(self.output_dir)
         refuse_incomplete(self.output_dir, collected, target)

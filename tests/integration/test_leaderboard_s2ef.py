@@ -60,6 +60,7 @@ def job(worker: int = 0, workers: int = 1) -> OmegaConf:
             "device_type": "CPU",
             "scheduler": {"num_nodes": 1, "ranks_per_node": 1, "num_array_jobs": workers},
             "metadata": {"array_job_num": worker, "commit": "none"},
+            "timestamp_id": "launch",
         }
     )
 
@@ -240,6 +241,38 @@ def test_two_workers_one_killed_then_one(checkpoint: Path, data: Path, tmp_path:
     assert sorted(computed(tmp_path)) == list(range(20))
     assert_same(merge(tmp_path), whole[1])
     assert len(collect(tmp_path).workers) == 2
+
+
+@pytest.mark.slow
+def test_two_local_processes(
+    launch: Callable, repo: Path, checkpoint: Path, data: Path, tmp_path: Path, whole: tuple
+) -> None:
+    """As on a machine with two GPUs: one command, and the process that ends last merges."""
+    launch(
+        repo / "configs" / "leaderboard" / "s2ef.yaml",
+        f"checkpoint={checkpoint}",
+        f"data={data}",
+        f"job.run_dir={tmp_path}",
+        "job.device_type=CPU",
+        "job.scheduler.ranks_per_node=2",
+        "num_workers=0",
+    )
+    with np.load(tmp_path / "s2ef_predictions.npz") as arrays:
+        assert_same(dict(arrays), whole[1])
+    provenance = json.loads((tmp_path / "s2ef_predictions.npz.provenance.json").read_text())
+    assert [worker["worker"] for worker in provenance["workers"]] == [0, 1]
+
+
+def test_last_worker_merges(checkpoint: Path, data: Path, tmp_path: Path, whole: tuple) -> None:
+    merged = tmp_path / "s2ef_predictions.npz"
+    work(checkpoint, data, tmp_path, 0, 2, reducer=S2EFReducer(str(tmp_path)))
+    assert not merged.exists()
+    work(checkpoint, data, tmp_path, 1, 2, reducer=S2EFReducer(str(tmp_path)))
+    with np.load(merged) as arrays:
+        assert_same(dict(arrays), whole[1])
+    merged.unlink()
+    work(checkpoint, data, tmp_path, 0, 2, reducer=S2EFReducer(str(tmp_path)))
+    assert not merged.exists()  # the same launch merges once
 
 
 def test_journal_belongs_to_one_run_and_one_writer(

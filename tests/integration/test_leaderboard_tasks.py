@@ -219,8 +219,8 @@ def test_configs_compose(task: str, where: str, repo: Path) -> None:
     from fairchem.core._cli import get_hydra_config_from_yaml
 
     config = get_hydra_config_from_yaml(str(repo / "configs" / "leaderboard" / f"{task}.yaml"), [f"job={where}"])
-    assert config.runner.task == config.reducer.task == task
-    assert config.runner.output_dir == config.reducer.output_dir == config.job.run_dir
+    assert config.runner.task == config.runner.reducer.task == task
+    assert config.runner.output_dir == config.runner.reducer.output_dir == config.job.run_dir
     assert config.job.scheduler.num_array_jobs == {"local": 1, "slurm": 8}[where]
 
 
