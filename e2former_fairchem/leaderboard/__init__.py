@@ -7,5 +7,6 @@
 | `runner` | one worker's share of the structures: journal, progress, provenance |
 | `s2ef`, `s2ef_merge` | structure to energy and forces: prediction, and merging with scores |
 | `tasks`, `relax`, `evaluate`, `evaluate_merge` | the seven tasks |
-| `check_submission`, `check_s2ef`, `check_task` | `e2former-fairchem check-submission` |
+| `check_submission`, `check_s2ef`, `check_task`, `report` | `e2former-fairchem check-submission` |
+| `files`, `provenance`, `recipes` | whole files; what a result was made from; fairchem's recipes |
 """

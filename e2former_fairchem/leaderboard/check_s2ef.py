@@ -10,6 +10,8 @@ import numpy as np
 
 from e2former_fairchem.leaderboard.report import Report, listed
 
+#: Structures in OMol25's parts, as the leaderboard's documentation gives them.
+OMOL25 = {2_762_021: "validation", 2_805_046: "test"}
 FIELDS = {"ids": "str (N,)", "energy": "float64 (N,)", "forces": "float64 (sum natoms, 3)", "natoms": "int64 (N,)"}
 
 
@@ -106,6 +108,11 @@ def check_s2ef(report: Report, file: Path, reference: Path | None) -> None:
     if not shaped:
         return
     report.require(number > 0, f"{number} structures", "expected at least one structure, got none")
+    if number in OMOL25:
+        report.note(f"as many structures as OMol25's {OMOL25[number]} set")
+    elif expected is None:
+        parts = " or ".join(f"{n} ({part})" for n, part in OMOL25.items())
+        report.note(f"OMol25 has {parts} structures, this file has {number}")
     unique, counts = np.unique(ids, return_counts=True)
     twice = unique[counts > 1]
     report.require(

@@ -209,6 +209,8 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until everything so far is on the disk."""
+        if self._handle.closed:
+            return
         os.fsync(self._handle.fileno())
         self._synced = time.monotonic()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,10 @@ class Predictor:
         self.task_name = task_name
         self.calculator = FAIRChemCalculator(self.unit, task_name=task_name)
 
-    @property
-    def convert(self) -> Callable[[Atoms], AtomicData]:
-        """The calculator's conversion of a structure; holds no weights, so that it can go to other processes."""
-        return self.calculator.a2g
+    def convert(self, atoms: Atoms) -> AtomicData:
+        """Check and convert a structure as fairchem's calculator does; sets charge and spin where they are missing."""
+        self.unit.validate_atoms_data(atoms, self.task_name)
+        return self.calculator.a2g(atoms)
 
     def predict(self, batch: AtomicData) -> list[Prediction]:
         """One prediction for each structure of a batch.
@@ -147,7 +147,6 @@ class Predictor:
         converted: list[AtomicData | Exception] = []
         for atoms in structures:
             try:
-                self.unit.validate_atoms_data(atoms, self.task_name)
                 converted.append(self.convert(atoms))
             except Exception as err:  # whatever a structure brings is its own failure
                 converted.append(err)

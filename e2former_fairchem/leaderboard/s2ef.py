@@ -140,6 +140,7 @@ class S2EFRunner(JournalledRunner):
         """Batches of similar sizes, read ahead by other processes."""
         sizes = self.sizes()
         batches = [[todo[k] for k in batch] for batch in pack([int(sizes[i]) for i in todo], self.max_atoms)]
+        # Forked, so that the readers share the open data set and need no copy of the weights that `convert` refers to.
         loader = DataLoader(
             BatchReader(self.dataset, batches, predictor.convert),
             batch_size=None,
