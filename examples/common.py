@@ -1,0 +1,45 @@
+"""What the examples share: the checkpoint on the command line, and a calculator."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
+from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
+from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "runs" / "quickstart" / "inference_ckpt.pt"
+
+
+def arguments(description: str, **integers: int) -> argparse.Namespace:
+    """The command line: a checkpoint (the quickstart's where none is named) and counts with defaults."""
+    logging.disable(logging.WARNING)  # fairchem tells its settings; an example's output is numbers
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "checkpoint", nargs="?", default=str(QUICKSTART), help="inference checkpoint (default: quickstart's)"
+    )
+    for name, default in integers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default: {default}")
+    args = parser.parse_args()
+    if not Path(args.checkpoint).is_file():
+        parser.error(f"checkpoint: expected a file, got {args.checkpoint} (fairchem -c configs/quickstart.yaml)")
+    return args
+
+
+def predict_unit(checkpoint: str, dtype: torch.dtype = torch.float32, **settings) -> MLIPPredictUnit:
+    """fairchem's predict unit on the GPU where there is one.
+
+    dtype: float64 for Hessians and finite differences. settings: fairchem's InferenceSettings; compile=True pays off
+    in long simulations on a GPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = InferenceSettings(activation_checkpointing=False, base_precision_dtype=dtype, **settings)
+    return MLIPPredictUnit(checkpoint, device, inference_settings=options)
+
+
+def calculator(checkpoint: str, dtype: torch.dtype = torch.float32, **settings) -> FAIRChemCalculator:
+    """ASE calculator; `FAIRChemCalculator.from_model_checkpoint(path, task_name="omol")` is the short way to one."""
+    return FAIRChemCalculator(predict_unit(checkpoint, dtype, **settings), task_name="omol")

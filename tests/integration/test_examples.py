@@ -1,0 +1,134 @@
+"""Every example runs as it stands: here on a small random model, with few steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from e2former_fairchem.data.make_sample import write_folder
+from e2former_fairchem.training.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NUMBER = r"[-+]?\d+\.?\d*(?:e[-+]\d+)?"
+
+# Example: arguments, lines its output must have, modules it needs.
+RUNS = {
+    "relaxation": (["--steps", "3"], [r"LBFGS .*in 3 steps: gained \d", r"FIRE .*in 3 steps: gained \d"], ()),
+    "molecular_dynamics": (
+        ["--steps", "4"],
+        [rf"NVE 0\.002 ps: drift {NUMBER} meV/atom/ps, fluctuation", r"NVT 200 K: mean temperature \d+ K over 4 steps"],
+        (),
+    ),
+    "vibrations": (["--steps", "2"], [r"analytic Hessian", r"Hessians \d\.\de-0[4-9], asymmetry"], ()),
+    "cell_relaxation": (
+        ["--steps", "2"],
+        [rf"stress xx ({NUMBER}) eV/Å\^3.*differences ({NUMBER})", r"after 2 steps"],
+        (),
+    ),
+    "charge_and_spin": ([], [r"atom Cl charge -1 spin 1: +-?\d", r"ionisation energy: -?\d", r"atomisation"], ()),
+    "batched": (
+        ["--number", "3", "--steps", "2"],
+        [r"3 structures: \d+ ms in one batch", r"difference of an energy: 0\.00", r"relaxed 3 structures concurrently"],
+        ("ray",),
+    ),
+    "lammps_nve": (
+        ["--steps", "3"],
+        [r"LAMMPS, 3 steps: potential -?\d", r"largest force \d"],
+        ("fairchem.lammps", "lammps"),
+    ),
+    "torch_sim_relaxation": (["--steps", "2"], [rf"CH4O +{NUMBER} eV -> +{NUMBER} eV"], ("torch_sim",)),
+}
+
+
+def missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:
+        return True
+
+
+@pytest.fixture(scope="module")
+def checkpoint(write_checkpoint, tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small.pt", cutoff=4.0)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, elsewhere: Path, capfd) -> Iterator[Callable[..., str]]:
+    """An example in this process (a new one takes ten seconds of imports); returns what it printed."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+    def call(name: str, *arguments: str) -> str:
+        path = ROOT / "examples" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        runpy.run_path(str(path), run_name="__main__")
+        return capfd.readouterr().out
+
+    yield call
+    logging.disable(logging.NOTSET)
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES} == {*RUNS, "common", "fine_tuning"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "batched" else n for n in RUNS])
+def test_example(name, run, checkpoint) -> None:
+    arguments, expected, modules = RUNS[name]
+    absent = [module for module in modules if missing(module)]
+    if absent:
+        pytest.skip(f"{', '.join(absent)} not installed")
+    if name == "batched":  # Ray changes the logging of its process
+        out = process(name, str(checkpoint), *arguments)
+    else:
+        out = run(name, str(checkpoint), *arguments)
+    for pattern in expected:
+        assert re.search(pattern, out), f"{pattern!r} not in {out}"
+    if name == "cell_relaxation":
+        stress, numeric = map(float, re.search(expected[0], out).groups())
+        assert stress == pytest.approx(numeric, abs=2e-6)
+
+
+def process(name: str, *arguments: str) -> str:
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_no_checkpoint(run, capfd) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("relaxation", "absent.pt")
+    assert "expected a file, got absent.pt (fairchem -c configs/quickstart.yaml)" in capfd.readouterr().err
+
+
+def test_fine_tuning(launch, tiny, elsewhere, repo, monkeypatch) -> None:
+    """The example's own data and command line, started from a run with the quickstart's config."""
+    monkeypatch.syspath_prepend(str(repo / "examples"))
+    example = runpy.run_path(str(repo / "examples" / "fine_tuning.py"))
+    found = example["structures"](4)
+    write_folder(found[:3], elsewhere / "train")
+    write_folder(found[3:], elsewhere / "val")
+    data = ("dataset=folders", f"data_train={elsewhere / 'train'}", f"data_val={elsewhere / 'val'}")
+    launch(repo / "configs" / "quickstart.yaml", *tiny, *data, "epochs=1")
+    first = elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
+    _, config, *overrides = example["command"](str(first), elsewhere, epochs=1)
+    launch(Path(config), *overrides, *tiny)
+    before, after = (read_checkpoint(path) for path in (first, elsewhere / "run" / "inference_ckpt.pt"))
+    assert after.tasks_config == before.tasks_config, "same normalisers and element references"
+    apart = [
+        float((value - after.ema_state_dict[key]).abs().max())
+        for key, value in before.ema_state_dict.items()
+        if key != "n_averaged"
+    ]
+    assert 0 < max(apart) < 1e-2, "one step away from where it started"
