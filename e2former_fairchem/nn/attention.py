@@ -17,7 +17,7 @@ from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.so3 import path_table
 from e2former_kernels.common.grouped_linear import grouped_linear
-from e2former_kernels.eaas import EAASTables, axis_aligned_contraction_reference
+from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
     DotWeights,
@@ -169,7 +169,8 @@ class EquivariantAttention(nn.Module):
         image_rows = None
         if factored:
             assert images is not None
-            image_rows = axis_aligned_contraction_reference(
+            contract = axis_aligned_contraction if backend == "triton" else axis_aligned_contraction_reference
+            image_rows = contract(
                 value.index_select(0, images.image_source), images.image_position.to(value.dtype), self.tables
             )
         form = convolution.form if self.spec.order == 1 else "relative"
@@ -203,6 +204,6 @@ class EquivariantAttention(nn.Module):
             )
         if factored:
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
-            own = axis_aligned_contraction_reference(plain, images.position.to(plain.dtype), self.tables)
+            own = contract(plain, images.position.to(plain.dtype), self.tables)
             rows = own - contracted
         return self.out(rows if self.paths is None else self.paths(rows, backend), backend)

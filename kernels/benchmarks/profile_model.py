@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 
 import torch
 from common import Network, System
@@ -19,6 +21,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--rows", type=int, default=25)
     parser.add_argument("--precision", default="high")
+    parser.add_argument("--python", action="store_true", help="where Python's own time goes, instead")
     args = parser.parse_args()
     torch.set_float32_matmul_precision(args.precision)
     model = Network(kernel_backend="triton").cuda()
@@ -29,6 +32,15 @@ def main() -> None:
     for _ in range(2):
         run()
     torch.cuda.synchronize()
+    if args.python:
+        tracer = cProfile.Profile()
+        tracer.enable()
+        for _ in range(5):
+            run()
+        torch.cuda.synchronize()
+        tracer.disable()
+        pstats.Stats(tracer).sort_stats("tottime").print_stats(args.rows)
+        return
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
         run()
         torch.cuda.synchronize()

@@ -13,8 +13,8 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before triton is first imported, which is when this file is read
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from e2former_kernels.common.radial import RadialWeights  # noqa: E402
-from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights  # noqa: E402
+from e2former_kernels.common.radial import RadialWeights
+from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights
 
 ELEMENTS = 4
 PATHS = {1: 4, 2: 9, 3: 16, 4: 25}  # rows of a made-up coupling: the kernels know nothing of its structure

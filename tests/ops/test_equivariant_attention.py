@@ -188,7 +188,7 @@ def test_backends_are_named_and_loud(monkeypatch) -> None:
 def test_registered_operations(make) -> None:
     from e2former_kernels.equivariant_attention import primitives
 
-    spec, query, key, value, _, vec, source, target, row_ptr, *_ = make.attention(edges=5, heads=2)
+    _, query, key, value, _, _, source, target, row_ptr, *_ = make.attention(edges=5, heads=2)
     order = torch.argsort(source, stable=True)
     ptr = torch.searchsorted(source[order], torch.arange(row_ptr.numel()))
     index = (source, target, row_ptr, order, ptr)

@@ -7,6 +7,7 @@ The map is bilinear; its derivatives are the three functions here with other arg
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,24 @@ def apply_groups(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], tran
     if out.numel():
         for a, w, y in zip(_views(x, rows, taken), weights, _views(out, rows, into), strict=True):
             torch.bmm(a, (w if transpose else w.t()).expand(a.shape[0], -1, -1), out=y)
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([l for l in range(degrees) for _ in range(2 * l + 1)], device=device)
+
+
+def apply_so3(x: Tensor, weight: Tensor, transpose: bool, out: Tensor) -> Tensor:
+    """out[:, row] = weight of the row's degree times x[:, row], in one batched product. No gradient.
+
+    x: [N, (L+1)^2, I], out: [N, (L+1)^2, O], any strides that keep columns together; weight: [L+1, O, I]
+    (``transpose``: x has O columns, out I).
+    """
+    if out.numel():
+        rows = weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
+        torch.bmm(x.transpose(0, 1), rows if transpose else rows.transpose(1, 2), out=out.transpose(0, 1))
     return out
 
 

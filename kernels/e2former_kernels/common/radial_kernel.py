@@ -22,6 +22,8 @@ from e2former_kernels.common.tiles import next_power
 # of width two such distances is then good to 8e-9 of their weights, its slope to 8e-7 (errors h^4/384 and
 # h^3 sqrt(3)/216 times the fourth derivative).
 KNOTS_PER_CENTRE = 16
+# The table reaches this many centre distances beyond the last Gaussian, which is 1e-14 there: exact at any distance.
+CENTRES_BEYOND = 16
 
 
 @triton.jit
@@ -206,7 +208,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 def _basis_pieces(num_basis: int, device: torch.device) -> Tensor:
     """Coefficients of the piecewise cubics of all Gaussians, [intervals * 4, num_basis], float64."""
     with torch.inference_mode(False):
-        knot = torch.arange((num_basis - 1) * KNOTS_PER_CENTRE + 1, dtype=torch.float64, device=device)
+        knot = torch.arange((num_basis - 1 + CENTRES_BEYOND) * KNOTS_PER_CENTRE + 1, dtype=torch.float64, device=device)
         centre = torch.arange(num_basis, dtype=torch.float64, device=device)
         t = 0.5 * (knot.unsqueeze(1) / KNOTS_PER_CENTRE - centre)
         value = torch.exp(-0.5 * t * t)
@@ -227,6 +229,17 @@ def first_layer_table(basis: Tensor) -> Tensor:
     return table.to(basis.dtype).view(-1, 4, groups, hidden)
 
 
+def norm_launch(groups: int, rows: int, width: int, norms: bool) -> tuple[tuple[int, int], dict]:
+    """Grid and constants of the kernels on [groups, rows, width]."""
+    padded = next_power(width)
+    block = max(2048 // padded, 1)
+    constants = {
+        "E": rows, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": norms,
+        "num_warps": 4,
+    }  # fmt: skip
+    return (triton.cdiv(rows, block), groups), constants
+
+
 class RadialNetwork:
     """Radial networks with weights that no gradient is asked for, ready to be evaluated on runs of edges.
 
@@ -241,19 +254,14 @@ class RadialNetwork:
         self.table = self.weights.basis if self.exact else first_layer_table(self.weights.basis)
 
     def _launch(self, edges: int) -> tuple[tuple[int, int], dict]:
-        padded = next_power(self.hidden)
-        block = max(2048 // padded, 1)
-        constants = {
-            "E": edges, "G": self.groups, "H": self.hidden, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block,
-            "NORM": self.weights.norm0_weight is not None, "num_warps": 4,
-        }  # fmt: skip
-        return (triton.cdiv(edges, block), self.groups), constants
+        return norm_launch(self.groups, edges, self.hidden, self.weights.norm0_weight is not None)
 
     def _first(self, distance: Tensor, slope: bool) -> tuple[Tensor, Tensor, dict]:
         """Table, slopes and constants of the first layer's kernels."""
         if not self.exact:
             intervals = self.table.shape[0]
-            return self.table, self.table, {"intervals": intervals, "scale": intervals / self.cutoff, "TABLE": True}
+            scale = (self.num_basis - 1) * KNOTS_PER_CENTRE / self.cutoff
+            return self.table, self.table, {"intervals": intervals, "scale": scale, "TABLE": True}
         spacing = self.cutoff / (self.num_basis - 1)
         centre = torch.arange(self.num_basis, dtype=distance.dtype, device=distance.device) * spacing
         t = (distance.unsqueeze(-1) - centre) * (0.5 / spacing)

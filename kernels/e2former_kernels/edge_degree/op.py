@@ -24,6 +24,7 @@ from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.segments import segment_sum
 from e2former_kernels.common.step import run_step
+from e2former_kernels.edge_degree.harmonics_kernel import weighted_harmonics, weighted_harmonics_backward
 from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_features, harmonic_sum
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 
@@ -80,9 +81,8 @@ class _Embedding:
         parts = []
         for chunk in self.chunks:
             part = vec[chunk.edges].contiguous()
-            distance = part.square().sum(-1).sqrt()
+            distance, y = weighted_harmonics(part, self.lmax, self.cutoff, self.exponent)
             hidden, _ = network.forward(distance, *self.elements(chunk))
-            y = self.harmonics(part, distance)
             total = segment_sum(y, chunk.row_ptr, chunk.target)
             parts.append(self.join(harmonic_sum(y, hidden, chunk.row_ptr), total))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -96,30 +96,29 @@ class _Embedding:
             elements = self.elements(chunk)
             part = grad[chunk.nodes]
             grad_sum, grad_total = part[..., :-PAD].contiguous(), part[..., -PAD]
-            with torch.enable_grad():
-                vec = tensors[0][chunk.edges].detach().requires_grad_()
-                distance = vec.square().sum(-1).sqrt()
-                y = self.harmonics(vec, distance)
-            if weights:
+            vec = tensors[0][chunk.edges].detach().contiguous()
+            distance, y = weighted_harmonics(vec, self.lmax, self.cutoff, self.exponent)
+            if network is None:
                 with torch.enable_grad():
+                    distance = distance.requires_grad_()
                     leaves = [w.detach().requires_grad_(n in weights) for n, w in enumerate(tensors[1:])]
                     basis = gaussian_basis(distance, self.cutoff, self.num_basis)
                     hidden = radial_hidden(basis, *elements, self.weights(leaves))
                 features = hidden.detach()
             else:
-                features, middle = network.forward(distance.detach(), *elements)
-            grad_hidden = harmonic_features(y.detach(), grad_sum, chunk.row_ptr, self.lmax + 1)
+                features, middle = network.forward(distance, *elements)
+            grad_hidden = harmonic_features(y, grad_sum, chunk.row_ptr, self.lmax + 1)
             grad_y = harmonic_dot(features, grad_sum, chunk.row_ptr) + grad_total.index_select(0, chunk.target)
-            if weights:
-                outputs, cotangents = [y, hidden], [grad_y, grad_hidden]
-                inputs = [vec, *(leaves[n] for n in weights)]
+            if network is None:
+                inputs = [distance, *(leaves[n] for n in weights)]
+                slope, *found = torch.autograd.grad(hidden, inputs, grad_hidden)
+                for n, g in enumerate(found):
+                    sums[n] = g if sums[n] is None else sums[n] + g
             else:
-                slope = network.backward(grad_hidden, middle, distance.detach(), *elements)
-                outputs, cotangents, inputs = [y, distance], [grad_y, slope], [vec]
-            grad_vec, *found = torch.autograd.grad(outputs, inputs, cotangents)
-            vectors.append(grad_vec)
-            for n, g in enumerate(found):
-                sums[n] = g if sums[n] is None else sums[n] + g
+                slope = network.backward(grad_hidden, middle, distance, *elements)
+            if 0 in wanted:
+                grad_vec = weighted_harmonics_backward(grad_y, slope, vec, self.lmax, self.cutoff, self.exponent)
+                vectors.append(grad_vec)
         found = iter(sums)
         return [(vectors[0] if len(vectors) == 1 else torch.cat(vectors)) if n == 0 else next(found) for n in wanted]
 

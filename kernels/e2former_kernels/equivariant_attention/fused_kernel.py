@@ -5,18 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _polynomial(d, cutoff, P: tl.constexpr):
-    """DimeNet's envelope in factorised form and its derivative by the distance (common/envelope.py)."""
-    rho = d / cutoff
-    series = 0.0 * rho + P * (P + 1) / 2
-    slope = 0.0 * rho
-    for n in tl.static_range(P - 1):
-        slope = slope * rho + series
-        series = series * rho + (P - 1 - n) * (P - n) / 2
-    gap = tl.maximum(1.0 - rho, 0.0)
-    return gap * gap * gap * series, gap * gap * (gap * slope - 3.0 * series) / cutoff
+from e2former_kernels.common.envelope_kernel import polynomial
 
 
 @triton.jit
@@ -31,7 +20,7 @@ def _envelope(d, lower, upper, P: tl.constexpr, BELL: tl.constexpr):
     if BELL:
         u, du = _bell(d, lower, upper)
     else:
-        u, du = _polynomial(d, upper, P)
+        u, du = polynomial(d, upper, P)
     return u, du
 
 

@@ -306,7 +306,7 @@ def equivariant_attention(
         return chunked(function, chunks, arguments)
     relative = spec.order == 1 and form == "relative"
     directions = 3 if relative else 1
-    size = max_run_edges or max(FUSED_NUMBERS // ((6 + directions) * spec.num_heads + 3 * hidden), MIN_RUN_EDGES)
+    size = max_run_edges or max(FUSED_NUMBERS // ((7 + directions) * spec.num_heads + 16), MIN_RUN_EDGES)
     step = FusedAttention(
         spec=spec,
         directions=directions,

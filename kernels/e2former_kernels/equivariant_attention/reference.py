@@ -84,8 +84,8 @@ def segment_outer(left: Tensor, right: Tensor, target: Tensor, num_nodes: int) -
     if num_nodes * longest > MAX_PADDING * target.numel():
         return torch.stack([segment_sum(x.unsqueeze(1) * right, target, num_nodes) for x in left.unbind(1)], 1)
     rows = num_nodes * longest
-    left = left.new_zeros(rows, left.shape[1]).index_copy(0, place, left).view(num_nodes, longest, -1)
-    right = right.new_zeros(rows, right.shape[1]).index_copy(0, place, right).view(num_nodes, longest, -1)
+    left = left.new_zeros(rows, left.shape[1]).index_copy(0, place, left).view(num_nodes, longest, left.shape[1])
+    right = right.new_zeros(rows, right.shape[1]).index_copy(0, place, right).view(num_nodes, longest, right.shape[1])
     return torch.bmm(left.transpose(1, 2), right)
 
 
@@ -337,9 +337,7 @@ def equivariant_attention_reference(
             c_dot_weights,
             geometry,
         )
-        return aggregate(
-            spec, form, weights, distance, c_vec, c_value, chunk.target, chunk.num_nodes, coupling
-        )
+        return aggregate(spec, form, weights, distance, c_vec, c_value, chunk.target, chunk.num_nodes, coupling)
 
     if not recompute:
         whole = Chunk(slice(0, row_ptr.numel() - 1), slice(0, source.numel()), source, target, image)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.grouped_linear import apply_groups
+from e2former_kernels.common.grouped_linear import apply_so3
 from e2former_kernels.common.step import node_plan, node_runs, run_step
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward.kernel import gate_backward_kernel, gate_kernel
@@ -22,12 +22,11 @@ class _FeedForward:
     plan: Plan
 
     @staticmethod
-    def _first(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    def _first(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         weight1, bias1, gate_weight, gate_bias = weights[:4]
-        rows = [2 * l + 1 for l in range(weight1.shape[0])]
-        y = apply_groups(x.flatten(1), weight1.unbind(0), rows, False, torch.empty_like(x).flatten(1)).view_as(x)
+        y = apply_so3(x, weight1, False, torch.empty_like(x))
         y[:, 0] += bias1
-        return y, torch.addmm(gate_bias, y[:, 0], gate_weight.t()), rows
+        return y, torch.addmm(gate_bias, y[:, 0], gate_weight.t())
 
     @staticmethod
     def _grid(x: Tensor) -> tuple[tuple[int, int], dict]:
@@ -42,10 +41,10 @@ class _FeedForward:
         out = torch.empty_like(x)
         if x.numel():
             for run in node_runs(x.shape[0]):
-                y, gates, rows = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
+                y, gates = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
                 grid, constants = self._grid(y)
-                gate_kernel[grid](y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=len(rows), **constants)
-                apply_groups(y.flatten(1), weight2.unbind(0), rows, False, out[run.nodes].flatten(1))
+                gate_kernel[grid](y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=weight2.shape[0], **constants)
+                apply_so3(y, weight2, False, out[run.nodes])
             out[:, 0] += bias2
         return out
 
@@ -58,15 +57,15 @@ class _FeedForward:
         out = torch.empty_like(x)
         if x.numel():
             for run in node_runs(x.shape[0]):
-                y, gates, rows = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
+                y, gates = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
                 part = torch.empty_like(y)
-                apply_groups(grad[run.nodes].flatten(1), weight2.unbind(0), rows, True, part.flatten(1))
+                apply_so3(grad[run.nodes], weight2, True, part)
                 grid, constants = self._grid(y)
                 gate_backward_kernel[grid](
-                    part, y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=len(rows), **constants
+                    part, y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=weight2.shape[0], **constants
                 )
                 torch.mm(gates, gate_weight, out=part[:, 0])
-                apply_groups(part.flatten(1), weight1.unbind(0), rows, True, y.flatten(1))
+                apply_so3(part, weight1, True, y)
                 launch_norm_backward(y, x[run.nodes], norm_weight, out[run.nodes])
         return [out]
 
