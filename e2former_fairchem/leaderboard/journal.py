@@ -33,6 +33,10 @@ _FIXED = struct.Struct("<4sBIQI")
 SYNC_EVERY = 10.0
 
 
+#: Seconds to wait for a journal that is locked: the readers of a killed run notice its death only after a few seconds.
+LOCK_WAIT = 20.0
+
+
 class Kind(IntEnum):
     """What a record holds."""
 
@@ -131,11 +135,27 @@ def mentioned(paths: Iterable[Path]) -> int:
     return len(found)
 
 
+def _lock(handle: IO[bytes], wait: float) -> bool:
+    """Lock a file against other processes, for as long as it is open; False when another has it for `wait` seconds."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        except OSError as err:  # some network file systems have no locks
+            logging.warning("%s: cannot be locked (%s); see to it that no other run uses it", handle.name, err)
+            return True
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
     """A file, made if it is not there, that one process at a time has; others wait."""
     with path.open("a+b") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, float("inf"))
         yield handle
 
 
@@ -156,10 +176,8 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = path.open("a+b")
         try:
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as err:
-                raise JournalError(f"{path}: expected no other writer, got one that is still running") from err
+            if not _lock(self._handle, LOCK_WAIT):
+                raise JournalError(f"{path}: expected no other writer, got one that is still running")
             header = self._repair()
             if header is None:
                 self._synced = 0.0

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from e2former_fairchem.data.make_sample import write_folder
 from e2former_fairchem.leaderboard import journal as j
-from e2former_fairchem.leaderboard.predictor import Predictor, pack
+from e2former_fairchem.leaderboard.predictor import Predictor, describe_settings, inference_settings, pack
 from e2former_fairchem.leaderboard.runner import IncompleteError, collect, journal_folder
 from e2former_fairchem.leaderboard.s2ef import S2EFRunner, force_errors
 from e2former_fairchem.leaderboard.s2ef_merge import DuplicateIdError, S2EFReducer
@@ -77,7 +77,7 @@ def merge(output: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def slow_work(pause: float, *arguments) -> None:
+def slow_work(pause: float, *arguments, **options) -> None:
     """As `work`, in a process of its own that takes its time for each batch."""
     predict = Predictor._predict_once
 
@@ -86,12 +86,12 @@ def slow_work(pause: float, *arguments) -> None:
         return predict(self, batch)
 
     Predictor._predict_once = slowly
-    work(*arguments)
+    work(*arguments, **options)
     os._exit(0)  # a fork of pytest must not run pytest's exit handlers
 
 
-def start(pause: float, *arguments) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=slow_work, args=(pause, *arguments))
+def start(pause: float, *arguments, **options) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=slow_work, args=(pause, *arguments), kwargs=options)
     process.start()
     return process
 
@@ -172,8 +172,8 @@ def test_command_writes_the_file_that_the_leaderboard_takes(
 
 
 def test_killed_run_goes_on(checkpoint: Path, data: Path, tmp_path: Path, whole: tuple) -> None:
-    """SIGKILL in the middle, a torn record besides; then nothing is lost and nothing computed twice."""
-    process = start(0.05, checkpoint, data, tmp_path)
+    """SIGKILL in the middle, a reader left behind; then nothing is lost and nothing computed twice."""
+    process = start(0.05, checkpoint, data, tmp_path, num_workers=1)
     deadline = time.monotonic() + 60
     while len(computed(tmp_path)) < 6:
         assert time.monotonic() < deadline and process.is_alive()
@@ -276,8 +276,14 @@ def test_last_worker_merges(checkpoint: Path, data: Path, tmp_path: Path, whole:
 
 
 def test_journal_belongs_to_one_run_and_one_writer(
-    checkpoint: Path, data: Path, tmp_path: Path, whole: tuple, write_checkpoint: Callable[..., Path]
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    whole: tuple,
+    write_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(j, "LOCK_WAIT", 0.0)
     other = write_checkpoint(tmp_path / "other.pt", num_layers=2)
     with pytest.raises(j.JournalError, match=r"checkpoint_sha256: expected '\w+', got '\w+'.*job\.run_dir"):
         work(other, data, whole[0])
@@ -354,6 +360,14 @@ def test_wrong_keys_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> N
         work(checkpoint, data, tmp_path, task_name="oc20")
     with pytest.raises(FileNotFoundError, match="checkpoint: expected an inference checkpoint's file"):
         work(tmp_path / "none.pt", data, tmp_path)
+
+
+def test_inference_settings_from_the_command_line() -> None:
+    """`inference={tf32: true}` arrives as OmegaConf's own dictionary."""
+    settings = inference_settings(OmegaConf.create({"tf32": True, "base_precision_dtype": "float64"}))
+    assert settings.tf32
+    assert not settings.compile
+    json.dumps(describe_settings(settings))
 
 
 def test_pack() -> None:
