@@ -18,6 +18,18 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "e2former_fairchem.leaderboard.check_submission",
         "check a leaderboard file before the upload",
     ),
+    "convert-molfm": (
+        "e2former_fairchem.commands.convert_molfm",
+        "write the authors' (MolFM) weights as a fairchem inference checkpoint",
+    ),
+    "doctor": (
+        "e2former_fairchem.commands.doctor",
+        "versions, GPU, which kernels run, and a self-test against the reference",
+    ),
+    "safetensors": (
+        "e2former_fairchem.commands.safetensors",
+        "convert an inference checkpoint to safetensors, or back",
+    ),
 }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "write the authors' (MolFM) weights as a fairchem inference checkpoint"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""

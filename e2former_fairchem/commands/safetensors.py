@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "convert an inference checkpoint to safetensors, or back"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""

@@ -1,0 +1,77 @@
+"""`e2former-fairchem doctor`, and the table of subcommands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from e2former_fairchem import cli
+from e2former_fairchem.commands import doctor
+
+CPU = torch.device("cpu")
+
+
+def test_report(tmp_path: Path, capsys) -> None:
+    assert cli.main(["doctor", "--molecules", "2", "--json", str(tmp_path / "report.json")]) == 0
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["healthy"] and out.rstrip().endswith("healthy")
+    assert report["versions"]["torch"] == torch.__version__ and "fairchem-core" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    names = [check["name"] for check in report["checks"]]
+    assert "reference, eaas, score qk" in names and "reference, on_the_fly, score qk_dot_scalar" in names
+    assert all(0 <= check["force_error"] < 1e-4 and check["milliseconds"] > 0 for check in report["checks"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_without_a_gpu_it_says_why_kernels_do_not_run(tmp_path: Path) -> None:
+    """In a process of its own: the tests' own runs kernels in Triton's interpreter."""
+    command = [sys.executable, "-m", "e2former_fairchem.cli", "doctor", "--molecules", "1"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "kernels: reference (PyTorch) with kernel_backend=auto on cpu" in result.stdout
+    assert "Triton kernels do not run here: Triton needs a CUDA device" in result.stdout
+    assert "reference, dense, score qk" in result.stdout
+
+
+def test_a_wrong_kernel_is_found(monkeypatch, capsys) -> None:
+    original = doctor.Network.forward
+
+    def wrong(self, *inputs):
+        energy, forces = original(self, *inputs)
+        return energy, forces * (1.001 if forces.dtype == torch.float32 else 1.0)
+
+    monkeypatch.setattr(doctor.Network, "forward", wrong)
+    monkeypatch.setattr(doctor, "SCORES", ("qk",))
+    assert cli.main(["doctor", "--molecules", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG (more than 0.0001)" in out and out.rstrip().endswith("not healthy")
+
+
+def test_nan_is_not_ok() -> None:
+    assert not doctor.Check("x", float("nan"), 0.0, 1.0).ok
+
+
+@pytest.mark.gpu
+def test_kernels_are_tested_on_a_gpu() -> None:
+    checks = doctor.self_test(torch.device("cuda"), 8, kernels=True)
+    assert all(check.ok for check in checks)
+    assert {check.name for check in checks} >= {f"triton, on_the_fly, score {score}" for score in doctor.SCORES}
+
+
+def test_subcommands(capsys) -> None:
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([name, "--help"])
+        assert f"e2former-fairchem {name}" in capsys.readouterr().out
+    assert cli.main(["doctor", "--molecules", "0"]) == 2
+    assert "--molecules: expected at least 1, got 0" in capsys.readouterr().err
+    assert cli.main(["safetensors", "absent.safetensors", "-o", "out.pt"]) == 2
+    assert "absent.safetensors, which does not exist" in capsys.readouterr().err
