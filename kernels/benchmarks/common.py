@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -167,14 +168,14 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 def machine() -> dict:
     """Where a result comes from: GPU, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     import triton
 
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": os.environ.get("E2FORMER_COMMIT") or commit.stdout.strip() or "unknown",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 

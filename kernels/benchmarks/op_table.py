@@ -70,7 +70,7 @@ def convolution_table(atoms: int, rows: dict) -> None:
 
     def summed(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(n, s.shape[1], x[0].numel() // heads, heads)
-        launch_aggregate(weight, s, x.view(n, -1, heads), system.source, system.row_ptr, out)
+        launch_aggregate(weight, s, x.contiguous().view(n, -1, heads), system.source, system.row_ptr, out)
         return out.view(n, -1, 256)
 
     def factored(contract) -> torch.Tensor:

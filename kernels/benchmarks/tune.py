@@ -12,9 +12,11 @@ import triton
 from common import PAPER, System
 
 import e2former_kernels.common.radial_kernel as radial_kernel
+from e2former_kernels.common.plan import edge_plan
 from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.tiles import RowTiles
+from e2former_kernels.equivariant_attention import AttentionSpec, fused
 from e2former_kernels.equivariant_attention import primitives as launch
+from e2former_kernels.equivariant_attention.fused import FusedAttention
 
 
 def bench(function) -> float:
@@ -38,33 +40,29 @@ def main() -> None:
     grad = rand(edges, 1, 2 * heads)
     network = radial_kernel.RadialNetwork(weights, 6.0)
     _, middle = network.forward(distance, zt, zs)
-    print("table", bench(lambda: radial_kernel.first_layer_table(weights.basis)))
-    print("radial forward", bench(lambda: network.forward(distance, zt, zs)))
-    print("radial backward", bench(lambda: network.backward(grad, middle, distance, zt, zs)))
     n, rows = system.atoms, 18
-    value, part = rand(n, rows, heads), rand(n, 3, rows, heads)
-    weight, scale, dots = rand(edges, heads), rand(edges, 3), rand(edges, 3, heads)
-    out, back = torch.empty_like(part), torch.empty_like(value)
-    for block in (32, 64, 128):
-        for warps in (1, 2, 4, 8):
-            numbers = rows * block / (32 * warps)
-            if not 12 <= numbers <= 48:
-                continue
-            launch.row_tiles = lambda *a, b=block, w=warps: RowTiles(16, 2, b, w)
-            times = [
-                bench(lambda: launch.launch_aggregate(weight, scale, value, system.source, system.row_ptr, out)),
-                bench(lambda: launch.launch_message_dot(value, part, system.source, system.row_ptr, dots)),
-                bench(
-                    lambda: launch.launch_aggregate_transposed(
-                        weight, scale, part, system.target, system.order, system.ptr, back
-                    )
-                ),
-            ]
-            print("aggregate, dot, transposed", block, warps, [f"{t:.3f}" for t in times], flush=True)
+    part = rand(n, 3, rows, heads)
     query = rand(n, heads, width)
     pair = rand(edges, heads)
     total = torch.empty_like(query)
-    print("pair_sum", bench(lambda: launch.launch_pair_sum(pair, query, system.source, None, system.row_ptr, total)))
+    step = FusedAttention(
+        AttentionSpec(2, heads, basis, 6.0), 3, [], system.source, system.numbers, None, weights, None
+    )
+    chunk = edge_plan(system.source, system.target, system.row_ptr, system.order, system.ptr, edges)[0]
+    features, _ = network.forward(distance, zt, zs)
+    geometry = step._edges(chunk, system.graph(system.pos).vec)
+    for tile in ((128, 2), (128, 4), (64, 1), (64, 2), (32, 1)):
+        launch.PAIR_TILE = fused.WEIGHTS_TILE = tile
+        times = [
+            bench(lambda: launch.launch_pair_sum(pair, query, system.source, None, system.row_ptr, total)),
+            bench(lambda: launch.launch_pair_sum(pair, query, system.target, system.order, system.ptr, total)),
+            bench(lambda: step._attention(chunk, geometry, query, query, features, False)),
+            bench(lambda: step._attention(chunk, geometry, query, query, features, True)),
+        ]
+        print("pair_sum, pair_sum by source, weights, weights kept", tile, [f"{t:.3f}" for t in times], flush=True)
+    print("table", bench(lambda: radial_kernel.first_layer_table(weights.basis)))
+    print("radial forward", bench(lambda: network.forward(distance, zt, zs)))
+    print("radial backward", bench(lambda: network.backward(grad, middle, distance, zt, zs)))
     print("pair_dot", bench(lambda: launch.launch_pair_dot(query, query, system.source, system.row_ptr, pair)))
     print("contract", bench(lambda: launch.launch_contract(rand(20, 27), part.view(n, 27, 256), rand(n, 20, 256))))
     a, b = torch.empty(1 << 28, device="cuda"), torch.empty(1 << 28, device="cuda")

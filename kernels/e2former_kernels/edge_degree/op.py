@@ -29,7 +29,7 @@ from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_featu
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 
 # Working memory of one run of edges as in ``equivariant_attention/op.py``.
-FUSED_NUMBERS = 1 << 27
+FUSED_NUMBERS = 3 << 25
 RUN_NUMBERS = 1 << 30
 MIN_RUN_EDGES = 64
 PAD = 4  # columns beside the sums of features

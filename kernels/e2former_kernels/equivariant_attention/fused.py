@@ -27,6 +27,8 @@ from e2former_kernels.equivariant_attention.primitives import (
 )
 from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
 
+BACKWARD_WARPS = 1  # of weights_backward_kernel
+WEIGHTS_TILE = (128, 2)  # heads and warps of one program of weights_kernel
 _NORM = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
 # Positions of the inputs among the tensors of the operation: the weights of the radial network follow.
 _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)
@@ -106,11 +108,11 @@ class FusedAttention:
         top = features.new_empty(chunk.num_nodes, heads) if keep else weight
         total = torch.empty_like(top) if keep else weight
         if weight.numel():
-            block = min(next_power(heads), 128)
+            block = min(next_power(heads), WEIGHTS_TILE[0])
             kernel.weights_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
                 query[chunk.nodes], key, features, edges.envelope, self.source[chunk.edges], chunk.row_ptr, pair,
                 weight, top, total, heads, width, 1.0 / math.sqrt(width), SOFTMAX_EPS,
-                NORM=_NORM[self.spec.norm], BH=block, BS=next_power(width), KEEP=keep, num_warps=2,
+                NORM=_NORM[self.spec.norm], BH=block, BS=next_power(width), KEEP=keep, num_warps=WEIGHTS_TILE[1],
             )  # fmt: skip
         return weight, pair, top, total
 
@@ -179,7 +181,7 @@ class FusedAttention:
                 kernel.weights_backward_kernel[(receivers,)](
                     dots, weight, pair, features, edges.envelope, edges.scale, chunk.row_ptr, top, total,
                     grad_features, pair, grad_envelope, grad_scale, heads, 1.0 / math.sqrt(width), SOFTMAX_EPS,
-                    NORM=_NORM[self.spec.norm], B=self.directions, BH=next_power(heads), num_warps=1,
+                    NORM=_NORM[self.spec.norm], B=self.directions, BH=next_power(heads), num_warps=BACKWARD_WARPS,
                 )  # fmt: skip
             if grad_query is not None:
                 launch_pair_sum(pair, key, source, None, chunk.row_ptr, grad_query[chunk.nodes])

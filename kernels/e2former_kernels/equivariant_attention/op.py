@@ -30,8 +30,8 @@ from e2former_kernels.equivariant_attention.reference import DotWeights, Form, i
 from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
 
 # Working memory of one run of the fused kernels, and of the differentiable pieces behind higher derivatives, in numbers
-# (not bytes): 512 MB and 4 GB in float32, whatever the number of atoms and edges.
-FUSED_NUMBERS = 1 << 27
+# (not bytes): 400 MB and 4 GB in float32, whatever the number of atoms and edges.
+FUSED_NUMBERS = 3 << 25
 RUN_NUMBERS = 1 << 30
 MIN_RUN_EDGES = 64
 

@@ -19,6 +19,8 @@ from e2former_kernels.common.radial_kernel import dot_precision
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernel
 
+PAIR_TILE = (128, 2)  # heads and warps of one program of pair_sum_kernel
+
 
 def _op(name: str):
     return torch.library.custom_op(f"e2former_kernels::{name}", mutates_args=())
@@ -98,10 +100,10 @@ def launch_pair_sum(
     number = ptr.numel() - 1
     if not (number and heads * width):
         return
-    block = min(next_power(heads), 128)
+    block = min(next_power(heads), PAIR_TILE[0])
     kernel.pair_sum_kernel[number, triton.cdiv(heads, block)](
         weight, x, index, index if order is None else order, ptr, index if rows is None else rows, out, heads, width,
-        BH=block, BS=next_power(width), ORDERED=order is not None, ACCUMULATE=rows is not None, num_warps=2,
+        BH=block, BS=next_power(width), ORDERED=order is not None, ACCUMULATE=rows is not None, num_warps=PAIR_TILE[1],
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from e2former_kernels.common.tiles import next_power
 from e2former_kernels.query_key.kernel import invariants_backward_kernel, invariants_kernel
 from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
 
-RUN_NUMBERS = 1 << 27  # working memory of a run of nodes, in numbers: 512 MB in float32
+RUN_NUMBERS = 1 << 26  # working memory of a run of nodes, in numbers: 256 MB in float32
 
 
 class _Run(NamedTuple):
