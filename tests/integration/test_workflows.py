@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
+import hydra
 import numpy as np
 from ase.io import read, write
 from fairchem.core.datasets import AseDBDataset
@@ -34,6 +36,29 @@ def test_the_documented_line_for_umas_yaml_composes(repo: Path, fake_omol25, els
     model = get_hydra_config_from_yaml(str(host), [data, *line]).runner.train_eval_unit.model
     assert model.backbone.model == "e2former_fairchem.backbone.E2FormerV2Backbone"
     assert sorted(model.heads) == ["omol_energy", "omol_forces"]
+
+
+def test_the_documented_line_for_allscaips_yaml_composes(repo: Path, fake_omol25, elsewhere: Path) -> None:
+    """A host with the keys, the backbone's use of them, and the heads that AllScAIP's training YAMLs have."""
+    from fairchem.core._cli import get_hydra_config_from_yaml
+
+    host = elsewhere / "host"
+    shutil.copytree(repo / "tests" / "integration" / "host", host)
+    yaml = (host / "uma_sm_direct.yaml").read_text()
+    yaml = re.sub(r"^(moe_layer_type|num_moe_experts|otf_graph): .*\n", "", yaml, flags=re.MULTILINE)
+    yaml = yaml.replace("bf16: false\n", "bf16: false\nmax_neighbors_pad_size: 50\nuse_pbc: false\nuse_compile: true\n")
+    yaml = yaml.replace("  omol_forces:\n    module: fairchem", "  forces:\n    module: fairchem")
+    (host / "omol_4m.yaml").write_text(yaml)
+    text = (repo / "docs" / "workflows.md").read_text()
+    line = re.search(r"fairchem -c omol_4m\.yaml ((?:.|\n)*?)\n\n", text).group(1).replace("\\\n", " ").split()
+    data = f"cluster.data_root_dir={Path(fake_omol25[0].split('=')[1]).parent}"
+    model = get_hydra_config_from_yaml(str(host / "omol_4m.yaml"), [data, *line]).runner.train_eval_unit.model
+    small = {"sphere_channels": 8, "num_layers": 1, "num_heads": 4, "num_radial_basis": 8}
+    built = hydra.utils.instantiate(model, backbone=small)
+    assert {name: type(head).__name__ for name, head in built.output_heads.items()} == {
+        "forces": "E2FormerV2DirectForceHead",
+        "omol_energy": "E2FormerV2EnergyHead",
+    }
 
 
 def test_data_from_fairchems_script(launch, tiny, repo, elsewhere: Path) -> None:
