@@ -168,7 +168,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 def machine() -> dict:
     """Where a result comes from: GPU, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--verify", "-q", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     import triton
 
     return {

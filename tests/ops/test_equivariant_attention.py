@@ -62,6 +62,19 @@ def test_numbers_of_edges(make, compare, find_leaves, edges: int) -> None:
 
 
 @interpreted
+def test_several_tiles_of_heads(make, compare, find_leaves, monkeypatch) -> None:
+    """Heads split over programs, as in wide networks."""
+    from e2former_kernels.common.tiles import RowTiles
+    from e2former_kernels.equivariant_attention import fused, primitives
+
+    monkeypatch.setattr(fused, "WEIGHTS_TILE", (2, 1))
+    monkeypatch.setattr(primitives, "PAIR_TILE", (2, 1))
+    monkeypatch.setattr(primitives, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
+    arguments = make.attention(heads=5, per_head=3)
+    compare(equivariant_attention(*arguments), equivariant_attention_reference(*arguments), find_leaves(arguments))
+
+
+@interpreted
 def test_gradgradcheck(make) -> None:
     arguments = make.attention("qk", "molfm", 1, nodes=3, edges=3, heads=2, per_head=1)
 

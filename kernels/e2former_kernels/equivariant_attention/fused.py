@@ -28,7 +28,7 @@ from e2former_kernels.equivariant_attention.primitives import (
 from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
 
 BACKWARD_WARPS = 1  # of weights_backward_kernel
-WEIGHTS_TILE = (128, 2)  # heads and warps of one program of weights_kernel
+WEIGHTS_TILE = (64, 2)  # heads and warps of one program of weights_kernel
 _NORM = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
 # Positions of the inputs among the tensors of the operation: the weights of the radial network follow.
 _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)

@@ -19,7 +19,7 @@ from e2former_kernels.common.radial_kernel import dot_precision
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernel
 
-PAIR_TILE = (128, 2)  # heads and warps of one program of pair_sum_kernel
+PAIR_TILE = (32, 1)  # heads and warps of one program of pair_sum_kernel
 
 
 def _op(name: str):
