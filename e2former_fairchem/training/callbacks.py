@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from fairchem.core.common import distutils
 from fairchem.core.components.callbacks import TrainCheckpointCallback
 from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT, UNIT_RESUME_CONFIG
 from torchtnt.framework.callback import Callback
 from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit, TTrainUnit
+
+from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
 
 # property -> metric -> (what a reader wants to see, factor, format)
 _SHOWN = {
@@ -55,15 +56,6 @@ def collect_metrics(unit: TEvalUnit) -> dict[str, dict[str, float]]:
     return result
 
 
-def zero_force_baseline(dataset: Any, key: str) -> dict[str, float]:
-    """Mean absolute force component of every part of a `ConcatDataset`, eV/Å: what predicting zero would get."""
-    baseline = {}
-    for name, part in zip(dataset.dataset_names, dataset.datasets, strict=True):
-        forces = torch.cat([part[i][key].flatten() for i in range(len(part))])
-        baseline[name] = float(forces.abs().mean())
-    return baseline
-
-
 def format_metrics(metrics: dict[str, float], properties: dict[str, str], zero_force: float | None) -> str:
     """Metrics of one data set in words, e.g. `E 23.4 meV/atom, F 0.142 eV/Å (14.1 % of zero forces)`."""
     words = []
@@ -88,44 +80,25 @@ class Progress(Callback):
     """One line per epoch: losses, time spent and left, and after an evaluation the errors on every validation set.
 
     Args:
-        zero_force_baseline: also give force errors as a share of the zero-force baseline (reads all validation data).
+        zero_force_baseline: also give force errors as a share of the zero-force baseline.
         quiet: silence fairchem's INFO lines while training runs; warnings stay.
-        history: file that gets one JSON object per evaluation, beside the run's checkpoints; None writes none.
     """
 
-    def __init__(self, zero_force_baseline: bool = False, quiet: bool = False, history: str | None = None) -> None:
+    def __init__(self, zero_force_baseline: bool = False, quiet: bool = False) -> None:
         self.with_baseline = zero_force_baseline
         self.quiet = quiet
-        self.history = history
-        self.baseline: dict[str, float] = {}
-        self.metrics: dict[str, dict[str, float]] = {}
-        self._losses: dict[str, torch.Tensor] = {}
-        self._steps = 0
-        self._training = False
-        self._hooks: list[Any] = []
-        self._folder: Path | None = None
+        self._losses: LossRecorder | None = None
+        self._zero: ZeroForceRecorder | None = None
         self._level = logging.INFO
-
-    def set_runner_callbacks(self, save_callback: Any, load_callback: Any, checkpoint_dir: str) -> None:
-        """Called by fairchem's runner; tells where the run's folder is."""
-        self._folder = Path(checkpoint_dir).parent
 
     def _say(self, line: str) -> None:
         if distutils.is_master():
             print(line, flush=True)
 
-    def _record(self, task: str) -> Callable[..., None]:
-        def hook(_module: Any, _inputs: Any, loss: torch.Tensor) -> None:
-            if self._training:
-                # stays on the device: reading it here would make every step wait for the GPU
-                self._losses[task] = self._losses.get(task, 0.0) + loss.detach()
-
-        return hook
-
     def on_train_start(self, state: State, unit: TTrainUnit) -> None:
         """Attach to the losses; say what is about to be trained."""
         self._properties = {task.name: task.property for task in unit.tasks}
-        self._hooks = [task.loss_fn.register_forward_hook(self._record(task.name)) for task in unit.tasks]
+        self._losses = LossRecorder(unit)
         self._start = time.monotonic()
         self._first_epoch = unit.train_progress.num_epochs_completed
         dataset = state.train_state.dataloader.dataset
@@ -134,34 +107,28 @@ class Progress(Callback):
             f"training {parameters:,} parameters on {len(dataset)} structures, "
             f"{len(state.train_state.dataloader)} steps an epoch, on {distutils.get_device_for_local_rank()}"
         )
-        if self.with_baseline:
-            forces = next(task.name for task in unit.tasks if task.property == "forces")
-            self.baseline = zero_force_baseline(state.eval_state.dataloader.dataset, forces)
         if self.quiet:
             self._level = logging.getLogger().level
             logging.getLogger().setLevel(logging.WARNING)
 
     def on_train_epoch_start(self, state: State, unit: TTrainUnit) -> None:
         """Forget the last epoch's losses."""
-        self._losses, self._steps, self._training = {}, 0, True
+        self._losses.reset()
 
     def on_train_step_start(self, state: State, unit: TTrainUnit) -> None:
         """Count; also true after a resume within an epoch."""
-        self._training = True
-        self._steps += 1
+        self._losses.start_step()
 
-    def on_eval_epoch_start(self, state: State, unit: TEvalUnit) -> None:
+    def on_train_step_end(self, state: State, unit: TTrainUnit) -> None:
         """Losses of an evaluation are not the training's."""
-        self._training = False
+        self._losses.end_step()
 
     def on_train_epoch_end(self, state: State, unit: TTrainUnit) -> None:
         """The epoch's line."""
-        self._training = False
         done = unit.train_progress.num_epochs_completed
-        means = {task: float(total) / max(self._steps, 1) for task, total in self._losses.items()}
+        means = self._losses.means()
         parts = " + ".join(f"{self._properties[task]} {value:.4f}" for task, value in means.items())
         spent = time.monotonic() - self._start
-        self.last_losses = means
         last = state.train_state.max_epochs
         if last is None and state.train_state.max_steps is not None:
             last = -(-state.train_state.max_steps // max(len(state.train_state.dataloader), 1))
@@ -170,28 +137,25 @@ class Progress(Callback):
             clock += f", {_minutes(spent / max(done - self._first_epoch, 1) * max(last - done, 0))} left"
         self._say(f"epoch {done:>3}/{last or '?'}  loss {sum(means.values()):.4f} = {parts}  [{clock}]")
 
+    def on_eval_epoch_start(self, state: State, unit: TEvalUnit) -> None:
+        """Watch the forces that pass, for the baseline."""
+        if self.with_baseline:
+            self._zero = ZeroForceRecorder(unit)
+
     def on_eval_epoch_end(self, state: State, unit: TEvalUnit) -> None:
         """Errors on every validation set."""
-        self.metrics = collect_metrics(unit)
-        for name, metrics in self.metrics.items():
-            words = format_metrics(metrics, self._properties, self.baseline.get(name))
-            self._say(f"    {name}: {words}")
-        if self.history is not None and self._folder is not None and distutils.is_master():
-            entry = {
-                "epoch": unit.train_progress.num_epochs_completed,
-                "step": unit.train_progress.num_steps_completed,
-                "seconds": round(time.monotonic() - self._start, 2),
-                "train_loss": getattr(self, "last_losses", {}),
-                "metrics": self.metrics,
-                "zero_force_mae": self.baseline,
-            }
-            with (self._folder / self.history).open("a") as handle:
-                handle.write(json.dumps(entry) + "\n")
+        metrics = collect_metrics(unit)
+        baseline = {}
+        if self._zero is not None:
+            self._zero.detach()
+            baseline = self._zero.means(state.eval_state.dataloader.dataset.dataset_names)
+        for name, values in metrics.items():
+            self._say(f"    {name}: {format_metrics(values, self._properties, baseline.get(name))}")
 
     def _finish(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for recorder in (self._losses, self._zero):
+            if recorder is not None:
+                recorder.detach()
         if self.quiet:
             logging.getLogger().setLevel(self._level)
 
@@ -246,12 +210,18 @@ class EvaluationReport(Callback):
 
     Args:
         output: JSON file; None writes none.
-        zero_force_baseline: also give force errors as a share of the zero-force baseline; reads the whole data set.
+        zero_force_baseline: also give force errors as a share of the zero-force baseline.
     """
 
     def __init__(self, output: str | None = None, zero_force_baseline: bool = False) -> None:
         self.output = output
         self.with_baseline = zero_force_baseline
+        self._zero: ZeroForceRecorder | None = None
+
+    def on_eval_epoch_start(self, state: State, unit: TEvalUnit) -> None:
+        """Watch the forces that pass, for the baseline."""
+        if self.with_baseline:
+            self._zero = ZeroForceRecorder(unit)
 
     def on_eval_epoch_end(self, state: State, unit: TEvalUnit) -> None:
         """Say the errors and write the file."""
@@ -259,9 +229,9 @@ class EvaluationReport(Callback):
         properties = {task.name: task.property for task in unit.tasks}
         dataset = state.eval_state.dataloader.dataset
         baseline = {}
-        if self.with_baseline:
-            forces = next(task.name for task in unit.tasks if task.property == "forces")
-            baseline = zero_force_baseline(dataset, forces)
+        if self._zero is not None:
+            self._zero.detach()
+            baseline = self._zero.means(dataset.dataset_names)
         if not distutils.is_master():
             return
         sizes = {name: len(part) for name, part in zip(dataset.dataset_names, dataset.datasets, strict=True)}

@@ -31,7 +31,7 @@ def fails(launch: Callable, elsewhere: Path) -> Callable[..., None]:
         left = litter(elsewhere)
         if not composes:
             assert left == []
-        assert not [name for name in left if name.endswith((".pt", ".distcp", "results.json", "history.jsonl"))]
+        assert not [name for name in left if name.endswith((".pt", ".distcp", "results.json", "metrics.jsonl"))]
 
     return run
 

@@ -26,8 +26,8 @@ def test_quickstart_learns(repo: Path, fairchem_process: Callable, elsewhere: Pa
     assert Path(checkpoint) == elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
     assert Path(checkpoint).is_file()
 
-    history = next((elsewhere / "runs").rglob("history.jsonl")).read_text().splitlines()
-    last = json.loads(history[-1])
+    lines = next((elsewhere / "runs").rglob("metrics.jsonl")).read_text().splitlines()
+    last = [record for record in map(json.loads, lines) if record["kind"] == "evaluation"][-1]
     assert last["epoch"] == 10
     for part, forces, energy in (("omol.val_known", 0.40, 0.250), ("omol.val_new", 0.50, 0.400)):
         share = last["metrics"][part]["omol_forces,mae"] / last["zero_force_mae"][part]

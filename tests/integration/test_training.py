@@ -16,6 +16,7 @@ from torch import nn
 from e2former_fairchem.training.callbacks import format_metrics, write_atomically
 from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, load_for_evaluation, read_checkpoint
 from e2former_fairchem.training.losses import PerSystemSumLoss
+from e2former_fairchem.training.metrics import read_metrics
 from e2former_fairchem.training.sampler import StructureBatchSampler
 from e2former_fairchem.training.schedule import warmup_cosine
 
@@ -210,8 +211,8 @@ def test_resumed_run_equals_an_uninterrupted_one(launch: Callable, quick: tuple,
         assert given.keys() == wanted.keys()
         for key, value in wanted.items():
             assert torch.equal(given[key], value), key
-    histories = [next((elsewhere / run).glob("*/history.jsonl")) for run in ("straight", "stopped")]
-    straight_epochs, resumed_epochs = [[json.loads(line) for line in h.read_text().splitlines()] for h in histories]
+    files = [next((elsewhere / run).glob("*/metrics.jsonl")) for run in ("straight", "stopped")]
+    straight_epochs, resumed_epochs = [[r for r in read_metrics(f) if r["kind"] == "evaluation"] for f in files]
     assert [e["epoch"] for e in resumed_epochs] == [1, 2]
     assert resumed_epochs[-1]["metrics"] == straight_epochs[-1]["metrics"]
 
@@ -233,8 +234,8 @@ def test_train_evaluate_and_fine_tune(
     said = capsys.readouterr().out
     assert "omol.val_new, 75 structures: E " in said
     results = json.loads((elsewhere / "runs" / "evaluate" / "results.json").read_text())
-    history = next((elsewhere / "runs" / "quickstart").glob("*/history.jsonl")).read_text().splitlines()
-    trained = json.loads(history[-1])["metrics"]
+    records = read_metrics(next((elsewhere / "runs" / "quickstart").glob("*/metrics.jsonl")))
+    trained = next(r["metrics"] for r in reversed(records) if r["kind"] == "evaluation")
     assert results["num_structures"] == {"omol.val_known": 60, "omol.val_new": 75}
     for name, metrics in trained.items():
         for metric in ("omol_energy,per_atom_mae", "omol_forces,mae"):
