@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 import torch
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
-from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT, Task
+from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT
 from fairchem.core.units.mlip_unit.utils import load_inference_model
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -116,14 +116,17 @@ def load_for_evaluation(
     )
 
 
-def load_tasks(checkpoint_location: str, any_backbone: bool = False) -> list[Task]:
-    """The tasks that a checkpoint was trained with: its own normalisers and element references, not the config's.
+def read_tasks(location: str | Path, any_backbone: bool = False) -> list[dict[str, Any]]:
+    """Configs of the tasks that a checkpoint was trained with: its own normalisers and element references.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_checkpoint`.
+        FileNotFoundError, ValueError: see `read_checkpoint`; also when the file holds no list of tasks.
     """
-    checkpoint = read_checkpoint(checkpoint_location, any_backbone=any_backbone)
-    return [hydra.utils.instantiate(task) for task in checkpoint.tasks_config]
+    checkpoint = read_checkpoint(location, any_backbone=any_backbone)
+    tasks = OmegaConf.to_container(OmegaConf.create(checkpoint.tasks_config), resolve=True)
+    if not isinstance(tasks, list) or not tasks:
+        raise ValueError(f"checkpoint: expected {location} to hold a list of tasks, got {type(tasks).__name__}")
+    return tasks
 
 
 def _averaged_weights(checkpoint: MLIPInferenceCheckpoint) -> dict[str, Tensor]:

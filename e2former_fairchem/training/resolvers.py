@@ -8,6 +8,7 @@
 | `${e2former.element_references:NAME}` | energies per element, eV by Z: `sample`, `omol25`, `spice` or a JSON file |
 | `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set; KEY is named in the message |
 | `${e2former.checkpoint:KEY,PATH}` | PATH, absolute, after a check that it is an inference checkpoint |
+| `${e2former.tasks:PATH,ANY}` | configs of the tasks in the inference checkpoint PATH; ANY: also of other backbones |
 """
 
 from __future__ import annotations
@@ -121,7 +122,24 @@ def checkpoint(key: str, path: str | None) -> str:
     return str(check_checkpoint_path(path, key=key))
 
 
+@functools.cache
+def _read_tasks(path: str, any_backbone: bool) -> list:
+    from e2former_fairchem.training.checkpoint import read_tasks
+
+    return read_tasks(path, any_backbone)
+
+
+def tasks(path: str | None, any_backbone: bool = False) -> ListConfig:
+    """The tasks of a checkpoint, written out, so that what a run saves does not depend on that file any more.
+
+    Raises:
+        ValueError: no path was given, or what is there is not an inference checkpoint.
+        FileNotFoundError: nothing is there.
+    """
+    return OmegaConf.create(_read_tasks(checkpoint("checkpoint", path), any_backbone))
+
+
 def register_resolvers() -> None:
     """Register all of the above with OmegaConf; calling it again changes nothing."""
-    for function in (device, workers, sample, element_references, dataset, checkpoint):
+    for function in (device, workers, sample, element_references, dataset, checkpoint, tasks):
         OmegaConf.register_new_resolver(f"e2former.{function.__name__}", function, replace=True)

@@ -243,9 +243,17 @@ def test_train_evaluate_and_fine_tune(
 
     before = read_checkpoint(checkpoint)
     launch(
-        *quick, "model=from_checkpoint", f"checkpoint={checkpoint}", "job.run_dir=runs/finetune", "lr=0.0", "epochs=1"
+        *quick,
+        "model=from_checkpoint",
+        "tasks=from_checkpoint",
+        *("~energy_coef", "~force_coef", "~normalizer_rmsd", "~element_references"),
+        f"checkpoint={checkpoint}",
+        "job.run_dir=runs/finetune",
+        "lr=0.0",
+        "epochs=1",
     )
     after = read_checkpoint(elsewhere / "runs" / "finetune" / "inference_ckpt.pt")
+    assert after.tasks_config == before.tasks_config  # written out: the new file does not depend on the first
     for key in ("_target_", "backbone", "heads"):
         assert after.model_config[key] == before.model_config[key]
     for key, value in before.ema_state_dict.items():
