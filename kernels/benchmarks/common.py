@@ -182,7 +182,8 @@ def machine() -> dict:
 
 
 def save(name: str, rows: dict, folder: str | None = None) -> None:
-    """Write ``rows`` with the machine beside them to ``results/name.json``."""
+    """Write ``rows`` with the machine and the command beside them to ``results/name.json``."""
     path = Path(folder or Path(__file__).parent / "results")
     path.mkdir(parents=True, exist_ok=True)
-    (path / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    command = " ".join(["python", f"kernels/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    (path / f"{name}.json").write_text(json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n")
