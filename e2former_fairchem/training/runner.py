@@ -31,9 +31,7 @@ class EpochTrainEvalRunner(TrainEvalRunner):
         ValueError: an interval or a number of threads below 1.
     """
 
-    def __init__(
-        self, *, evaluate_every_n_epochs: int = 1, cpu_threads: int | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, evaluate_every_n_epochs: int = 1, cpu_threads: int | None = None, **kwargs: Any) -> None:
         if evaluate_every_n_epochs < 1:
             raise ValueError(f"evaluate_every_n_epochs: expected at least 1, got {evaluate_every_n_epochs}")
         if cpu_threads is not None and cpu_threads < 1:

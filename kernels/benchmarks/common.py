@@ -186,4 +186,6 @@ def save(name: str, rows: dict, folder: str | None = None) -> None:
     path = Path(folder or Path(__file__).parent / "results")
     path.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", f"kernels/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    (path / f"{name}.json").write_text(json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n")
+    (path / f"{name}.json").write_text(
+        json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n"
+    )

@@ -1,6 +1,6 @@
 """Energy and forces, and one training step, of the whole network: time and peak memory against the number of atoms.
 
-    python kernels/benchmarks/model_table.py [--neighbours 32] [--output FOLDER]
+python kernels/benchmarks/model_table.py [--neighbours 32] [--output FOLDER]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The attention alone and its convolution stage: our forms against the edge-materialised PyTorch implementation.
 
-    python kernels/benchmarks/op_table.py [--atoms 1536 6144] [--output FOLDER]
+python kernels/benchmarks/op_table.py [--atoms 1536 6144] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def convolution_table(atoms: int, rows: dict) -> None:
         return out
 
     def dense() -> torch.Tensor:
-        return aggregate(
-            spec, "dense", weight, distance, vec, value[system.source], system.target, n, tables.coupling
-        )
+        return aggregate(spec, "dense", weight, distance, vec, value[system.source], system.target, n, tables.coupling)
 
     forms = {
         "dense": dense,

@@ -1,6 +1,6 @@
 """Picture of time and memory against the number of atoms, with the peers: docs/images/speed.png from results/*.json.
 
-    python kernels/benchmarks/plot.py [--ours results/model_32_neighbours_tf32.json] [--output docs/images/speed.png]
+python kernels/benchmarks/plot.py [--ours results/model_32_neighbours_tf32.json] [--output docs/images/speed.png]
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ PEERS = HERE / "results" / "peers_energy_forces.json"
 OURS = HERE / "results" / "model_32_neighbours_tf32.json"
 GPU_GIB = 139.0  # of an H200
 # Blue for ours, quieter hues for the others; told apart by marker too.
-STYLES = (("#0b5fa5", "o", 2.4), ("#c4651a", "s", 1.5), ("#4a8f3c", "^", 1.5), ("#9bbf5f", "v", 1.5), ("#8456a3", "D", 1.5))
+STYLES = (
+    ("#0b5fa5", "o", 2.4),
+    ("#c4651a", "s", 1.5),
+    ("#4a8f3c", "^", 1.5),
+    ("#9bbf5f", "v", 1.5),
+    ("#8456a3", "D", 1.5),
+)
 
 
 def read_ours(path: Path) -> tuple[dict[int, dict[str, float]], dict[str, str]]:
@@ -35,9 +41,7 @@ def draw(series: dict[str, dict[int, dict[str, float]]], footer: str, output: Pa
     """Two log-log panels, time and peak memory, one line for each series."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.6), layout="constrained")
-    for panel, key, label in zip(
-        panels, ("ms", "GiB"), ("energy and forces (ms)", "peak memory (GiB)"), strict=True
-    ):
+    for panel, key, label in zip(panels, ("ms", "GiB"), ("energy and forces (ms)", "peak memory (GiB)"), strict=True):
         for (name, rows), (colour, marker, width) in zip(series.items(), STYLES, strict=False):
             atoms = sorted(rows)
             panel.plot(

@@ -1,6 +1,6 @@
 """Where the time of one energy-and-forces evaluation or training step goes: kernels by total time.
 
-    python kernels/benchmarks/profile_model.py --atoms 6144 [--train]
+python kernels/benchmarks/profile_model.py --atoms 6144 [--train]
 """
 
 from __future__ import annotations

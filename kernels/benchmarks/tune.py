@@ -1,6 +1,6 @@
 """The pieces of the attention, timed one by one at the paper's widths, and tile shapes against each other.
 
-    python kernels/benchmarks/tune.py [--atoms 6144]
+python kernels/benchmarks/tune.py [--atoms 6144]
 """
 
 from __future__ import annotations
