@@ -1,0 +1,6 @@
+"""Runners for the `fairchem` command line.
+
+| module | runner |
+|---|---|
+| `pes` | checks of a potential-energy surface (`e2former_fairchem.pes`) for any checkpoint |
+"""
