@@ -1,4 +1,4 @@
-"""Test systems: ASE's molecules, some of our own, and structures from files."""
+"""Structures by name: ASE's molecules, some of our own, and those of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.build import molecule
+from ase.build import bulk, molecule
 from ase.collections import g2
 from ase.io import read
 
@@ -44,10 +44,16 @@ def _ammonia_crystal() -> Atoms:
     return both
 
 
+def _diamond() -> Atoms:
+    """The primitive cell of diamond, 2 atoms."""
+    return bulk("C", "diamond", a=3.57)
+
+
 OWN: dict[str, Callable[[], Atoms]] = {
     "water_dimer": _water_dimer,
     "CHFClBr": _chiral_methane,
     "ammonia_crystal": _ammonia_crystal,
+    "diamond": _diamond,
 }
 
 
@@ -73,7 +79,7 @@ def _from_file(spec: str, key: str) -> list[tuple[str, Atoms]]:
     return [(f"{file.stem}[{n}]", atoms) for n, atoms in enumerate(found)]
 
 
-def load_systems(specs: Sequence[str], key: str) -> list[tuple[str, Atoms]]:
+def load_systems(specs: Sequence[str], key: str, min_atoms: int = 2) -> list[tuple[str, Atoms]]:
     """Structures with names.
 
     Charge and spin (the multiplicity) come from a structure's info. Without them the charge is 0, and the multiplicity
@@ -83,10 +89,11 @@ def load_systems(specs: Sequence[str], key: str) -> list[tuple[str, Atoms]]:
         specs: molecules of ASE's g2 collection (`CH3OH`), our own (`OWN`), or files that ASE reads, each structure of
             them or some (`FILE@0:3`).
         key: config key, for messages.
+        min_atoms: least number of atoms of a structure.
 
     Raises:
         FileNotFoundError: neither a name nor a file.
-        ValueError: a file that ASE cannot read, or without structures; a structure with fewer than two atoms.
+        ValueError: a file that ASE cannot read, or without structures; a structure with fewer atoms than `min_atoms`.
     """
     found: list[tuple[str, Atoms]] = []
     for spec in specs:
@@ -100,8 +107,10 @@ def load_systems(specs: Sequence[str], key: str) -> list[tuple[str, Atoms]]:
         else:
             loaded = _from_file(spec, key)
         for name, atoms in loaded:
-            if len(atoms) < 2:
-                raise ValueError(f"{key}: expected structures with two atoms or more, got one atom in {name}")
+            if len(atoms) < min_atoms:
+                raise ValueError(
+                    f"{key}: expected structures with {min_atoms} atoms or more, got {len(atoms)} in {name}"
+                )
             atoms.info.setdefault("charge", 0)
             atoms.info.setdefault("spin", 1)
             atoms.calc = None

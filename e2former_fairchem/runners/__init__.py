@@ -3,4 +3,5 @@
 | module | runner |
 |---|---|
 | `pes` | checks of a potential-energy surface (`e2former_fairchem.pes`) for any checkpoint |
+| `crystals` | phonons and elastic constants with fairchem's runners |
 """

@@ -83,7 +83,7 @@ class PESRunner(Runner):
             raise ValueError(f"seed: expected an integer that is not negative, got {seed!r}")
         if plot and importlib.util.find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
-                "plot: expected matplotlib to be installed (pip install 'e2former-fairchem[plot]'), or plot=false"
+                "plot: expected matplotlib to be installed (pip install matplotlib), or plot=false"
             )
         checks, structures = _plain(checks), _plain(structures)
         self.plan = make_plan(
