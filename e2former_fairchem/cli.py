@@ -26,6 +26,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "e2former_fairchem.commands.doctor",
         "versions, GPU, which kernels run, and a self-test against the reference",
     ),
+    "report": (
+        "e2former_fairchem.commands.report",
+        "write the report page of a run again, from the numbers in its folder",
+    ),
     "safetensors": (
         "e2former_fairchem.commands.safetensors",
         "convert an inference checkpoint to safetensors, or back",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.training.callbacks import collect_metrics
 from e2former_fairchem.training.checkpoint import read_checkpoint
+from e2former_fairchem.training.metrics import read_metrics
 from e2former_fairchem.training.runner import evaluation_interval
 
 TRAIN = ("omol25_direct", "omol25_conserving", "spice_direct")
@@ -182,6 +184,14 @@ def test_two_processes_on_one_machine(
     assert result.stdout.count("inference checkpoint:") == 1
     assert "19 steps an epoch" in result.stdout  # 601 structures in batches of 16 on two ranks
     assert (elsewhere / "runs" / "quickstart" / "inference_ckpt.pt").is_file()
+    assert result.stdout.count("report: ") == 1
+    (run,) = (elsewhere / "runs" / "quickstart").glob("*/report")
+    sets = json.loads((run / "summary.json").read_text())
+    # 135 structures in two equal shares: one is repeated, as in fairchem's metrics
+    assert sum(errors["structures"] for errors in sets.values()) == 136
+    (evaluated,) = [r for r in read_metrics(run.parent / "metrics.jsonl") if r["kind"] == "evaluation"]
+    for name, errors in sets.items():
+        assert errors["force_mae"] == pytest.approx(1000 * evaluated["metrics"][name]["omol_forces,mae"], rel=1e-4)
 
 
 def test_evaluation_of_other_data_needs_no_training_data(
