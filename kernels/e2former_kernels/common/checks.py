@@ -11,6 +11,12 @@ def check_shape(name: str, tensor: Tensor, dims: str, shape: tuple[int, ...]) ->
         raise ValueError(f"{name}: expected [{dims}] = {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
+def check_senders(species: Tensor, nodes: int) -> None:
+    """Raise ``ValueError`` unless ``species`` is [N'], the receivers' rows first and then those that only send."""
+    if species.dim() != 1 or species.numel() < nodes:
+        raise ValueError(f"species: expected at least [N] = ({nodes},) rows, got {tuple(species.shape)}")
+
+
 def check_same_dtype(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
     """Raise ``TypeError`` unless every tensor given has the dtype of ``reference``."""
     for name, tensor in tensors.items():

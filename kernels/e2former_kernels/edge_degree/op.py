@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.backend import triton_problem
-from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
+from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_senders, check_shape
 from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
@@ -154,7 +154,7 @@ def edge_degree_embedding(
     nodes, edges = row_ptr.numel() - 1, source.numel()
     check_shape("vec", vec, "E, 3", (edges, 3))
     check_shape("target", target, "E", (edges,))
-    check_shape("species", species, "N", (nodes,))
+    check_senders(species, nodes)
     if radial.out.shape[0] != lmax + 1:
         raise ValueError(f"radial: expected lmax + 1 = {lmax + 1} networks, got {radial.out.shape[0]}")
     dtype = radial.basis.dtype
@@ -171,7 +171,7 @@ def edge_degree_embedding(
 
     def plan(budget: int, numbers: int) -> list[EdgeChunk]:
         size = max_run_edges or max(budget // numbers, MIN_RUN_EDGES)
-        return edge_plan(source, target, row_ptr, source_order, source_ptr, size)
+        return edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=species.numel())
 
     fused = plan(FUSED_NUMBERS, groups * 4 * hidden + 24 * (lmax + 1) ** 2)
     step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.checks import check_shape
+from e2former_kernels.common.checks import check_senders, check_shape
 from e2former_kernels.common.chunked import EDGE, WHOLE, Chunk, chunked, make_chunks
 from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 from e2former_kernels.common.harmonics import solid_harmonics
@@ -35,7 +35,8 @@ def edge_degree_embedding_reference(
 ) -> Tensor:
     r""":math:`x_i[l,m,c] = \frac{1}{23.01} \sum_j u(d_{ij}) Y^l_m(\hat r_{ij}) R_l([\phi; T_{Z_i}; S_{Z_j}])_c`.
 
-    vec: [E, 3] = r_i - r_j - shift, Å. source, target: [E], target ascending. row_ptr: [N+1]. species: [N].
+    vec: [E, 3] = r_i - r_j - shift, Å. source, target: [E], target ascending. row_ptr: [N+1]. species: [N], or more
+    rows for atoms that send and do not receive, which source counts.
     radial: lmax+1 networks (G = lmax+1) with K = C outputs. recompute, max_chunk_edges, geometry: as in
     :func:`e2former_kernels.equivariant_attention.equivariant_attention_reference`.
 
@@ -44,7 +45,7 @@ def edge_degree_embedding_reference(
     if geometry is not None and recompute:
         raise ValueError("geometry: expected None with recompute=True, which keeps no edge tensors")
     check_shape("vec", vec, "E, 3", (source.numel(), 3))
-    check_shape("species", species, "N", (row_ptr.numel() - 1,))
+    check_senders(species, row_ptr.numel() - 1)
     if radial.out.shape[0] != lmax + 1:
         raise ValueError(f"radial: expected lmax + 1 = {lmax + 1} networks, got {radial.out.shape[0]}")
     degree = torch.tensor([l for l in range(lmax + 1) for _ in range(2 * l + 1)], device=vec.device)

@@ -117,21 +117,21 @@ class FusedAttention:
         return weight, pair, top, total
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        """vec [E, 3], query, key [N, H, S], value [N, M, C], radial weights -> [N, P or M, C]."""
+        """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C], radial weights -> [N, P or M, C]."""
         vec, query, key, value = tensors[:_RADIAL]
         query, key = query.contiguous(), key.contiguous()
         network = self._network(tensors[_RADIAL:])
-        nodes, rows, channels = value.shape
+        senders, rows, channels = value.shape
         heads = query.shape[1]
-        per_head = value.view(nodes, -1, heads)
+        per_head = value.view(senders, rows * channels // heads, heads)
         out_rows = rows if self.coupling is None else self.coupling.shape[0]
-        out = value.new_empty(nodes, out_rows, channels)
+        out = value.new_empty(query.shape[0], out_rows, channels)
         for chunk in self.chunks:
             edges = self._edges(chunk, vec)
             features, _ = network.forward(edges.distance, edges.target_species, edges.source_species)
             weight, *_ = self._attention(chunk, edges, query, key, features, keep=False)
             if self.coupling is None:
-                summed = out[chunk.nodes].view(chunk.num_nodes, 1, -1, heads)
+                summed = out[chunk.nodes].view(chunk.num_nodes, 1, per_head.shape[1], heads)
             else:
                 summed = value.new_empty(chunk.num_nodes, self.directions, per_head.shape[1], heads)
             launch_aggregate(weight, edges.scale, per_head, self.source[chunk.edges], chunk.row_ptr, summed)
@@ -143,10 +143,10 @@ class FusedAttention:
         """Gradients of the wanted inputs."""
         vec, query, key, value = tensors[:_RADIAL]
         grad, query, key = grad.contiguous(), query.contiguous(), key.contiguous()
-        nodes, _, channels = value.shape
+        senders, _, channels = value.shape
         heads, width = query.shape[1:]
-        per_head = value.view(nodes, -1, heads)
-        rows = per_head.shape[1]
+        rows = value.shape[1] * channels // heads
+        per_head = value.view(senders, rows, heads)
         weights_wanted = [n - _RADIAL for n in wanted if n >= _RADIAL]
         network = None if weights_wanted else self._network(tensors[_RADIAL:])
         self.cache.clear()
@@ -192,7 +192,7 @@ class FusedAttention:
             if grad_value is not None:
                 launch_aggregate_transposed(
                     weight, edges.scale, part, chunk.target, chunk.order, chunk.order_ptr,
-                    grad_value.view(nodes, rows, heads), chunk.senders,
+                    grad_value.view(senders, rows, heads), chunk.senders,
                 )  # fmt: skip
             if graph is not None:
                 grad_distance, *found = torch.autograd.grad(graph[0], graph[1:], grad_features)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.backend import triton_problem
-from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
+from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_senders, check_shape
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
@@ -174,7 +174,7 @@ def attention_of_run(
         if pieces.image_rows is None:
             return out
         images = pieces.image_rows
-        more = images.view(images.shape[0], -1, heads)
+        more = images.view(images.shape[0], images.shape[1] * channels // heads, heads)
         more = aggregate(weights, scale, more, *chunk.image_chunk.index)
         return torch.cat([out, more.view(-1, images.shape[1], channels)], 1)
     direction = vec * inverse_distance(spec, distance).unsqueeze(-1)
@@ -195,16 +195,16 @@ def check_arguments(
     image: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError naming the argument whose shape, dtype or device is not what it must be."""
-    nodes, edges = row_ptr.numel() - 1, source.numel()
+    nodes, senders, edges = row_ptr.numel() - 1, species.numel(), source.numel()
     query, value = pieces.query, pieces.value
     if query.dim() != 3:
         raise ValueError(f"query: expected [N, H, S], got {tuple(query.shape)}")
+    check_senders(species, nodes)
     check_shape("query", query, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
-    check_shape("key", pieces.key, "N, H, S", tuple(query.shape))
+    check_shape("key", pieces.key, "N', H, S", (senders, *query.shape[1:]))
     check_shape("vec", pieces.vec, "E, 3", (edges, 3))
     check_shape("target", target, "E", (edges,))
-    check_shape("species", species, "N", (nodes,))
-    check_shape("value", value, "N, (lmax+1)^2, C", (nodes, spec.num_rows, value.shape[-1]))
+    check_shape("value", value, "N', (lmax+1)^2, C", (senders, spec.num_rows, value.shape[-1]))
     if value.shape[-1] % spec.num_heads:
         raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
     if spec.score != "qk":
@@ -289,7 +289,8 @@ def equivariant_attention(
     if spec.score == "qk_dot":
         numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
     size = max_run_edges or max(RUN_NUMBERS // (numbers + per_row), MIN_RUN_EDGES)
-    chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size)
+    senders = species.numel()
+    chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders)
     if image_rows is not None:
         nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=image_rows.shape[0])
         chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
@@ -310,7 +311,7 @@ def equivariant_attention(
     step = FusedAttention(
         spec=spec,
         directions=directions,
-        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, size),
+        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders),
         source=source,
         species=species,
         coupling=coupling.flatten(1).contiguous() if relative else None,

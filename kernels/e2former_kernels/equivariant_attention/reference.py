@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.checks import check_same_dtype, check_shape
+from e2former_kernels.common.checks import check_same_dtype, check_senders, check_shape
 from e2former_kernels.common.chunked import EDGE as EDGE_KIND
 from e2former_kernels.common.chunked import IMAGE, SOURCE, TARGET, WHOLE, Chunk, chunked, make_chunks
 from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
@@ -225,20 +225,20 @@ def aggregate(
         return segment_sum(torch.bmm(matrix, _weighted(weights, value)), target, num_nodes)
     weighted = _weighted(weights, value)
     outer = segment_outer(direction, weighted.flatten(1), target, num_nodes)
-    outer = outer.view(num_nodes, 3 * num_rows, -1)
+    outer = outer.view(num_nodes, 3 * num_rows, value.shape[-1])
     return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer)
 
 
 def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, image, image_source_rows):
-    nodes = row_ptr.numel() - 1
+    nodes, senders = row_ptr.numel() - 1, species.numel()
     edges = source.numel()
+    check_senders(species, nodes)
     check_shape("query", query, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
-    check_shape("key", key, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
+    check_shape("key", key, "N', H, S", (senders, spec.num_heads, query.shape[-1]))
     check_shape("vec", vec, "E, 3", (edges, 3))
     check_shape("target", target, "E", (edges,))
-    check_shape("species", species, "N", (nodes,))
     if image_source_rows is None:
-        check_shape("value", value, "N, (lmax+1)^2, C", (nodes, spec.num_rows, value.shape[-1]))
+        check_shape("value", value, "N', (lmax+1)^2, C", (senders, spec.num_rows, value.shape[-1]))
     if value.shape[-1] % spec.num_heads:
         raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
     if dot is not None:
@@ -281,6 +281,7 @@ def equivariant_attention_reference(
     spec: what to compute. query, key: [N, H, S]. value: [N, M, C]. dot: [N, M, D] for the ``qk_dot*`` scores.
     vec: [E, 3] = r_i - r_j - shift, Å (from neighbour to receiver). source, target: [E]; target ascending.
     row_ptr: [N+1]. species: [N] rows of the radial network's element tables. radial, dot_weights: weights.
+    key, value and species may have further rows, [N' >= N]: atoms that send and do not receive. source counts them.
     coupling: [P, 3, M] Clebsch-Gordan coefficients of the path rows; needed for order 1 unless ``form="sum"``.
     form: see the module. recompute: evaluate in chunks of at most ``max_chunk_edges`` edges (default: 64 MB of
     float32) and recompute in every derivative, so that nothing of edge size outlives a chunk; False keeps edge
