@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fairchem.core.common import gp_utils
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import conditional_grad
 from fairchem.core.models.base import BackboneInterface
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
-from e2former_fairchem.validation import check_batch, check_keys, log_once, plain, refuse_graph_parallel
+from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
+from e2former_fairchem.parallel_guard import ParallelGuard
+from e2former_fairchem.validation import check_batch, check_keys, log_once, plain
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -54,7 +58,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
 
     ``forward`` returns ``node_embedding`` [N, (lmax+1)^2, C] in e3nn's order and sign (rows of a degree l: l^2 to
     (l+1)^2 - 1, degree 1 as x, y, z), and ``batch``. It sets ``batch_full`` and ``atomic_numbers_full`` in the data,
-    which heads and element references read.
+    which heads and element references read. With graph parallelism the embeddings, ``batch`` and the data's ``batch``
+    and ``atomic_numbers`` are those of this worker's atoms, as in fairchem's models; ``own_atoms`` says which they are.
     Raises TypeError for an unknown key and ValueError for a value or a combination that cannot be.
     """
 
@@ -92,7 +97,6 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         super().__init__()
         given = {name: plain(value) for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
         check_keys("e2former_v2", unknown, type(self).__init__)
-        refuse_graph_parallel()
         config = E2FormerV2Config(**{f.name: given[f.name] for f in fields(E2FormerV2Config)})
         _check_own_keys(given)
         self.model = E2FormerV2(config)
@@ -109,6 +113,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self.sphere_channels = config.sphere_channels
         self.hidden_channels = config.sphere_channels
         self._external_graph = False
+        self._guard = ParallelGuard()
+        self._refusal: str | None = None
         if max_neighbors is not None:
             logging.warning(
                 f"e2former_v2: max_neighbors={max_neighbors} keeps only the nearest neighbours of an atom, so that "
@@ -134,35 +140,62 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def forward(self, data: AtomicData) -> dict[str, Tensor]:
         """Node embeddings of a batch; see the class."""
         charge, spin, graph, long_graph = self._prepare(data)
-        embedding = self.model(data["atomic_numbers"], charge, spin, data["batch"], data["pos"], graph, long_graph)
-        return {"node_embedding": embedding, "batch": data["batch"]}
+        atoms = data["atomic_numbers_full"], charge, spin, data["batch_full"], data["pos"]
+        embedding = self.model(*atoms, graph, long_graph)
+        output = {"node_embedding": embedding, "batch": data["batch"]}
+        if graph.halo is not None:
+            output[OWN_ATOMS] = graph.halo.own
+        return output
 
     @torch.compiler.disable
     def _prepare(self, data: AtomicData) -> tuple[Tensor, Tensor, Graph, Graph | None]:
         """Checks, gradients and graphs: all that depends on values rather than shapes, in one place."""
-        refuse_graph_parallel()
-        charge, spin = check_batch(data, self.max_num_elements)
-        data["atomic_numbers"] = data["atomic_numbers"].long()
-        data["atomic_numbers_full"] = data["atomic_numbers"]
-        data["batch_full"] = data["batch"]
+        partition = None
+        if active():
+            with self._guard.watch():
+                partition = self._partition(data)
+                charge, spin = check_batch(data, self.max_num_elements)
+        else:
+            charge, spin = check_batch(data, self.max_num_elements)
+        data["atomic_numbers"] = numbers = data["atomic_numbers"].long()
+        data["atomic_numbers_full"] = numbers
+        data["batch_full"] = batch = data["batch"]
         regress = self.regress_config
         if not regress.direct_forces:
             if (regress.forces or regress.stress) and not data["pos"].requires_grad:
                 data["pos"].requires_grad_(True)
             if regress.stress and not data["cell"].requires_grad:
                 data["cell"].requires_grad_(True)
-        graph = self._graph(data, self.cutoff, self.max_neighbors)
+        with self._guard.watch():
+            graphs = self._graphs(data, partition)
+        if partition is not None:
+            data["atomic_numbers"], data["batch"] = numbers[partition.own], batch[partition.own]
+        return charge, spin, *graphs
+
+    def _partition(self, data: AtomicData) -> Partition:
+        """This worker's part of the atoms, of a batch that is whole and the same for all workers."""
+        refusal, self._refusal = self._refusal, None
+        if data["atomic_numbers"].shape[0] != data["pos"].shape[0]:  # a batch that was evaluated before
+            data["atomic_numbers"], data["batch"] = data["atomic_numbers_full"], data["batch_full"]
+        agree(data, refusal)
+        partition = partition_atoms(data["pos"])
+        if gp_utils.get_gp_config().mode == gp_utils.GPMode.ALL_TO_ALL:  # fairchem's force head reads it
+            data["gp_ctx"] = SimpleNamespace(rank_assignments=partition.owner)
+        return partition
+
+    def _graphs(self, data: AtomicData, partition: Partition | None) -> tuple[Graph, Graph | None]:
+        graph = self._graph(data, self.cutoff, self.max_neighbors, partition=partition)
         long_range = self.config.long_range
         if long_range is None:
-            return charge, spin, graph, None
+            return graph, None
         limit = None if self.max_neighbors is None else int(_LONG_RANGE_NEIGHBORS * self.max_neighbors)
         heavy = data["atomic_numbers"] > 1
-        long_graph = self._graph(data, long_range.upper, limit, lower=long_range.lower, source_mask=heavy)
-        return charge, spin, graph, long_graph
+        options = {"lower": long_range.lower, "source_mask": heavy, "partition": partition}
+        return graph, self._graph(data, long_range.upper, limit, **options)
 
-    def _graph(self, data: AtomicData, cutoff: float, max_neighbors: int | None, **long_range: Any) -> Graph:
+    def _graph(self, data: AtomicData, cutoff: float, max_neighbors: int | None, **options: Any) -> Graph:
         given = {}
-        if not self.otf_graph and not long_range:
+        if not self.otf_graph and "lower" not in options:
             for key in ("edge_index", "cell_offsets"):
                 if key not in data:
                     raise ValueError(f"{key}: expected in the data because otf_graph is false, got none")
@@ -177,7 +210,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
             data["natoms"],
             cutoff,
             max_neighbors,
-            **long_range,
+            **options,
             **given,
         )
 
@@ -259,9 +292,10 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def prepare_for_inference(self, data: AtomicData, settings: InferenceSettings) -> E2FormerV2Backbone:
         """Refuse what would compute a wrong number; nothing is replaced.
 
-        Raises ValueError when edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds.
+        Raises ValueError when edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds,
+        and RuntimeError for a second model among the workers of one graph-parallel group.
         """
-        refuse_graph_parallel()
+        self._guard.prepare(self, data, settings)
         self._external_graph = bool(settings.external_graph_gen)
         if self._external_graph and self.cutoff > _EXTERNAL_RADIUS:
             raise ValueError(
@@ -271,14 +305,15 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         return self
 
     def on_predict_check(self, data: AtomicData) -> None:
-        """Refuse graph parallelism before each prediction."""
-        refuse_graph_parallel()
+        """With fairchem's parallel predict unit: refuse what would be a wrong number or wait forever."""
+        self._refusal = self._guard.refusal(self)
 
     def validate_atoms_data(self, atoms: Atoms, task_name: str) -> None:
         """Set charge and spin in ``atoms.info`` where they are missing (fairchem's defaults) and check their ranges.
 
-        Only ``atoms.info`` is read: fairchem's batch server passes a stub. Raises TypeError and ValueError as
-        fairchem's UMA does.
+        Only ``atoms.info`` is read (fairchem's batch server passes a stub), but for the parallel predict unit, whose
+        inputs must not change when it sends positions and cells alone. Raises TypeError and ValueError as fairchem's
+        UMA does, and ValueError for such a change.
         """
         validate_uma_atoms_data(atoms, task_name)
         if atoms.info["spin"] == 0:
@@ -286,6 +321,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
                 "e2former_v2: spin 0 stands for a spin multiplicity that is not given; set atoms.info['spin'] (1 for a "
                 "singlet)."
             )
+        self._guard.announce(atoms, task_name)
 
 
 def _check_own_keys(given: Mapping[str, Any]) -> None:

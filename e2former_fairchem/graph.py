@@ -9,12 +9,16 @@ that use them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from e2former_fairchem.neighbors import find_neighbors
 from e2former_fairchem.segments import gather_rows
+
+if TYPE_CHECKING:
+    from e2former_fairchem.parallel import Halo, Partition
 
 __all__ = ["MIN_DISTANCE", "Graph", "build_graph"]
 
@@ -35,7 +39,9 @@ class Graph:
     offset: [E, 3] int64 lattice offsets n, or None when no edge can leave its cell.
     shift: [E, 3] Å, ``n @ cell``, differentiable in the cell, or None with ``offset``.
     row_ptr: [num_nodes + 1] int64, the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
-    cutoff: Å. num_nodes: number of atoms in the batch.
+    cutoff: Å. num_nodes: number of receivers: of atoms in the batch, or of this worker's atoms.
+    halo: with graph parallelism, the atoms that this worker sees: the graph then counts the worker's own atoms first
+    and foreign ones, which only send, after them. None otherwise.
     """
 
     source: Tensor
@@ -46,6 +52,7 @@ class Graph:
     row_ptr: Tensor
     cutoff: float
     num_nodes: int
+    halo: Halo | None = None
     _source_order: Tensor | None = field(default=None, repr=False, compare=False)
     _source_ptr: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -53,6 +60,23 @@ class Graph:
     def num_edges(self) -> int:
         """Number of directed edges E."""
         return self.source.shape[0]
+
+    @property
+    def num_senders(self) -> int:
+        """Number of atoms that ``source`` counts, at least ``num_nodes``."""
+        return self.num_nodes if self.halo is None else self.halo.present.shape[0]
+
+    def own(self, values: Tensor) -> Tensor:
+        """Rows of the receivers, from rows of all atoms of the batch."""
+        return values if self.halo is None else values.index_select(0, self.halo.own)
+
+    def present(self, values: Tensor) -> Tensor:
+        """Rows of the senders, from rows of all atoms of the batch."""
+        return values if self.halo is None else values.index_select(0, self.halo.present)
+
+    def fetch(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Rows of the senders, from rows of the receivers that each worker computed: one exchange for all tensors."""
+        return tensors if self.halo is None else self.halo.fetch(*tensors)
 
     @property
     def source_order(self) -> Tensor:
@@ -63,9 +87,9 @@ class Graph:
 
     @property
     def source_ptr(self) -> Tensor:
-        """[num_nodes + 1] int64: the edges of source j are ``source_order[source_ptr[j]:source_ptr[j + 1]]``."""
+        """[num_senders + 1] int64: the edges of source j are ``source_order[source_ptr[j]:source_ptr[j + 1]]``."""
         if self._source_ptr is None:
-            self._source_ptr = _pointer(self.source[self.source_order], self.num_nodes)
+            self._source_ptr = _pointer(self.source[self.source_order], self.num_senders)
         return self._source_ptr
 
     def by_target(self) -> tuple[None, Tensor]:
@@ -92,6 +116,7 @@ def build_graph(
     edge_index: Tensor | None = None,
     cell_offsets: Tensor | None = None,
     builder: str | None = None,
+    partition: Partition | None = None,
 ) -> Graph:
     """Graph of all pairs with ``max(lower, 1e-4) <= |vec| <= cutoff`` within each system, every image once.
 
@@ -107,6 +132,8 @@ def build_graph(
     edge_index: [2, E] int64 (source, target) and cell_offsets: [E, 3] with pos[source] + offset @ cell the neighbour's
     position: edges given from outside, which are checked, cut at ``cutoff`` and sorted instead of searched.
     builder: a name in `e2former_fairchem.neighbors.BUILDERS`; None chooses by device.
+    partition: with graph parallelism, who owns which atom. Every worker searches the whole batch, so that all of them
+    find the same errors, and keeps the edges whose receiver it owns.
     Raises ValueError for positions or cells that are not finite, coincident atoms, singular periodic cells, given
     edges that are malformed, and a cutoff that is not positive.
     """
@@ -114,7 +141,7 @@ def build_graph(
         raise ValueError(f"cutoff: expected a positive length in Å, got {cutoff}")
     if max_neighbors is not None and max_neighbors < 1:
         raise ValueError(f"max_neighbors: expected a positive integer or None, got {max_neighbors}")
-    num_nodes = pos.shape[0]
+    num_nodes, halo = pos.shape[0], None
     with torch.autocast(pos.device.type, enabled=False):
         with torch.no_grad():
             pos64, cell64 = pos.detach().double(), cell.detach().double()
@@ -132,20 +159,33 @@ def build_graph(
                 keep &= source_mask[source]
             source, target, distance = source[keep], target[keep], distance[keep]
             offset = None if offset is None else offset[keep]
+            if partition is not None:
+                if edge_index is not None:  # on every worker alike
+                    order = _canonical_order(source, target, offset, num_nodes)
+                    _check_unique(source[order], target[order], None if offset is None else offset[order])
+                halo = partition.halo(source, target)
+                mine = partition.owner[target] == partition.rank
+                source, target, distance = source[mine], target[mine], distance[mine]
+                offset = None if offset is None else offset[mine]
             order = _canonical_order(source, target, offset, num_nodes)
             source, target = source[order], target[order]
             offset = None if offset is None else offset[order]
             if edge_index is not None:
                 _check_unique(source, target, offset)
+            if halo is not None:
+                source, target, num_nodes = halo.row[source], halo.row[target], halo.own.shape[0]
+                batch = batch[halo.own]
+                natoms = torch.bincount(batch, minlength=natoms.shape[0])
             row_ptr = _pointer(target, num_nodes)
             if max_neighbors is not None:
                 nearest = _nearest(distance[order], target, row_ptr, max_neighbors)
                 source, target = source[nearest], target[nearest]
                 offset = None if offset is None else offset[nearest]
                 row_ptr = _pointer(target, num_nodes)
-        graph = Graph(source, target, pos, offset, None, row_ptr, float(cutoff), num_nodes)
-        wide = pos.double()
-        vec = gather_rows(wide, target, graph.by_target) - gather_rows(wide, source, graph.by_source)
+        graph = Graph(source, target, pos, offset, None, row_ptr, float(cutoff), num_nodes, halo)
+        wide = graph.present(pos.double())
+        receivers = wide if halo is None else wide[:num_nodes]
+        vec = gather_rows(receivers, target, graph.by_target) - gather_rows(wide, source, graph.by_source)
         if offset is not None:
             shift = _shifts(cell.double(), offset, batch, natoms, graph)
             vec = vec - shift

@@ -8,10 +8,11 @@ import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import conditional_grad
 from fairchem.core.models.base import HeadInterface
-from fairchem.core.models.uma.outputs import compute_hessian
+from fairchem.core.models.uma.outputs import compute_hessian_loop
 from torch import Tensor, nn
 
 from e2former_fairchem.nn.output import EnergyMLP, LinearForce, PaiNNForce
+from e2former_fairchem.parallel import OWN_ATOMS, all_atoms, sum_over_workers
 from e2former_fairchem.segments import segment_sum
 from e2former_fairchem.validation import check_keys
 
@@ -113,7 +114,8 @@ class E2FormerV2DirectForceHead(_Head):
 
     def forward(self, data: AtomicData, emb: dict[str, Tensor]) -> dict[str, Any]:
         """Forces of a batch; see the class."""
-        return self._wrap(forces=self.force(_features(self.force, emb)))
+        forces = self.force(_features(self.force, emb))
+        return self._wrap(forces=all_atoms(forces, emb, data) if OWN_ATOMS in emb else forces)
 
 
 @registry.register_model("e2former_v2_gradient_head")
@@ -151,9 +153,10 @@ class E2FormerV2GradientHead(_Head):
         outputs = {"energy": energy, "atom_energy": atom_energy}
         if regress.forces or regress.stress:
             create_graph = self.training or regress.hessian
-            outputs |= _forces_and_stress(data, energy, create_graph, regress.stress)
+            outputs |= _forces_and_stress(data, energy, create_graph, regress.stress, OWN_ATOMS in emb)
         if regress.hessian:
-            outputs["hessian"] = compute_hessian(outputs["forces"], data["pos"], vmap=False, training=self.training)
+            hessian = compute_hessian_loop(outputs["forces"].flatten(), data["pos"], create_graph=self.training)
+            outputs["hessian"] = (sum_over_workers(hessian) if OWN_ATOMS in emb else hessian).unsqueeze(0)
         return self._wrap(**outputs)
 
     def _check_hessian(self, data: AtomicData) -> None:
@@ -173,8 +176,14 @@ def _features(module: nn.Module, emb: dict[str, Tensor]) -> Tensor:
 
 
 def _energies(module: EnergyMLP, data: AtomicData, emb: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Energies of all atoms, and their sums.
+
+    With graph parallelism they are gathered first, so that the order, and with it the rounding, is that of one worker.
+    """
     atom_energy = module(_features(module, emb))
-    return atom_energy, _per_structure(atom_energy, data["batch"], data["natoms"])
+    if OWN_ATOMS in emb:
+        atom_energy = all_atoms(atom_energy, emb, data)
+    return atom_energy, _per_structure(atom_energy, data["batch_full"], data["natoms"])
 
 
 # fairchem found float64 sums miscompiled; the sum is a few microseconds of work and stays outside.
@@ -186,11 +195,14 @@ def _per_structure(values: Tensor, batch: Tensor, natoms: Tensor) -> Tensor:
 
 
 @torch.compiler.disable
-def _forces_and_stress(data: AtomicData, energy: Tensor, create_graph: bool, with_stress: bool) -> dict[str, Tensor]:
+def _forces_and_stress(
+    data: AtomicData, energy: Tensor, create_graph: bool, with_stress: bool, parallel: bool
+) -> dict[str, Tensor]:
     r"""Forces, and the stress :math:`\sigma = \frac{1}{2V} (W + W^T)` of each structure.
 
     :math:`W = \sum_i g_i \otimes r_i + h^T \partial E/\partial h` with :math:`g_i = \partial E/\partial r_i` and the
-    cell's rows in h: the derivative by a symmetric strain of positions and cell together.
+    cell's rows in h: the derivative by a symmetric strain of positions and cell together. ``parallel``: the gradients
+    are this worker's part.
     """
     pos, cell = data["pos"], data["cell"]
     inputs = [pos, cell] if with_stress else [pos]
@@ -198,10 +210,12 @@ def _forces_and_stress(data: AtomicData, energy: Tensor, create_graph: bool, wit
     gradients = torch.autograd.grad(
         energy.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+    if parallel:
+        gradients = [sum_over_workers(gradient) for gradient in gradients]
     outputs = {"forces": -gradients[0]}
     if with_stress:
         outer = gradients[0].unsqueeze(2) * pos.unsqueeze(1)
-        virial = _per_structure(outer, data["batch"], data["natoms"]) + (cell.mT @ gradients[1]).double()
+        virial = _per_structure(outer, data["batch_full"], data["natoms"]) + (cell.mT @ gradients[1]).double()
         volume = torch.linalg.det(cell.double()).abs()
         periodic = data["pbc"].any(dim=1) & (volume > 0)
         inverse = torch.where(periodic, 1.0 / torch.where(periodic, volume, 1.0), 0.0)

@@ -67,7 +67,8 @@ class E2FormerV2(nn.Module):
         atomic_numbers: [N]. charge: [B], e. spin: [B], multiplicity 2S+1 (0: not given). batch: [N], ascending.
         pos: [N, 3], Å (read by the node-factored convolution only; all else is in the graph). graph: neighbours
         within the cutoff. long_graph: with ``long_range`` only.
-        Returns [N, (lmax+1)^2, C] in e3nn's row order. Raises ValueError when long_graph is missing or not asked for.
+        Returns [N, (lmax+1)^2, C] in e3nn's row order, of the graph's receivers: with graph parallelism, of this
+        worker's atoms. Raises ValueError when long_graph is missing or not asked for.
         """
         if (long_graph is None) != (self.long_range is None):
             expected = "no long-range graph" if self.long_range is None else "a long-range graph"
@@ -75,18 +76,21 @@ class E2FormerV2(nn.Module):
         convolution = choose_convolution(self.config, graph.source.numel(), self.charge_spin.mix.weight)
         convolution = with_geometry(convolution, self.config, graph)
         images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
-        system = self.charge_spin(charge, spin).index_select(0, batch)
-        x = self.edge_degree(atomic_numbers, graph, convolution)
+        system = self.charge_spin(charge, spin).index_select(0, graph.own(batch))
+        species = graph.present(atomic_numbers)
+        x = self.edge_degree(species, graph, convolution)
         if self.atom_embedding is not None:
-            x = torch.cat([x[:, :1] + self.atom_embedding(atomic_numbers, system).unsqueeze(1), x[:, 1:]], 1)
+            token = self.atom_embedding(graph.own(atomic_numbers), system)
+            x = torch.cat([x[:, :1] + token.unsqueeze(1), x[:, 1:]], 1)
         for block in self.blocks:
-            x = self._run(block, x, system, atomic_numbers, graph, convolution, images)
+            x = self._run(block, x, system, species, graph, convolution, images)
         if self.long_range is None:
             return self.norm(x, backend=convolution.backend)
         y = self.long_range.norm_in(x)
         convolution = choose_convolution(self.config, long_graph.source.numel(), y)
+        species = long_graph.present(atomic_numbers)
         for block in self.long_range.blocks:
-            y = self._run(block, y, system, atomic_numbers, long_graph, convolution, None)
+            y = self._run(block, y, system, species, long_graph, convolution, None)
         return self.long_range.mix(torch.cat([x, self.long_range.norm_out(y)], -1))
 
     def _run(self, block: TransformerBlock, *args) -> Tensor:

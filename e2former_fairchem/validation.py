@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fairchem.core.common import gp_utils
 from fairchem.core.units.mlip_unit.api.inference import CHARGE_RANGE, SPIN_RANGE
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -24,7 +23,6 @@ __all__ = [
     "check_keys",
     "log_once",
     "plain",
-    "refuse_graph_parallel",
 ]
 
 _NAMED = 5
@@ -59,20 +57,6 @@ def check_keys(owner: str, unknown: Mapping[str, Any], function: Callable[..., A
     close = difflib.get_close_matches(key, allowed, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise TypeError(f"{owner}: unknown key {key!r}{hint}; expected {', '.join(sorted(allowed))}")
-
-
-def refuse_graph_parallel() -> None:
-    """Raise RuntimeError where fairchem would split one graph over several workers.
-
-    fairchem's heads add up what the workers return; without a partition of the nodes that is the energy times the
-    number of workers. A group of one worker is no partition and is accepted.
-    """
-    if gp_utils.initialized() and gp_utils.get_gp_world_size() > 1:
-        raise RuntimeError(
-            f"e2former_v2 does not support graph parallelism: expected a group of 1 worker, got "
-            f"{gp_utils.get_gp_world_size()}. Use workers=1 for inference and graph_parallel_group_size: null (with as "
-            "many data-parallel ranks as you like) for training."
-        )
 
 
 def check_batch(data: AtomicData, max_num_elements: int) -> tuple[Tensor, Tensor]:

@@ -154,13 +154,13 @@ class EquivariantAttention(nn.Module):
     def forward(
         self, h: Tensor, atomic_numbers: Tensor, graph: Graph, convolution: Convolution, images: ImageNodes | None
     ) -> Tensor:
-        """h: [N, (lmax+1)^2, C], normalised. atomic_numbers: [N]. images: for the node-factored form.
+        """h: [N, (lmax+1)^2, C], normalised. atomic_numbers: of the graph's senders. images: for ``eaas``.
 
         Returns [N, (lmax+1)^2, C].
         """
         backend = convolution.backend
         query, key = self.query_key(h, backend)
-        value = self.value(h, backend)
+        key, value = graph.fetch(key, self.value(h, backend))
         target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
         radial = self.radial(target_table, source_table)
         dot = None if self.dot is None else self.dot.project(h, backend)

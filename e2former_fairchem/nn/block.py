@@ -41,7 +41,10 @@ class TransformerBlock(nn.Module):
         convolution: Convolution,
         images: ImageNodes | None,
     ) -> Tensor:
-        """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C]."""
+        """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C].
+
+        atomic_numbers: of the graph's senders.
+        """
         backend = convolution.backend
         h = self.norm1(x, system, backend=backend)
         x = x + self.attention(h, atomic_numbers, graph, convolution, images)

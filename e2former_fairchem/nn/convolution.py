@@ -82,20 +82,22 @@ class ImageNodes:
 def image_nodes(pos: Tensor, batch: Tensor, num_systems: int, graph: Graph) -> ImageNodes:
     """Positions relative to the mean of each system, whose choice cancels in the factored sum and is detached.
 
-    pos: [N, 3], Å. batch: [N]. graph: edges with their lattice offsets. A periodic image is a node of its own.
+    pos: [N, 3], Å. batch: [N]. graph: edges with their lattice offsets. A periodic image is a node of its own. With
+    graph parallelism the nodes are the atoms that the worker sees; the mean is still that of the whole system.
     """
     with torch.no_grad():
         total = pos.new_zeros(num_systems, 3).index_add_(0, batch, pos)
         count = torch.bincount(batch, minlength=num_systems).clamp(min=1).to(pos.dtype)
         centre = (total / count.unsqueeze(-1)).index_select(0, batch)
-    position = pos - centre
+    position = graph.present(pos - centre)
+    own = position if graph.halo is None else position[: graph.num_nodes]
     if graph.offset is None:
-        nodes = torch.arange(pos.shape[0], device=pos.device)
-        return ImageNodes(position, position, nodes, graph.source)
+        nodes = torch.arange(position.shape[0], device=pos.device)
+        return ImageNodes(own, position, nodes, graph.source)
     key = torch.cat([graph.source.unsqueeze(1), graph.offset.to(graph.source.dtype)], 1)
     unique, image = torch.unique(key, dim=0, return_inverse=True)
     edge = torch.zeros(unique.shape[0], dtype=torch.long, device=pos.device)
     edge[image] = torch.arange(image.numel(), device=pos.device)  # any edge of the image: all have its shift
     source = unique[:, 0]
     image_position = position.index_select(0, source) + graph.shift.index_select(0, edge).to(pos.dtype)
-    return ImageNodes(position, image_position, source, image)
+    return ImageNodes(own, image_position, source, image)

@@ -79,7 +79,7 @@ class EdgeDegreeEmbedding(nn.Module):
         )
 
     def forward(self, atomic_numbers: Tensor, graph: Graph, convolution: Convolution) -> Tensor:
-        """atomic_numbers: [N]; graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
+        """atomic_numbers: of the graph's senders; graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
         config = self.config
         arguments = (
             config.lmax,

@@ -67,7 +67,7 @@ class QueryKey(nn.Module):
             return query_key(h, weights).unflatten(-1, (self.num_heads, self.head_dim)).unbind(1)
         s = self.invariants(h)
         nodes = s.shape[0]
-        s = s.view(nodes, self.lmax + 1, 2, self.width).permute(2, 0, 1, 3).reshape(2, nodes, -1)
+        s = s.view(nodes, self.lmax + 1, 2, self.width).permute(2, 0, 1, 3).flatten(2)
         x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))
         x = F.layer_norm(x, (self.width,), None, None, LAYER_NORM_EPS)
         x = F.silu(x * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1))

@@ -1,51 +1,118 @@
-"""Graph parallelism: refused before anything is computed, never the energy times the number of workers."""
+"""Graph parallelism: two workers give what one gives, or an error on both."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from fairchem.core.common import gp_utils
-from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
-from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 
-MESSAGE = "does not support graph parallelism: expected a group of 1 worker, got 2"
-
-
-@pytest.fixture
-def two_workers(monkeypatch):
-    """What fairchem reports inside a graph-parallel group of two."""
-
-    def start() -> None:
-        monkeypatch.setattr(gp_utils, "initialized", lambda: True)
-        monkeypatch.setattr(gp_utils, "get_gp_world_size", lambda: 2)
-
-    return start
-
-
-def test_building_a_model_is_refused(two_workers, build) -> None:
-    two_workers()
-    with pytest.raises(RuntimeError, match=MESSAGE):
-        build()
-
-
-def test_a_model_built_before_is_refused(two_workers, build, batch_of, structures) -> None:
-    model = build()
-    two_workers()
-    with pytest.raises(RuntimeError, match=MESSAGE):
-        model(batch_of(structures["water"]))
+WORKER = Path(__file__).with_name("graph_parallel_worker.py")
+NAMES = (
+    "auto",
+    "on_the_fly",
+    "eaas",
+    "dense",
+    "long range",
+    "nearest",
+    "checkpointing",
+    "given edges",
+    "float32",
+    "autocast",
+    "hessian",
+    "one atom",
+    "one atom eaas",
+    "no edges",
+    "by space",
+    "direct linear",
+    "direct painn",
+    "theirs",
+    "theirs direct",
+    "kernels",
+)
+# of the largest value of a quantity
+TOLERANCE = {"float32": 2e-6, "kernels": 2e-6, "autocast": 2e-2}
 
 
-def test_a_predict_unit_is_refused(two_workers, write_checkpoint, tmp_path, batch_of, structures) -> None:
-    unit = MLIPPredictUnit(str(write_checkpoint(tmp_path / "c.pt")), "cpu", inference_settings=InferenceSettings())
-    data = batch_of(structures["water"], dtype=torch.float32)
-    unit.predict(data.clone())
-    two_workers()
-    with pytest.raises(RuntimeError, match=MESSAGE):
-        unit.predict(data)
+def run_workers(folder: Path, device: str) -> dict:
+    """What two workers found; see graph_parallel_worker.py."""
+    results = folder / "results.pt"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(folder / "store"), str(results), device],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = "\n".join(worker.communicate(timeout=300)[0][-3000:] for worker in workers)
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert results.is_file(), output
+    return torch.load(results)
+
+
+def check_case(found: dict, name: str) -> None:
+    """Energies, forces, stress, and after training the gradients of all workers together."""
+    alone, together = found["alone"][name], found["together"][name]
+    assert alone.keys() == together.keys()
+    assert any(key in alone for key in ("energy", "forces"))
+    for key, expected in alone.items():
+        scale = max(float(expected.abs().max()), 1e-3)
+        error = float((together[key].double() - expected.double()).abs().max()) / scale
+        assert error < TOLERANCE.get(name, 1e-10), (key, error)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return run_workers(tmp_path_factory.mktemp("workers"), "cpu")
+
+
+def test_every_case_has_run(found: dict) -> None:
+    assert set(found["together"]) == set(found["alone"]) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_workers_give_what_one_gives(found: dict, name: str) -> None:
+    check_case(found, name)
+
+
+def test_the_same_bits_every_time(found: dict) -> None:
+    for key, value in found["again"].items():
+        assert torch.equal(value, found["together"]["auto"][key]), key
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("different", "expected the same batch on all 2 workers of a group, but they differ in charge, pos"),
+        ("not finite", "expected finite coordinates, but atom 1"),
+        ("coincident", "atom 0 .* and atom 1"),
+    ],
+)
+def test_an_error_is_raised_by_all_workers(found: dict, case: str, message: str) -> None:
+    for errors in found["errors"]:
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(errors[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_give_what_one_gives(tmp_path: Path) -> None:
+    """By hand, on a machine with two GPUs: `pytest -m gpu tests/integration/test_graph_parallel.py`."""
+    found = run_workers(tmp_path, "cuda")
+    for name in NAMES:
+        check_case(found, name)
 
 
 def test_a_group_of_one_is_no_partition(build, batch_of, structures, tmp_path) -> None:
@@ -62,34 +129,78 @@ def test_a_group_of_one_is_no_partition(build, batch_of, structures, tmp_path) -
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_real_processes_are_refused(write_checkpoint, tmp_path) -> None:
-    """Two ranks of one graph-parallel group, as fairchem's workers set them up; both stop, neither hangs."""
-    checkpoint = write_checkpoint(tmp_path / "c.pt")
-    script = textwrap.dedent(
-        """
-        import sys
-        import torch
-        from fairchem.core.common import gp_utils
-        from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
+CALCULATOR = textwrap.dedent(
+    """
+    import sys
+    import numpy as np
+    import torch
+    from ase.build import molecule
+    from fairchem.core import FAIRChemCalculator
+    from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
 
-        rank, store, checkpoint = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-        torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-        gp_utils.setup_graph_parallel_groups(2, "gloo")
-        try:
-            MLIPPredictUnit(checkpoint, "cpu")
-        except Exception as error:
-            while error is not None:
-                print(error)
-                error = error.__cause__ or error.__context__
-        """
-    )
-    command = [sys.executable, "-c", script]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(checkpoint)], stdout=subprocess.PIPE, text=True
+    torch.set_num_threads(1)
+    checkpoint, merge_mole = sys.argv[1], sys.argv[2] == "merge_mole"
+    first = molecule("CH3CH2OH")
+    first.rattle(0.02, seed=1)
+    first.info.update(charge=0, spin=1)
+    moved, charged, element = first.copy(), first.copy(), first.copy()
+    moved.rattle(0.02, seed=2)
+    charged.info.update(charge=1, spin=2)
+    element.numbers[0] = 7
+    fewer = first[:5]
+    fewer.info.update(first.info)
+    atoms = {"first": first, "moved": moved, "charge": charged, "element": element, "number": fewer, "again": first}
+
+    def calculator(**options):
+        settings = InferenceSettings(merge_mole=merge_mole, compile=False, tf32=False)
+        return FAIRChemCalculator.from_model_checkpoint(
+            checkpoint, task_name="omol", inference_settings=settings, device="cpu", **options
         )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        assert MESSAGE in process.communicate(timeout=120)[0]
+
+    def evaluate(calc, structure):
+        structure = structure.copy()
+        structure.calc = calc
+        return structure.get_potential_energy(), structure.get_forces(), structure.get_stress()
+
+    def message(function):
+        try:
+            function()
+        except (AssertionError, RuntimeError, ValueError) as error:
+            return str(error)
+        return "no error"
+
+    serial, parallel = calculator(), calculator(workers=2)
+    expected = {name: evaluate(serial, structure) for name, structure in atoms.items()}
+    for name, structure in atoms.items():
+        said = message(lambda: [np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-5)
+                                for a, b in zip(evaluate(parallel, structure), expected[name], strict=True)])
+        print(name, "|", said)
+    print("serial |", message(lambda: evaluate(serial, moved)))
+    print("direct |", message(lambda: parallel.predictor.predict(parallel.a2g(charged))))
+    print("after |", message(lambda: evaluate(parallel, moved)))
+    """
+)
+
+
+@pytest.mark.parametrize("sent", ["everything", "merge_mole"])
+def test_parallel_calculator(sent: str, write_checkpoint, tmp_path: Path) -> None:
+    """FAIRChemCalculator(workers=2) with inputs that change: the right answer, or an error before anything is sent."""
+    pytest.importorskip("ray")
+    checkpoint = write_checkpoint(tmp_path / "model.pt")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-c", CALCULATOR, str(checkpoint), sent]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    said = dict(line.split(" | ", 1) for line in process.stdout.splitlines() if " | " in line)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
+    for name in ("first", "moved", "again"):
+        assert said[name] == "no error"
+    assert "expected one model for a group of workers, got a second" in said["serial"]
+    if sent == "everything":
+        for name in ("charge", "element", "number", "direct", "after"):
+            assert said[name] == "no error"
+        return
+    assert "expected the charge of the first call of this parallel calculator, 0, got 1" in said["charge"]
+    assert "expected the elements of the first call" in said["element"]
+    assert "expected the number of atoms of the first call of this parallel calculator, 9, got 5" in said["number"]
+    assert "expected predictions through FAIRChemCalculator" in said["direct"]
+    assert "the graph-parallel workers stopped after an error" in said["after"]
