@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from fairchem.core.common import distutils
+from omegaconf import OmegaConf
 from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit
 
@@ -29,6 +30,13 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if status.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _checkpoint(config: Path) -> str | None:
+    """The checkpoint that an evaluation of ours reads."""
+    if not config.is_file():
+        return None
+    return OmegaConf.select(OmegaConf.load(config), "runner.eval_unit.model.checkpoint_location")
 
 
 def _network(model: torch.nn.Module) -> str | None:
@@ -77,6 +85,9 @@ def gather_facts(state: State, unit: TEvalUnit, seconds: float | None, sets: lis
         if unit.ema_model is not None:
             rows.append(["errors of", "the averaged (EMA) weights at the end"])
     rows.append(["validation data", "; ".join(_counted(s, state.eval_state.dataloader.dataset) for s in sets)])
+    config = Path(job.metadata.config_path)
+    if not training and (checkpoint := _checkpoint(config)):
+        rows.insert(1, ["checkpoint", checkpoint])
     if seconds is not None:
         rows.append(["time", duration(seconds) + (", evaluations included" if training else "")])
     rows.append(
@@ -89,7 +100,6 @@ def gather_facts(state: State, unit: TEvalUnit, seconds: float | None, sets: lis
     rows.append(["versions", ", ".join(f"{name} {version}" for name, version in versions.items())])
     if commit := _commit():
         rows.append(["commit", commit])
-    config = Path(job.metadata.config_path)
     rows.append(["folder", str(config.parent)])
     written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     kind = "training" if training else "evaluation"

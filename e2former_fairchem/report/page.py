@@ -42,6 +42,8 @@ th { font-weight: 600; text-align: right; vertical-align: bottom; border-bottom:
   padding: 4px 8px; line-height: 1.3; white-space: nowrap; }
 td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th.word, td.word { text-align: left; }
+th.group { border: 0; padding-bottom: 0; }
+th.group span { display: block; text-align: center; border-bottom: 1px solid var(--ink); margin-left: 16px; }
 .wrap td.word { overflow-wrap: anywhere; white-space: normal; min-width: 8em; }
 th:first-child, td:first-child { padding-left: 0; }
 tr:last-child td { border-bottom: 1px solid var(--ink); }
@@ -79,7 +81,12 @@ def _table(table: tables.Table, css: str = "") -> str:
         return f"<{tag}{kind}>{text if tag == 'th' else escape(text)}</{tag}>"
 
     head = "".join(cell("th", i, text) for i, text in enumerate(table.header))
-    head = f"<thead><tr>{head}</tr></thead>" if table.header else ""
+    spans = "".join(
+        f'<th class="group" colspan="{n}">{f"<span>{escape(text)}</span>" if text else ""}</th>'
+        for text, n in table.groups
+    )
+    spans = f"<tr>{spans}</tr>" if spans else ""
+    head = f"<thead>{spans}<tr>{head}</tr></thead>" if table.header else ""
     body = "".join("<tr>" + "".join(cell("td", i, t) for i, t in enumerate(row)) + "</tr>" for row in table.rows)
     return f'<div class="scroll"><table class="{css}">{head}<tbody>{body}</tbody></table></div>'
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,12 @@ from e2former_fairchem.report.text import short_names, wordy
 
 @dataclass
 class Table:
-    """A table of text. `left` columns are words, the others numbers."""
+    """A table of text. The first `left` columns are words, the others numbers; `groups`: headings above columns."""
 
     header: list[str]
     rows: list[list[str]]
     left: int = 1
+    groups: list[tuple[str, int]] = field(default_factory=list)
 
 
 def overall(errors: SetErrors) -> dict[str, float | int | None]:
@@ -92,9 +93,7 @@ def overall_table(sets: Sequence[SetErrors]) -> Table:
 
 def element_table(sets: Sequence[SetErrors]) -> Table:
     """Force errors of each element in each set."""
-    header, names = ["element"], short_names([s.name for s in sets])
-    for name in names:
-        header += [f"{name}<br>atoms", "F MAE<br>meV/Å", "F RMSE<br>meV/Å", "F MAE / zero<br>forces"]
+    columns = ["atoms", "F MAE<br>meV/Å", "F RMSE<br>meV/Å", "F MAE / zero<br>forces"]
     rows = []
     for z in np.flatnonzero(sum(s.elements[:, 0] for s in sets)):
         row = [chemical_symbols[z]]
@@ -108,13 +107,15 @@ def element_table(sets: Sequence[SetErrors]) -> Table:
                 _text(100 * sums["abs"] / sums["reference_abs"] if sums["reference_abs"] else None, suffix=" %"),
             ]
         rows.append(row)
-    return Table(header, rows)
+    return Table(["element", *columns * len(sets)], rows, groups=_headings(1, sets, len(columns)))
+
+
+def _headings(before: int, sets: Sequence[SetErrors], columns: int) -> list[tuple[str, int]]:
+    return [("", before), *((name, columns) for name in short_names([s.name for s in sets]))]
 
 
 def _group_table(label: list[str], keys: Sequence[Any], sets: Sequence[SetErrors], rows_of: Any) -> Table:
-    header = list(label)
-    for name in short_names([s.name for s in sets]):
-        header += [f"{name}<br>structures", "E MAE<br>meV/atom", "F MAE<br>meV/Å", "F MAE / zero<br>forces"]
+    columns = ["structures", "E MAE<br>meV/atom", "F MAE<br>meV/Å", "F MAE / zero<br>forces"]
     rows = []
     for key in keys:
         row = [str(part).replace("-", "−") if isinstance(part, int) else part for part in key]
@@ -129,7 +130,8 @@ def _group_table(label: list[str], keys: Sequence[Any], sets: Sequence[SetErrors
                 _text(100 * sums["force_abs"] / zero if zero else None, suffix=" %"),
             ]
         rows.append(row)
-    return Table(header, rows, left=0)
+    header = [*label, *columns * len(sets)]
+    return Table(header, rows, left=0, groups=_headings(len(label), sets, len(columns)))
 
 
 def state_table(sets: Sequence[SetErrors]) -> Table:

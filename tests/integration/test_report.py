@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -292,7 +294,8 @@ def test_report_of_training_and_of_evaluation(
 
     launch(repo / "configs" / "evaluate" / "omol25.yaml", "job.device_type=CPU")
     (path,) = re.findall(r"^report: (\S+)$", capsys.readouterr().out, re.MULTILINE)
-    read_page(Path(path), FIGURES | parity)
+    page = read_page(Path(path), FIGURES | parity)
+    assert str(elsewhere / "runs" / "quickstart" / "inference_ckpt.pt") in page.words
     results = json.loads((elsewhere / "runs" / "evaluate" / "results.json").read_text())
     for folder in (trained.parent, Path(path).parent):
         errors = json.loads((folder / "summary.json").read_text())
@@ -331,3 +334,25 @@ def test_a_report_that_fails_costs_nothing(
     assert [s.structures for s in sets] == [60, 75]
     assert cli.main(["report", str(folder)]) == 0
     assert "Learning curves" in (folder / "index.html").read_text()
+
+
+def test_without_matplotlib_the_numbers_are_written(
+    added: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Nothing that a run imports needs it; only the page does, and the command says what to install."""
+    import e2former_fairchem
+    import e2former_fairchem.training
+
+    for package, name in ((e2former_fairchem, "report"), (e2former_fairchem.training, "report_callback")):
+        monkeypatch.setattr(package, name, getattr(package, name, None), raising=False)
+    ours = ("e2former_fairchem.report", "e2former_fairchem.training.report_callback", "matplotlib")
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fresh = importlib.import_module("e2former_fairchem.training.report_callback")
+    fresh.save_numbers(tmp_path, [added[1]], {})
+    assert {p.name for p in tmp_path.iterdir()} == {"errors.npz", "run.json", "summary.json"}
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        monkeypatch.delitem(sys.modules, name)
