@@ -354,5 +354,3 @@ def test_without_matplotlib_the_numbers_are_written(
     assert {p.name for p in tmp_path.iterdir()} == {"errors.npz", "run.json", "summary.json"}
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
-    for name in [name for name in sys.modules if name.startswith(ours)]:
-        monkeypatch.delitem(sys.modules, name)
