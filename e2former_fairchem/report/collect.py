@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairchem.core.common import distutils
+from fairchem.core.common import distutils, gp_utils
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import Task
 from torch import Tensor
@@ -60,13 +60,17 @@ class ErrorCollector:
             self.failure = err
 
     def _add(self, batch: AtomicData, output: dict[str, dict[str, Tensor]]) -> None:
+        if gp_utils.initialized() and gp_utils.get_gp_rank() > 0:
+            return  # workers of one graph have the same predictions: one of them counts
         size = len(batch.natoms)
+        # in graph parallelism a backbone may have left each worker its own atoms only
+        numbers = batch.atomic_numbers_full if "atomic_numbers_full" in batch else batch.atomic_numbers
         names = np.array(batch.dataset_name)
         natoms = batch.natoms.cpu().numpy()
         index = np.array(next(self._indices, ()), np.int64)
         whole = Predictions(
             index=index if len(index) == size else np.full(size, -1),
-            numbers=batch.atomic_numbers.cpu().numpy(),
+            numbers=numbers.cpu().numpy(),
             natoms=natoms,
             charge=batch.charge.cpu().numpy().reshape(-1).astype(np.int64),
             spin=batch.spin.cpu().numpy().reshape(-1).astype(np.int64),

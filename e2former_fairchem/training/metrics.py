@@ -146,14 +146,16 @@ class Metrics(Callback):
         now = time.monotonic()
         spent = max(now - self._window_start, 1e-9)
         count = losses.steps * distutils.get_world_size()
+        # workers that share graphs count them once
+        alone = getattr(unit, "dp_world_size", distutils.get_world_size()) / distutils.get_world_size()
         by_task = {task: total / count for task, total in zip(tasks, sums, strict=True)}
         record = {
             "steps": losses.steps,
             "loss": sum(by_task.values()),
             "losses": by_task,
             "lr": self._lr,
-            "structures_per_second": structures / spent,
-            "atoms_per_second": atoms / spent,
+            "structures_per_second": alone * structures / spent,
+            "atoms_per_second": alone * atoms / spent,
         }
         if unit.last_grad_norm is not None:
             record["grad_norm"] = grad_norm / count
