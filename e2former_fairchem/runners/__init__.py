@@ -4,4 +4,5 @@
 |---|---|
 | `pes` | checks of a potential-energy surface (`e2former_fairchem.pes`) for any checkpoint |
 | `crystals` | phonons and elastic constants with fairchem's runners |
+| `benchmarks` | fairchem's benchmarks of inference and of training |
 """
