@@ -3,6 +3,10 @@ r"""An atom moved in fine steps so that pairs of atoms cross the cutoff: jumps o
 In a molecule the outermost atom is pulled away from the innermost one until its distances to all other atoms have
 crossed the cutoff. In a periodic cell an atom is displaced, and with it its distances to all images of the others:
 there a model that keeps a fixed number of neighbours shows its jumps as well. `curves.find_jumps` says what counts.
+
+A surface may be continuous and still fall off a cliff: in an attention that normalises its weights, the last neighbour
+keeps all of the weight until just before it leaves. So the force on the atom that is pulled out, over the last half
+ångström before its last crossing, has a limit of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from e2former_fairchem.pes.result import Metric, Outcome
 _DIRECTION = np.array([1.0, np.sqrt(2.0), np.sqrt(3.0)]) / np.sqrt(6.0)
 
 
+#: Stretch before the last crossing whose force is looked at, Å.
+TAIL = 0.5
+
+
 @dataclass(frozen=True)
 class CutoffSettings:
     """Settings.
@@ -34,6 +42,7 @@ class CutoffSettings:
         zooms: refinements of the grid where it looks worst, sixfold each.
         max_energy_jump: meV.
         max_force_jump: largest jump of any component of any force, eV/Å.
+        max_tail_force: largest force along the path in the last 0.5 Å before the last crossing, eV/Å; molecules only.
     """
 
     systems: tuple[str, ...] = ("CH3OH", "ammonia_crystal")
@@ -44,6 +53,7 @@ class CutoffSettings:
     zooms: int = 2
     max_energy_jump: float | None = 0.01
     max_force_jump: float | None = 1e-3
+    max_tail_force: float | None = 0.1
 
     def __post_init__(self) -> None:
         if self.step == 0:
@@ -151,11 +161,15 @@ def check(potential: Potential, name: str, atoms: Atoms, settings: CutoffSetting
         Metric("force jump, at most", force_jumps[0].size, "eV/Å", settings.max_force_jump),
         Metric("pairs that crossed the cutoff", len(crossings), ""),
     ]
+    along = forces[:, path.index] @ path.direction
+    if not atoms.pbc.any():
+        tail = np.abs(along[grid > path.end - settings.margin - TAIL])
+        metrics.append(Metric(f"force in the last {TAIL} Å, max", tail.max(), "eV/Å", settings.max_tail_force))
     middle = slice(ORDER // 2, -(ORDER // 2))
     curves = {
         "place": (grid - shift).tolist(),
         "energy": (1000 * (energies - energies[-1])).tolist(),
-        "force": (forces[:, path.index] @ path.direction).tolist(),
+        "force": along.tolist(),
         "jump_place": (grid[middle] - shift).tolist(),
         "energy_jump": (1000 * jump_estimate(energies)).tolist(),
         "force_jump": jump_estimate(forces).tolist(),

@@ -43,6 +43,10 @@ TITLES = {
 Curves = dict[str, dict[str, Any]]
 
 
+def _verdict_colour(verdict: str) -> str:
+    return VERDICT_COLOURS.get(verdict, "0.4")
+
+
 def formula(name: str) -> str:
     """A system's name with its digits as subscripts where it is a formula."""
     if name.isalnum() and any(c.isupper() for c in name):
@@ -105,7 +109,7 @@ def _bond_scan(axes: Axes, curves: Curves, outcomes: dict[str, Outcome]) -> None
 def _forces(axes: Axes, curves: Curves, outcomes: dict[str, Outcome]) -> None:
     for (name, c), colour in zip(curves.items(), _cycle(), strict=False):
         axes.plot(
-            c["force"], _floored(c["difference"], 1e-10), "o", ms=3, color=colour, alpha=0.8, mew=0, label=formula(name)
+            c["force"], _floored(c["difference"], 1e-12), "o", ms=3, color=colour, alpha=0.8, mew=0, label=formula(name)
         )
     axes.set(xlabel="force component (eV/Å)", ylabel="|force − difference| (eV/Å)", yscale="log")
     limit = _threshold(axes, outcomes, "force - finite")
@@ -164,6 +168,11 @@ def _cutoff(axes: Axes, curves: Curves, outcomes: dict[str, Outcome]) -> None:
     axes.plot([], [], "|", ms=7, color="0.3", label="pair crosses")
     limit = _threshold(axes, outcomes, "force jump", left=True)
     _headroom(axes, limit)
+    tails = [m for outcome in outcomes.values() for m in outcome.metrics if m.name.startswith("force in the last")]
+    if tails:
+        worst = max(tails, key=lambda metric: metric.value)
+        text = f"{worst.name}: {worst.value:.2g} {worst.unit}"
+        axes.annotate(text, (0.02, 0.07), xycoords="axes fraction", fontsize=6.5, color=_verdict_colour(worst.verdict))
     axes.legend(loc="upper left", ncols=2, handlelength=1.2, columnspacing=0.8)
 
 
@@ -207,7 +216,7 @@ def draw(outcomes: Outcomes, title: str, subtitle: str) -> Figure:
         for letter, axes, (check, found) in zip("abcdefghij", grid.flat, outcomes.items(), strict=False):
             axes.set_title(f"{letter}  {TITLES[check]}", loc="left", fontweight="bold")
             word = verdicts[check]
-            axes.set_title(word, loc="right", fontsize=8, fontweight="bold", color=VERDICT_COLOURS.get(word, "0.4"))
+            axes.set_title(word, loc="right", fontsize=8, fontweight="bold", color=_verdict_colour(word))
             curves = {name: outcome.curves for name, outcome in found.items() if outcome.curves}
             if curves:
                 PANELS[check](axes, curves, found)

@@ -30,6 +30,7 @@ SHORT = (
     "extensivity.copies=[2,3]",
     "cutoff.systems=[H2O]",
     "cutoff.step=0.02",
+    "cutoff.max_tail_force=null",
     "job.device_type=CPU",
 )
 

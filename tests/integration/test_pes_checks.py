@@ -153,6 +153,24 @@ def test_a_kink_is_a_jump_of_the_force() -> None:
     assert values["pairs that crossed the cutoff"] == 1
 
 
+def test_a_cliff_at_the_cutoff_is_found() -> None:
+    """Smooth, but the force lasts until just before the cutoff: a smooth step over 0.2 Å."""
+    depth, width, end = 0.05, 0.2, 3.95
+
+    def energy(r: float) -> float:
+        x = min(max((end - r) / width, 0.0), 1.0)
+        return -depth * x**4 * (35 - 84 * x + 70 * x**2 - 20 * x**3)
+
+    def slope(r: float) -> float:
+        x = min(max((end - r) / width, 0.0), 1.0)
+        return depth * 140 * x**3 * (1 - x) ** 3 / width
+
+    found = outcome("cutoff", "HF", pair_defect(energy, slope))
+    tail = next(m for m in found.metrics if m.name.startswith("force in the last 0.5"))
+    assert tail.value == pytest.approx(depth * 140 / 64 / width, rel=0.02) and tail.verdict == "fail"
+    assert verdicts(found)["energy jump, at most"] == "pass"
+
+
 def test_forces_that_are_no_gradient_are_found() -> None:
     twist = outcome("forces", "H2O", lambda atoms: (0.0, np.cross(atoms.positions, [0, 0, 0.01])), components=9)
     assert set(verdicts(twist).values()) == {"fail"}
