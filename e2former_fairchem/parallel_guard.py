@@ -107,23 +107,23 @@ class ParallelGuard:
         Raises ValueError when the structure differs from the first one in more than positions and cell, and
         RuntimeError after an error that ended the other workers.
         """
-        _session.validated = True
+        _session.validated = False  # an announcement that fails here must not open the way for a direct call
         if not _present() or not _current():
+            _session.validated = True
             return
         if self.serial:
             _raise_second()
         if _session.failed is not None:
             raise RuntimeError(_session.failed)
-        if _session.fixed is None:
-            return
-        given = _of_atoms(atoms, task_name)
-        for name, first in _session.fixed.items():
+        given = {} if _session.fixed is None else _of_atoms(atoms, task_name)
+        for name, first in (_session.fixed or {}).items():
             if not np.array_equal(given[name], first):
                 raise ValueError(
                     f"e2former_v2: expected the {name} of the first call of this parallel calculator, "
                     f"{_short(first)}, got {_short(given[name])}: with merge_mole, fairchem's parallel predict unit "
                     f"sends only positions and cell after the first call; {_REMEDY}"
                 )
+        _session.validated = True
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -137,6 +137,7 @@ class ParallelGuard:
 
 
 def _raise_second() -> None:
+    _session.validated = False
     raise RuntimeError(
         "e2former_v2: a parallel calculator (workers > 1) lives in this process, and its workers would not answer "
         "another model; expected one model for a group of workers, got a second. Run the other one in a process of "

@@ -41,6 +41,14 @@ RUNS = {
         [r"3 structures: \d+ ms in one batch", r"difference of an energy: 0\.00", r"relaxed 3 structures concurrently"],
         ("ray",),
     ),
+    "graph_parallel": (
+        ["--atoms", "12"],
+        [
+            r"12 atoms on 2 workers: \d+ ms a step",
+            r"difference from one worker: 0\.00\d+ meV/atom, \d\.\de-0[5-9] eV/Å",
+        ],
+        ("ray",),
+    ),
     "lammps_nve": (
         ["--steps", "3"],
         [r"LAMMPS, 3 steps: potential -?\d", r"largest force \d"],
@@ -48,6 +56,7 @@ RUNS = {
     ),
     "torch_sim_relaxation": (["--steps", "2"], [rf"CH4O +{NUMBER} eV -> +{NUMBER} eV"], ("torch_sim",)),
 }
+RAY = [name for name, (_, _, modules) in RUNS.items() if "ray" in modules]
 
 
 def missing(module: str) -> bool:
@@ -81,13 +90,13 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES} == {*RUNS, "common", "fine_tuning"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "batched" else n for n in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RAY else n for n in RUNS])
 def test_example(name, run, checkpoint) -> None:
     arguments, expected, modules = RUNS[name]
     absent = [module for module in modules if missing(module)]
     if absent:
         pytest.skip(f"{', '.join(absent)} not installed")
-    if name == "batched":  # Ray changes the logging of its process
+    if name in RAY:  # Ray changes the logging of its process
         out = process(name, str(checkpoint), *arguments)
     else:
         out = run(name, str(checkpoint), *arguments)
