@@ -110,9 +110,7 @@ class E2FormerV2Config:
                 f"sphere_channels: expected a multiple of num_heads = {self.num_heads}, got {self.sphere_channels}"
             )
         if self.num_heads * self.head_dim % 2:
-            raise ValueError(
-                f"num_heads * head_dim: expected an even number, got {self.num_heads} * {self.head_dim}"
-            )
+            raise ValueError(f"num_heads * head_dim: expected an even number, got {self.num_heads} * {self.head_dim}")
         if self.value_multiplicity is not None:
             _integer("value_multiplicity", self.value_multiplicity, 1)
         if isinstance(self.cutoff, bool) or not isinstance(self.cutoff, (int, float)) or not 0 < self.cutoff < math.inf:

@@ -123,9 +123,7 @@ class EquivariantAttention(nn.Module):
         self.source_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
         self.target_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
         outputs = heads if config.score == "qk_dot" else 2 * heads
-        self.radial = RadialMLP(
-            config.num_radial_basis, ATTENTION_SPECIES_WIDTH, config.hidden_radial_width, outputs
-        )
+        self.radial = RadialMLP(config.num_radial_basis, ATTENTION_SPECIES_WIDTH, config.hidden_radial_width, outputs)
         self.query_key = QueryKey(lmax, channels, heads, config.head_dim)
         self.value = SO3Linear(lmax, channels, channels)
         self.dot = None if config.score == "qk" else DirectionalGate(config)

@@ -21,6 +21,4 @@ def eaas_tables(table: PathTable) -> EAASTables:
         (o3.wigner_3j(1, l - 1, l, dtype=torch.float64) * math.sqrt(2 * l + 1)).reshape(-1, 2 * l + 1).T.contiguous()
         for l in range(2, table.lmax + 1)
     )
-    return EAASTables(
-        table.coupling, index, along.gather(1, index.unsqueeze(1)).squeeze(1), recursion, table.row_paths
-    )
+    return EAASTables(table.coupling, index, along.gather(1, index.unsqueeze(1)).squeeze(1), recursion, table.row_paths)

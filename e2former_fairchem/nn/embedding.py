@@ -94,9 +94,7 @@ class EdgeDegreeEmbedding(nn.Module):
             self.radial(self.target_embedding.weight, self.source_embedding.weight),
         )
         if convolution.backend == "triton":
-            return edge_degree_embedding(
-                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr
-            )
+            return edge_degree_embedding(*arguments, source_order=graph.source_order, source_ptr=graph.source_ptr)
         return edge_degree_embedding_reference(
             *arguments, recompute=convolution.recompute, geometry=convolution.geometry
         )

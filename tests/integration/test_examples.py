@@ -49,6 +49,11 @@ RUNS = {
         ],
         ("ray",),
     ),
+    "phonons_and_elasticity": (
+        ["--supercell", "1"],
+        [rf"phonons: highest frequency {NUMBER} K", rf"moduli: bulk {NUMBER} GPa"],
+        ("phonopy", "pymatgen"),
+    ),
     "lammps_nve": (
         ["--steps", "3"],
         [r"LAMMPS, 3 steps: potential -?\d", r"largest force \d"],

@@ -126,9 +126,7 @@ class Plan:
                         if sums[n] is None:
                             sums[n] = value.new_zeros((self.rows[n], *value.shape[1:]))
                         sums[n].index_add_(0, index, value)
-        return tuple(
-            (p[0] if len(p) == 1 else torch.cat(p)) if p else s for p, s in zip(parts, sums, strict=True)
-        )
+        return tuple((p[0] if len(p) == 1 else torch.cat(p)) if p else s for p, s in zip(parts, sums, strict=True))
 
     def vjp(self, wanted: Sequence[int], tensors: Sequence[Tensor]) -> Plan:
         """The plan of (gradients of the results, arguments) -> gradients of the wanted arguments."""

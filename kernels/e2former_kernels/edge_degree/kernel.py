@@ -14,9 +14,7 @@ import triton.language as tl
 def _degree(m):
     """Degree of row m, for up to 25 rows."""
     one = m * 0 + 1
-    return (
-        tl.where(m >= 1, one, 0) + tl.where(m >= 4, one, 0) + tl.where(m >= 9, one, 0) + tl.where(m >= 16, one, 0)
-    )
+    return tl.where(m >= 1, one, 0) + tl.where(m >= 4, one, 0) + tl.where(m >= 9, one, 0) + tl.where(m >= 16, one, 0)
 
 
 @triton.jit
@@ -37,9 +35,7 @@ def harmonic_sum_kernel(
 
 
 @triton.jit
-def harmonic_features_kernel(
-    harmonics, grad, row_ptr, out, M, L, K, BL: tl.constexpr, BK: tl.constexpr
-):
+def harmonic_features_kernel(harmonics, grad, row_ptr, out, M, L, K, BL: tl.constexpr, BK: tl.constexpr):
     """out[e, l, c] = sum over the rows m of degree l of Y[e, m] g[i(e), m, c]."""
     i = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BK + tl.arange(0, BK)

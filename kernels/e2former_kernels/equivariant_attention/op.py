@@ -298,9 +298,7 @@ def equivariant_attention(
     def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
         target_species = species[chunk.nodes].index_select(0, chunk.target)
         source_species = species.index_select(0, source[chunk.edges])
-        return attention_of_run(
-            spec, form, chunk, pieces.like(list(tensors)), target_species, source_species, coupling
-        )
+        return attention_of_run(spec, form, chunk, pieces.like(list(tensors)), target_species, source_species, coupling)
 
     arguments = pieces.flat()
     if spec.score != "qk" or image_rows is not None:

@@ -9,9 +9,7 @@ import triton.language as tl
 @triton.jit
 def _degree(m):
     one = m * 0 + 1
-    return (
-        tl.where(m >= 1, one, 0) + tl.where(m >= 4, one, 0) + tl.where(m >= 9, one, 0) + tl.where(m >= 16, one, 0)
-    )
+    return tl.where(m >= 1, one, 0) + tl.where(m >= 4, one, 0) + tl.where(m >= 9, one, 0) + tl.where(m >= 16, one, 0)
 
 
 @triton.jit
