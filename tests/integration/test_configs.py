@@ -163,9 +163,8 @@ def test_backbone_groups_have_only_the_designs_keys(group: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart.yaml", "evaluate/omol25.yaml", "baselines/escn_md_quickstart.yaml"])
-def test_run_files_compose_from_any_folder(name: str, repo: Path, elsewhere: Path) -> None:
-    checkpoint = elsewhere / "checkpoint.pt"
-    torch.save({}, checkpoint)
+def test_run_files_compose_from_any_folder(name: str, repo: Path, elsewhere: Path, write_checkpoint: Callable) -> None:
+    checkpoint = write_checkpoint(elsewhere / "checkpoint.pt")  # whose tasks become a part of the config
     overrides = [f"checkpoint={checkpoint}"] if "evaluate" in name else []
     config = compose(repo / "configs" / name, *overrides)
     expected = "CUDA" if torch.cuda.is_available() else "CPU"

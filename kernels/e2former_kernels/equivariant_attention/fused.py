@@ -25,7 +25,7 @@ from e2former_kernels.equivariant_attention.primitives import (
     launch_message_dot,
     launch_pair_sum,
 )
-from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
+from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
 BACKWARD_WARPS = 1  # of weights_backward_kernel
 WEIGHTS_TILE = (64, 2)  # heads and warps of one program of weights_kernel
@@ -111,7 +111,7 @@ class FusedAttention:
             block = min(next_power(heads), WEIGHTS_TILE[0])
             kernel.weights_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
                 query[chunk.nodes], key, features, edges.envelope, self.source[chunk.edges], chunk.row_ptr, pair,
-                weight, top, total, heads, width, 1.0 / math.sqrt(width), SOFTMAX_EPS,
+                weight, top, total, heads, width, 1.0 / math.sqrt(width), self.spec.softmax_constant,
                 NORM=_NORM[self.spec.norm], BH=block, BS=next_power(width), KEEP=keep, num_warps=WEIGHTS_TILE[1],
             )  # fmt: skip
         return weight, pair, top, total
@@ -180,7 +180,8 @@ class FusedAttention:
             if number:
                 kernel.weights_backward_kernel[(receivers,)](
                     dots, weight, pair, features, edges.envelope, edges.scale, chunk.row_ptr, top, total,
-                    grad_features, pair, grad_envelope, grad_scale, heads, 1.0 / math.sqrt(width), SOFTMAX_EPS,
+                    grad_features, pair, grad_envelope, grad_scale, heads, 1.0 / math.sqrt(width),
+                    self.spec.softmax_constant,
                     NORM=_NORM[self.spec.norm], B=self.directions, BH=next_power(heads), num_warps=BACKWARD_WARPS,
                 )  # fmt: skip
             if grad_query is not None:

@@ -27,7 +27,7 @@ from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.fused import FusedAttention
 from e2former_kernels.equivariant_attention.primitives import aggregate, pair_dot
 from e2former_kernels.equivariant_attention.reference import DotWeights, Form, inverse_distance, segment_max
-from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
+from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
 # Working memory of one run of the fused kernels, and of the differentiable pieces behind higher derivatives, in numbers
 # (not bytes): 400 MB and 4 GB in float32, whatever the number of atoms and edges.
@@ -94,10 +94,10 @@ def softmax_weights(
     nodes = row_ptr.numel() - 1
     if norm == "smooth":
         top = segment_max(score.detach(), target, nodes).clamp(min=0.0)
-        floor = SOFTMAX_EPS * torch.exp(-top)
+        floor = SMOOTH_CONSTANT * torch.exp(-top)
     else:
         top = segment_max(score, target, nodes)
-        floor = torch.full_like(top, SOFTMAX_EPS)
+        floor = torch.full_like(top, MOLFM_CONSTANT)
     unnormalised = torch.exp(score - expand_rows(top, row_ptr, target)) * u
     total = segment_sum(unnormalised, row_ptr, target) + floor
     return unnormalised * head / expand_rows(total, row_ptr, target)

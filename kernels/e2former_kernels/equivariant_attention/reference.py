@@ -23,7 +23,7 @@ from e2former_kernels.common.chunked import IMAGE, SOURCE, TARGET, WHOLE, Chunk,
 from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.radial import RadialWeights, radial_network
-from e2former_kernels.equivariant_attention.spec import SOFTMAX_EPS, AttentionSpec
+from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
 Form = Literal["dense", "relative", "sum"]
 # Working memory of one chunk of the recomputing form, in numbers (not bytes): 64 MB in float32.
@@ -94,9 +94,9 @@ def attention_weights(
 ) -> Tensor:
     r"""Edge weights from scores a, input heads p and the envelope u.
 
-    ``smooth``:  w = exp(a) u p / (sum exp(a) u + c), c = 1e-3, evaluated as U p / (sum U + c exp(-m)) with
+    ``smooth``:  w = exp(a) u p / (sum exp(a) u + c), c = 1, evaluated as U p / (sum U + c exp(-m)) with
     U = exp(a - m) u and any m: continuous when an edge enters or leaves, and when the strongest edge changes.
-    ``molfm``:   w = U p / (sum U + c) with m = max_j a; m is part of the function and is differentiated.
+    ``molfm``:   w = U p / (sum U + c), c = 1e-3, with m = max_j a; m is part of the function and is differentiated.
     ``softplus``, ``sigmoid``: w = f(a) u p.
 
     score, head: [E, H]; envelope: [E]; target: [E]. Returns [E, H].
@@ -110,10 +110,10 @@ def attention_weights(
         with torch.no_grad():
             index = target.unsqueeze(1).expand_as(score)
             top = score.new_zeros((num_nodes, score.shape[1])).scatter_reduce(0, index, score, "amax")
-        floor = SOFTMAX_EPS * torch.exp(-top)
+        floor = SMOOTH_CONSTANT * torch.exp(-top)
     else:
         top = segment_max(score, target, num_nodes)
-        floor = torch.full_like(top, SOFTMAX_EPS)
+        floor = torch.full_like(top, MOLFM_CONSTANT)
     unnormalised = torch.exp(score - top.index_select(0, target)) * u
     total = segment_sum(unnormalised, target, num_nodes) + floor
     return unnormalised * head / total.index_select(0, target)
