@@ -194,9 +194,9 @@ def test_two_processes_on_one_machine(
 
 
 def test_evaluation_of_other_data_needs_no_training_data(
-    repo: Path, elsewhere: Path, fake_omol25: Sequence[str]
+    repo: Path, elsewhere: Path, fake_omol25: Sequence[str], write_checkpoint: Callable
 ) -> None:
-    torch.save({}, elsewhere / "checkpoint.pt")
+    write_checkpoint(elsewhere / "checkpoint.pt")
     overrides = ["checkpoint=checkpoint.pt", "dataset=omol25_val", fake_omol25[1], "num_val=null"]
     config = compose(repo / "configs" / "evaluate" / "omol25.yaml", *overrides)
     data = config["runner"]["dataloader"]["dataset"]["dataset_configs"]["omol"]
