@@ -31,7 +31,14 @@ def node_plan(function: Callable[..., Tensor], nodes: Sequence[Tensor], weights:
 
 
 class Step(Protocol):
-    """What :func:`run_step` runs. plan: the same function for :class:`e2former_kernels.common.chunked.Chunked`."""
+    """What :func:`run_step` runs. plan: the same function for :class:`e2former_kernels.common.chunked.Chunked`.
+
+    A step may also have ``second(cotangents, grad, tensors, wanted, again)``: its second derivative with fused kernels,
+    without a graph. With L = sum over ``wanted`` of <cotangent, gradient of that tensor>, it returns dL by the inputs
+    numbered in ``again``, where 0 is ``grad`` and 1 + n is tensor n; None for a cotangent stands for zeros. It returns
+    None where its kernels do not cover ``wanted``: then, for steps without it, and for derivatives beyond the second,
+    the derivative is recomputed through ``plan``.
+    """
 
     plan: Plan
 
@@ -67,19 +74,30 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step: Step, wanted: list[int], grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.step, ctx.wanted = step, wanted
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, *tensors)
         with torch.autocast(grad.device.type, enabled=False):
             return tuple(step.backward(grad, list(tensors), wanted))
 
     @staticmethod
-    def backward(ctx, *cotangents: Tensor):
+    def backward(ctx, *cotangents: Tensor | None):
         saved = ctx.saved_tensors
         again = wanted_inputs(ctx, 2)
         out: list[Tensor | None] = [None] * (2 + len(saved))
-        if again:
+        if not again or all(c is None for c in cotangents):
+            return tuple(out)
+        second, found = getattr(ctx.step, "second", None), None
+        if second is not None and not torch.is_grad_enabled():
+            with torch.autocast(saved[0].device.type, enabled=False):
+                found = second(list(cotangents), saved[0], list(saved[1:]), ctx.wanted, again)
+        if found is None:
             plan = ctx.step.plan.vjp(ctx.wanted, saved[1:]).vjp(again, saved)
-            for n, g in zip(again, Chunked.apply(plan, *cotangents, *saved), strict=True):
-                out[2 + n] = g
+            given = [
+                torch.zeros_like(saved[1 + n]) if c is None else c for n, c in zip(ctx.wanted, cotangents, strict=True)
+            ]
+            found = Chunked.apply(plan, *given, *saved)
+        for n, g in zip(again, found, strict=True):
+            out[2 + n] = g
         return tuple(out)
 
 
