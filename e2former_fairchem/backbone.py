@@ -86,6 +86,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         convolution: str = "auto",
         kernel_backend: str = "auto",
         activation_checkpointing: bool = False,
+        cuda_graph: bool = True,
         otf_graph: bool = True,
         max_num_elements: int = 118,
         direct_forces: bool = False,

@@ -69,6 +69,7 @@ class E2FormerV2Config:
     long_range: null or {layers, lower, upper, envelope}.
     convolution: form of the order-1 convolution. kernel_backend: who computes it.
     activation_checkpointing: recompute every block in the backward pass.
+    cuda_graph: replay repeated evaluations of small systems from CUDA graphs (frozen weights, Triton kernels).
     max_num_elements: highest atomic number.
 
     Raises ValueError naming the key, what was expected and what came.
@@ -94,6 +95,7 @@ class E2FormerV2Config:
     convolution: str = "auto"
     kernel_backend: str = "auto"
     activation_checkpointing: bool = False
+    cuda_graph: bool = True
     max_num_elements: int = 118
 
     def __post_init__(self) -> None:
@@ -129,7 +131,13 @@ class E2FormerV2Config:
         for order in self.message_orders:
             if isinstance(order, bool) or order not in (0, 1):
                 raise ValueError(f"message_order: expected 0 or 1 (per layer), got {self.message_order!r}")
-        for key in ("edge_layer_norm", "atom_embedding", "reflection_equivariant", "activation_checkpointing"):
+        for key in (
+            "edge_layer_norm",
+            "atom_embedding",
+            "reflection_equivariant",
+            "activation_checkpointing",
+            "cuda_graph",
+        ):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}: expected true or false, got {getattr(self, key)!r}")
         object.__setattr__(self, "long_range", LongRange.parse(self.long_range))

@@ -8,7 +8,7 @@ that use them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +65,10 @@ class Graph:
     def num_senders(self) -> int:
         """Number of atoms that ``source`` counts, at least ``num_nodes``."""
         return self.num_nodes if self.halo is None else self.halo.present.shape[0]
+
+    def with_vec(self, vec: Tensor) -> Graph:
+        """The same edges with other edge vectors."""
+        return replace(self, vec=vec)
 
     def own(self, values: Tensor) -> Tensor:
         """Rows of the receivers, from rows of all atoms of the batch."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from e2former_fairchem.captured import Atoms, CapturedTrunk
 from e2former_fairchem.config import E2FormerV2Config, LongRange
 from e2former_fairchem.nn.block import TransformerBlock
 from e2former_fairchem.nn.convolution import choose_convolution, image_nodes, with_geometry
@@ -51,6 +52,7 @@ class E2FormerV2(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(config, order) for order in config.message_orders)
         self.long_range = None if config.long_range is None else LongRangeBlocks(config, config.long_range)
         self.norm = EquivariantRMSNorm(config.lmax, channels) if self.long_range is None else None
+        self._captured = CapturedTrunk()
 
     def forward(
         self,
@@ -73,6 +75,18 @@ class E2FormerV2(nn.Module):
         if (long_graph is None) != (self.long_range is None):
             expected = "no long-range graph" if self.long_range is None else "a long-range graph"
             raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
+        atoms = Atoms(atomic_numbers, charge, spin, batch)
+        if graph.vec.is_cuda and self._captured.serves(self, graph):
+            x = self._captured(self, atoms, graph)
+            if x is not None:
+                return x
+        return self.evaluate(atoms, graph, long_graph, pos)
+
+    def evaluate(
+        self, atoms: Atoms, graph: Graph, long_graph: Graph | None = None, pos: Tensor | None = None
+    ) -> Tensor:
+        """Node features as :meth:`forward`, never from a CUDA graph."""
+        atomic_numbers, charge, spin, batch = atoms
         convolution = choose_convolution(self.config, graph.source.numel(), self.charge_spin.mix.weight)
         convolution = with_geometry(convolution, self.config, graph)
         images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None

@@ -27,7 +27,7 @@ DESIGN_KEYS = [
     "lmax", "sphere_channels", "num_layers", "num_heads", "head_dim", "num_radial_basis", "value_multiplicity",
     "edge_layer_norm", "inverse_distance", "cutoff", "max_neighbors", "score", "message_order", "attention_norm",
     "envelope_exponent", "atom_embedding", "reflection_equivariant", "long_range", "convolution", "kernel_backend",
-    "activation_checkpointing", "otf_graph", "max_num_elements", "direct_forces", "regress_forces",
+    "activation_checkpointing", "cuda_graph", "otf_graph", "max_num_elements", "direct_forces", "regress_forces",
     "regress_stress", "dataset_mapping",
 ]
 # fmt: on

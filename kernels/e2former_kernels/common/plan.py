@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,6 +100,45 @@ def _build(
     return chunks
 
 
+class LazyPlan(Sequence[EdgeChunk]):
+    """Runs that are made when somebody asks for them: most evaluations never do."""
+
+    def __init__(self, make: Callable[[], list[EdgeChunk]]) -> None:
+        self._make, self._made = make, None
+
+    def _chunks(self) -> list[EdgeChunk]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __len__(self) -> int:
+        return len(self._chunks())
+
+    def __getitem__(self, n):
+        return self._chunks()[n]
+
+
+class SeveralRuns(RuntimeError):
+    """More edges than one run takes, inside :func:`one_run_only`."""
+
+
+_one_run_only = False
+
+
+@contextlib.contextmanager
+def one_run_only() -> Iterator[None]:
+    """Plans made inside depend on the number of edges alone, not on the edges: :class:`SeveralRuns` where they would.
+
+    For CUDA graphs, whose replays see other edges in the same memory.
+    """
+    global _one_run_only
+    before, _one_run_only = _one_run_only, True
+    try:
+        yield
+    finally:
+        _one_run_only = before
+
+
 # source tensor -> {(row_ptr identity, its version, size of a run): runs}; an entry goes when its source tensor goes
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -121,6 +162,8 @@ def edge_plan(
     known = _plans.get(source)
     if known is None:
         known = _plans[source] = {}
+    if _one_run_only and source.numel() > max_edges:
+        raise SeveralRuns(f"{source.numel()} edges, {max_edges} in a run")
     key = (row_ptr.data_ptr(), source._version, row_ptr._version, max_edges)
     if key not in known:
         if len(known) >= 8:

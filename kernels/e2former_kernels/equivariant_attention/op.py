@@ -20,7 +20,7 @@ from e2former_kernels.common.checks import check_same_device, check_same_dtype, 
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import EdgeChunk, edge_plan
+from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
 from e2former_kernels.common.segments import expand_rows, segment_sum
 from e2former_kernels.common.step import run_step
@@ -290,10 +290,15 @@ def equivariant_attention(
         numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
     size = max_run_edges or max(RUN_NUMBERS // (numbers + per_row), MIN_RUN_EDGES)
     senders = species.numel()
-    chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders)
-    if image_rows is not None:
-        nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=image_rows.shape[0])
-        chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
+
+    def runs() -> list[EdgeChunk]:
+        chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders)
+        if image_rows is not None:
+            nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=image_rows.shape[0])
+            chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
+        return chunks
+
+    chunks = LazyPlan(runs)
 
     def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
         target_species = species[chunk.nodes].index_select(0, chunk.target)
@@ -305,11 +310,11 @@ def equivariant_attention(
         return chunked(function, chunks, arguments)
     relative = spec.order == 1 and form == "relative"
     directions = 3 if relative else 1
-    size = max_run_edges or max(FUSED_NUMBERS // ((7 + directions) * spec.num_heads + 16), MIN_RUN_EDGES)
+    fused_size = max_run_edges or max(FUSED_NUMBERS // ((7 + directions) * spec.num_heads + 16), MIN_RUN_EDGES)
     step = FusedAttention(
         spec=spec,
         directions=directions,
-        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders),
+        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, fused_size, senders=senders),
         source=source,
         species=species,
         coupling=coupling.flatten(1).contiguous() if relative else None,

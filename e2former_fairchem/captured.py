@@ -1,0 +1,247 @@
+"""The trunk as CUDA graphs: for small systems Python's launches cost more than the kernels that they launch.
+
+Steps of molecular dynamics and relaxations evaluate the same atoms again and again, with a neighbour list that changes.
+A CUDA graph replays fixed kernels on fixed memory, so the list is padded to a capacity by edges of padding atoms, which
+form a system of their own: to the network it is one more molecule of the batch, and nothing reads its features. Forward
+and backward are one graph each. Derivatives that a replay cannot give (of second order, or of an evaluation whose
+activations have been overwritten by a later one) run without graphs and give the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from e2former_fairchem.graph import Graph
+from e2former_kernels.common.plan import SeveralRuns, one_run_only
+
+if TYPE_CHECKING:
+    from e2former_fairchem.model import E2FormerV2
+
+__all__ = ["Atoms", "CapturedTrunk", "padded_capacity"]
+
+#: Evaluations of the same atoms before they are captured, which costs about as much as three evaluations.
+EVALUATIONS_BEFORE = 3
+#: Captures kept, the least recently used goes first: each holds the memory of one evaluation.
+MAX_CAPTURES = 2
+#: Share of the edges kept free for lists that grow.
+SPARE = 1 / 24
+#: A capture with more room than this many times the edges is made anew.
+MAX_SPARE = 1.2
+
+
+class Atoms(NamedTuple):
+    """What the trunk reads beside the graph: [N], [B], [B], [N]."""
+
+    atomic_numbers: Tensor
+    charge: Tensor
+    spin: Tensor
+    batch: Tensor
+
+
+class Padding(NamedTuple):
+    """Room for a graph of ``edges`` edges, and the padding atoms that take what a list leaves free."""
+
+    edges: int
+    atoms: int
+
+
+def padded_capacity(nodes: int, edges: int) -> Padding:
+    """Capacity for lists of about ``edges`` edges; a padding atom gets at most about twice a real one's neighbours."""
+    spare = int(edges * SPARE) + 32
+    degree = max(2 * edges // max(nodes, 1), 32)
+    return Padding(edges + spare, -(-int(MAX_SPARE * spare) // degree))
+
+
+class PaddedInputs:
+    """Fixed memory for atoms and graphs of up to a capacity, filled anew by :meth:`fill` before every replay."""
+
+    def __init__(self, atoms: Atoms, graph: Graph, padding: Padding) -> None:
+        device, nodes, systems = graph.vec.device, graph.num_nodes, atoms.charge.numel()
+        self.nodes, self.padding, self.cutoff = nodes, padding, graph.cutoff
+        total = nodes + padding.atoms
+
+        def integers(*shape: int, value: int = 0) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int64, device=device)
+
+        self.atoms = Atoms(
+            integers(total, value=1), integers(systems + 1), integers(systems + 1), integers(total, value=systems)
+        )
+        self.source, self.target, self.order = (integers(padding.edges) for _ in range(3))
+        self.row_ptr, self.source_ptr = integers(total + 1), integers(total + 1)
+        self.vec = graph.vec.new_zeros(padding.edges, 3)
+        self.edge_number = torch.arange(padding.edges, device=device)
+        self.atom_number = torch.arange(1, padding.atoms + 1, device=device)
+        self.rest = graph.vec.new_tensor([0.5 * graph.cutoff, 0.0, 0.0])
+
+    def fill(self, atoms: Atoms, graph: Graph) -> None:
+        """Copy a graph of at most the capacity; the padding atoms share out the remaining edges in order."""
+        nodes, edges = self.nodes, graph.num_edges
+        free, padding_atoms = self.padding.edges - edges, self.padding.atoms
+        for mine, given in zip(self.atoms, atoms, strict=True):
+            mine[: given.shape[0]].copy_(given)
+        # edge p of the free ones joins padding atom floor(p K / free) to itself
+        owner = self.edge_number[:free] * padding_atoms // max(free, 1) + nodes
+        last = (self.atom_number * free + padding_atoms - 1) // padding_atoms + edges
+        for mine, given, rest in (
+            (self.source, graph.source, owner),
+            (self.target, graph.target, owner),
+            (self.order, graph.source_order, self.edge_number[edges:]),
+            (self.vec, graph.vec.detach(), self.rest),
+        ):
+            mine[:edges].copy_(given)
+            mine[edges:] = rest
+        for mine, given in ((self.row_ptr, graph.row_ptr), (self.source_ptr, graph.source_ptr)):
+            mine[: nodes + 1].copy_(given)
+            mine[nodes + 1 :] = last
+
+    def graph(self, vec: Tensor) -> Graph:
+        """The padded graph, with the edge vectors given."""
+        total = self.nodes + self.padding.atoms
+        return Graph(
+            self.source, self.target, vec, None, None, self.row_ptr, self.cutoff, total,
+            _source_order=self.order, _source_ptr=self.source_ptr,
+        )  # fmt: skip
+
+
+class _Capture:
+    """Graphs of one evaluation and of its gradient by the edge vectors."""
+
+    def __init__(self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, gradient: bool) -> None:
+        self.inputs = PaddedInputs(atoms, graph, padded_capacity(graph.num_nodes, graph.num_edges))
+        self.inputs.fill(atoms, graph)
+        self.evaluations = 0
+        vec = self.inputs.vec.requires_grad_(gradient)
+        # copies of the vectors' Python object share its storage, which is what fill() writes to
+        self.inputs.vec = vec.detach()
+        self.out_grad: Tensor | None = None
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+
+        def evaluate() -> Tensor:
+            return trunk.evaluate(self.inputs.atoms, self.inputs.graph(vec))
+
+        with torch.set_grad_enabled(gradient), one_run_only():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles kernels, creates handles
+                for _ in range(2):
+                    out = evaluate()
+                    if gradient:
+                        torch.autograd.grad(out, vec, torch.ones_like(out))
+                del out
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+                out = evaluate()
+            if gradient:
+                self.out_grad = torch.zeros_like(out)
+                with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
+                    (self.vec_grad,) = torch.autograd.grad(out, vec, self.out_grad)
+        self.out = out.detach()
+
+    def fits(self, edges: int) -> bool:
+        return edges <= self.inputs.padding.edges <= MAX_SPARE * edges + 64
+
+    def run(self, atoms: Atoms, graph: Graph) -> Tensor:
+        self.evaluations += 1
+        self.inputs.fill(atoms, graph)
+        self.forward.replay()
+        return self.out[: graph.num_nodes].clone()
+
+    def gradient(self, grad: Tensor, edges: int) -> Tensor:
+        self.out_grad[: grad.shape[0]].copy_(grad)  # those of padding atoms stay zero
+        self.backward.replay()
+        return self.vec_grad[:edges].clone()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, capture: _Capture, evaluate: Callable[[Tensor], Tensor], atoms: Atoms, graph: Graph, vec: Tensor):
+        ctx.capture, ctx.evaluate = capture, evaluate
+        out = capture.run(atoms, graph)
+        ctx.evaluation = capture.evaluations
+        ctx.save_for_backward(vec)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (vec,) = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if not again and ctx.evaluation == ctx.capture.evaluations:
+            return None, None, None, None, ctx.capture.gradient(grad, vec.shape[0])
+        with torch.enable_grad():
+            if not vec.requires_grad:
+                vec = vec.detach().requires_grad_()
+            (found,) = torch.autograd.grad(ctx.evaluate(vec), vec, grad, create_graph=again)
+        return None, None, None, None, found
+
+
+class CapturedTrunk:
+    """Captures of a trunk, by atoms and by what they depend on. A copy of the trunk starts with none."""
+
+    def __init__(self) -> None:
+        self._captures: dict[tuple, _Capture] = {}
+        self._seen: Counter[tuple] = Counter()
+        self._refused: str | None = None
+
+    def __deepcopy__(self, memo: dict) -> CapturedTrunk:
+        return type(self)()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    @torch.compiler.disable
+    def serves(self, trunk: E2FormerV2, graph: Graph) -> bool:
+        """Whether this evaluation is of the kind that is captured: kernels, frozen weights, no autocast."""
+        config = trunk.config
+        return (
+            config.cuda_graph
+            and graph.vec.is_cuda
+            and self._refused is None
+            and config.kernel_backend != "reference"
+            and graph.vec.dtype == torch.float32
+            and graph.halo is None
+            and graph.num_edges > 0
+            and config.convolution in ("auto", "on_the_fly")
+            and config.long_range is None
+            and not torch.is_autocast_enabled("cuda")
+            and not torch.cuda.is_current_stream_capturing()
+            and not any(p.requires_grad for p in trunk.parameters())
+        )
+
+    @torch.compiler.disable
+    def __call__(self, trunk: E2FormerV2, atoms: Atoms, graph: Graph) -> Tensor | None:
+        """Node features from a replay; None while these atoms have not come up often enough, or are too many."""
+        gradient = graph.vec.requires_grad and torch.is_grad_enabled()
+        weights = tuple((p.data_ptr(), p._version) for p in trunk.parameters())
+        shape = (graph.num_nodes, atoms.charge.numel(), graph.vec.device)
+        key = (*shape, gradient, hash(weights), torch.get_float32_matmul_precision())
+        capture = self._captures.pop(key, None)
+        if capture is None or not capture.fits(graph.num_edges):
+            del capture  # its memory serves the next one
+            if len(self._seen) > 64:
+                self._seen.clear()
+            self._seen[key] += 1
+            if self._seen[key] < EVALUATIONS_BEFORE:
+                return None
+            while len(self._captures) >= MAX_CAPTURES:
+                self._captures.pop(next(iter(self._captures)))
+            try:
+                capture = _Capture(trunk, atoms, graph, gradient)
+            except SeveralRuns:
+                self._seen[key] = -(1 << 62)  # too many edges for one run: launches do not matter there
+                return None
+            except RuntimeError as error:
+                self._refused = str(error)
+                logging.warning(f"e2former_v2: cuda_graph is switched off, capturing failed: {error}")
+                return None
+        self._captures[key] = capture
+
+        def evaluate(vec: Tensor) -> Tensor:
+            return trunk.evaluate(atoms, graph.with_vec(vec))
+
+        return _Replay.apply(capture, evaluate, atoms, graph, graph.vec)
