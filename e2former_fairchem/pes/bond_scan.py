@@ -16,7 +16,7 @@ from ase.neighborlist import natural_cutoffs, neighbor_list
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from e2former_fairchem.pes.curves import ORDER, extrema, find_jumps, in_ev, integrate
+from e2former_fairchem.pes.curves import JUMP_ROUNDING, ORDER, extrema, find_jumps, in_ev, integrate
 from e2former_fairchem.pes.potential import Potential
 from e2former_fairchem.pes.result import Metric, Outcome
 
@@ -120,12 +120,13 @@ def check(
     extra = max(len(minima) - 1, 0) + len(maxima)
     energy_jumps = find_jumps(energies_at, grid, energies, in_ev(settings.max_energy_jump), settings.zooms)
     force_jumps = find_jumps(forces_at, grid, forces, settings.max_force_jump, settings.zooms)
-    rounding = 1000 * potential.resolution(energies[0])
+    rounding = 1000 * potential.resolution(stretched(grid[0]))
+    jump = 1000 * energy_jumps[0].size
     symbols = f"{atoms.symbols[i]}-{atoms.symbols[j]}"
     metrics = [
         Metric("extra minima and maxima", extra, "", settings.max_extra_extrema),
-        Metric("energy - work of the forces, max", float(work), "meV", settings.max_work_error, rounding),
-        Metric("energy jump, at most", 1000 * energy_jumps[0].size, "meV", settings.max_energy_jump, rounding),
+        Metric("energy - work of the forces, max", float(work), "meV", settings.max_work_error, 2 * rounding),
+        Metric("energy jump, at most", jump, "meV", settings.max_energy_jump, JUMP_ROUNDING * rounding),
         Metric("force jump, at most", force_jumps[0].size, "eV/Å", settings.max_force_jump),
     ]
     notes = []

@@ -12,6 +12,8 @@ from scipy.signal import find_peaks
 ORDER = 8
 # The differences of order n of a unit step are binomial coefficients of order n - 1; this is the largest.
 _STEP = comb(ORDER - 1, (ORDER - 1) // 2)
+#: What an error of every value by up to 1 can do to a jump's size: the sum of the binomial coefficients of order n.
+JUMP_ROUNDING = 2**ORDER / _STEP
 
 
 def jump_estimate(values: np.ndarray) -> np.ndarray:

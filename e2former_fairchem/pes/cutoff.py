@@ -17,7 +17,7 @@ import numpy as np
 from ase import Atoms
 from ase.neighborlist import neighbor_list
 
-from e2former_fairchem.pes.curves import ORDER, Jump, find_jumps, in_ev, jump_estimate
+from e2former_fairchem.pes.curves import JUMP_ROUNDING, ORDER, Jump, find_jumps, in_ev, jump_estimate
 from e2former_fairchem.pes.potential import Potential
 from e2former_fairchem.pes.result import Metric, Outcome
 
@@ -155,9 +155,9 @@ def check(potential: Potential, name: str, atoms: Atoms, settings: CutoffSetting
     force_jumps = find_jumps(forces_at, grid, forces, settings.max_force_jump, settings.zooms)
     shift = 0.0 if atoms.pbc.any() else radius
     crossings = crossings_on(path, grid, radius)
-    rounding = potential.resolution(energies[0])
+    rounding = 1000 * JUMP_ROUNDING * potential.resolution(path.at(path.start))
     metrics = [
-        Metric("energy jump, at most", 1000 * energy_jumps[0].size, "meV", settings.max_energy_jump, 1000 * rounding),
+        Metric("energy jump, at most", 1000 * energy_jumps[0].size, "meV", settings.max_energy_jump, rounding),
         Metric("force jump, at most", force_jumps[0].size, "eV/Å", settings.max_force_jump),
         Metric("pairs that crossed the cutoff", len(crossings), ""),
     ]

@@ -95,7 +95,7 @@ def check(
     deviations = 1000 * np.abs(energies[1:] / numbers - energies[0])
     single = forces[0].reshape(1, -1)
     apart = [np.abs(f.reshape(n, -1) - single).max() for n, f in zip(numbers, forces[1:], strict=True)]
-    rounding = 1000 * potential.resolution(energies[0])
+    rounding = 2 * 1000 * potential.resolution(atoms)  # of two energies
     word = "cells" if atoms.pbc.any() else "copies"
     metrics = [
         Metric(f"E_{numbers[0]} / {numbers[0]} - E_1, {word}", deviations[0], "meV", settings.max_energy, rounding),

@@ -14,6 +14,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from e2former_fairchem.leaderboard.predictor import Predictor, inference_settings
+from e2former_fairchem.pes.rounding import energy_rounding
 from e2former_fairchem.training.checkpoint import read_checkpoint
 
 PRECISIONS = ("auto", "float64", "float32")
@@ -97,9 +98,10 @@ class Potential:
         """ASE calculator of the same model."""
         return self.predictor.calculator
 
-    def resolution(self, energy: float) -> float:
-        """What rounding can do to an energy, eV: 8 units in its last place at the model's precision."""
-        return 8 * float(torch.finfo(getattr(torch, self.precision)).eps) * abs(energy)
+    def resolution(self, atoms: Atoms) -> float:
+        """What rounding can do to the energy of a structure, eV; see `rounding`."""
+        eps = float(torch.finfo(getattr(torch, self.precision)).eps)
+        return energy_rounding(lambda structures: self.evaluate(structures)[0], atoms, eps)
 
     @property
     def _backbone(self) -> Any:

@@ -54,7 +54,7 @@ def check(
     energies, forces = potential.evaluate(structures)
     apart = 1000 * np.abs(energies[1:] - energies[0])
     force = np.abs(forces[1] - forces[0] @ mirror.T).max()
-    rounding = 1000 * potential.resolution(energies[0])
+    rounding = 2 * 1000 * potential.resolution(atoms)  # of two energies
     metrics = [
         Metric("energy of the mirror image", apart[0], "meV", settings.max_energy, rounding),
         Metric("forces of the mirror image, max", force, "eV/Å", settings.max_force),

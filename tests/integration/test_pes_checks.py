@@ -15,6 +15,7 @@ from ase.io import write
 from e2former_fairchem.pes import bond_scan, extensivity
 from e2former_fairchem.pes.curves import extrema, find_jumps, integrate
 from e2former_fairchem.pes.result import Metric, Outcome, worst
+from e2former_fairchem.pes.rounding import energy_rounding
 from e2former_fairchem.pes.run import CHECKS, make_plan, run_plan, summarize
 from e2former_fairchem.pes.settings import build_settings
 from e2former_fairchem.pes.systems import load_systems
@@ -59,8 +60,8 @@ class Fake:
             found.append((one.get_potential_energy(), one.get_forces()))
         return np.array([e for e, _ in found]), [f for _, f in found]
 
-    def resolution(self, energy: float) -> float:
-        return 1e-15 * abs(energy)
+    def resolution(self, atoms: Atoms) -> float:
+        return energy_rounding(lambda structures: self.evaluate(structures)[0], atoms, float(np.finfo(float).eps))
 
 
 def outcome(check: str, system: str, defect=None, **settings) -> Outcome:
@@ -174,6 +175,39 @@ def test_a_cliff_at_the_cutoff_is_found() -> None:
 def test_forces_that_are_no_gradient_are_found() -> None:
     twist = outcome("forces", "H2O", lambda atoms: (0.0, np.cross(atoms.positions, [0, 0, 0.01])), components=9)
     assert set(verdicts(twist).values()) == {"fail"}
+
+
+class Rounded(Fake):
+    """Energies that are what is left of numbers two hundred times their size, in single precision."""
+
+    precision = "float32"
+
+    def evaluate(self, structures):
+        energies, forces = super().evaluate([_in_single_precision(atoms) for atoms in structures])
+        return (energies + 200).astype(np.float32).astype(float) - 200, forces
+
+    def resolution(self, atoms: Atoms) -> float:
+        return energy_rounding(lambda structures: self.evaluate(structures)[0], atoms, float(np.finfo(np.float32).eps))
+
+
+def _in_single_precision(atoms: Atoms) -> Atoms:
+    rounded = atoms.copy()
+    rounded.positions = atoms.positions.astype(np.float32)
+    return rounded
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_is_measured_and_told_from_errors(seed: int) -> None:
+    """Energies are off by up to 8e-6 eV, forty units in the last place of their size: no failure, and no excuse."""
+    settings, function = CHECKS["forces"]
+    ((name, atoms),) = load_systems(["H2O"], "x")
+    size = Rounded().resolution(atoms)
+    assert 7.6e-6 <= size <= 4e-5
+    for defect, verdict in ((None, "unresolved"), (lambda atoms: (0.0, np.tile([0.02, 0, 0], (3, 1))), "fail")):
+        found = function(Rounded(defect), name, atoms, settings(), np.random.default_rng(seed))
+        difference = found.metrics[0]
+        assert difference.verdict == verdict and difference.resolution < 0.01, difference
+    assert Fake().resolution(atoms) < 1e-13
 
 
 def test_what_is_not_extensive_is_found() -> None:
