@@ -1,8 +1,8 @@
 r"""What rounding does to a model's energies, measured.
 
-A network's energy is what is left of larger numbers, so that its own size says little about its rounding: small energies
-are off by forty units in their last place. Rounding shows in fourth differences of the energy along a line, in steps d so
-small that d^4 E^(4) is below a unit in the last place of an electronvolt: all that is smooth falls out of them.
+A network's energy is what is left of larger numbers, so that its own size says little about its rounding: small
+energies are off by forty units in their last place. Rounding shows in fourth differences of the energy along a line, in
+steps d so small that d^4 E^(4) is below a unit in the last place of an electronvolt: what is smooth falls out of them.
 """
 
 from __future__ import annotations
