@@ -59,9 +59,12 @@ def padded_capacity(nodes: int, edges: int) -> Padding:
 
 
 class PaddedInputs:
-    """Fixed memory for atoms and graphs of up to a capacity, filled anew by :meth:`fill` before every replay."""
+    """Fixed memory for atoms and graphs of up to a capacity, filled anew by :meth:`fill` before every replay.
 
-    def __init__(self, atoms: Atoms, graph: Graph, padding: Padding) -> None:
+    element: of the padding atoms.
+    """
+
+    def __init__(self, atoms: Atoms, graph: Graph, padding: Padding, element: int = 1) -> None:
         device, nodes, systems = graph.vec.device, graph.num_nodes, atoms.charge.numel()
         self.nodes, self.padding, self.cutoff = nodes, padding, graph.cutoff
         total = nodes + padding.atoms
@@ -70,7 +73,7 @@ class PaddedInputs:
             return torch.full(shape, value, dtype=torch.int64, device=device)
 
         self.atoms = Atoms(
-            integers(total, value=1), integers(systems + 1), integers(systems + 1), integers(total, value=systems)
+            integers(total, value=element), integers(systems + 1), integers(systems + 1), integers(total, value=systems)
         )
         self.source, self.target, self.order = (integers(padding.edges) for _ in range(3))
         self.row_ptr, self.source_ptr = integers(total + 1), integers(total + 1)
@@ -112,8 +115,11 @@ class PaddedInputs:
 class _Capture:
     """Graphs of one evaluation and of its gradient by the edge vectors."""
 
-    def __init__(self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, gradient: bool) -> None:
-        self.inputs = PaddedInputs(atoms, graph, padded_capacity(graph.num_nodes, graph.num_edges))
+    def __init__(
+        self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, elements: tuple[int, ...] | None, gradient: bool
+    ) -> None:
+        padding = padded_capacity(graph.num_nodes, graph.num_edges)
+        self.inputs = PaddedInputs(atoms, graph, padding, elements[0] if elements else 1)
         self.inputs.fill(atoms, graph)
         self.evaluations = 0
         vec = self.inputs.vec.requires_grad_(gradient)
@@ -123,7 +129,7 @@ class _Capture:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
         def evaluate() -> Tensor:
-            return trunk.evaluate(self.inputs.atoms, self.inputs.graph(vec))
+            return trunk.evaluate(self.inputs.atoms, self.inputs.graph(vec), elements=elements)
 
         with torch.set_grad_enabled(gradient), one_run_only():
             side = torch.cuda.Stream()
@@ -135,6 +141,7 @@ class _Capture:
                         torch.autograd.grad(out, vec, torch.ones_like(out))
                 del out
             torch.cuda.current_stream().wait_stream(side)
+            self.tables = [block.attention.tables_of_radial.table for block in trunk.blocks]  # replays read them
             with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
                 out = evaluate()
             if gradient:
@@ -214,12 +221,14 @@ class CapturedTrunk:
         )
 
     @torch.compiler.disable
-    def __call__(self, trunk: E2FormerV2, atoms: Atoms, graph: Graph) -> Tensor | None:
+    def __call__(
+        self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, elements: tuple[int, ...] | None
+    ) -> Tensor | None:
         """Node features from a replay; None while these atoms have not come up often enough, or are too many."""
         gradient = graph.vec.requires_grad and torch.is_grad_enabled()
         weights = tuple((p.data_ptr(), p._version) for p in trunk.parameters())
         shape = (graph.num_nodes, atoms.charge.numel(), graph.vec.device)
-        key = (*shape, gradient, hash(weights), torch.get_float32_matmul_precision())
+        key = (*shape, elements, gradient, hash(weights), torch.get_float32_matmul_precision())
         capture = self._captures.pop(key, None)
         if capture is None or not capture.fits(graph.num_edges):
             del capture  # its memory serves the next one
@@ -231,7 +240,7 @@ class CapturedTrunk:
             while len(self._captures) >= MAX_CAPTURES:
                 self._captures.pop(next(iter(self._captures)))
             try:
-                capture = _Capture(trunk, atoms, graph, gradient)
+                capture = _Capture(trunk, atoms, graph, elements, gradient)
             except SeveralRuns:
                 self._seen[key] = -(1 << 62)  # too many edges for one run: launches do not matter there
                 return None
@@ -242,6 +251,6 @@ class CapturedTrunk:
         self._captures[key] = capture
 
         def evaluate(vec: Tensor) -> Tensor:
-            return trunk.evaluate(atoms, graph.with_vec(vec))
+            return trunk.evaluate(atoms, graph.with_vec(vec), elements=elements)
 
         return _Replay.apply(capture, evaluate, atoms, graph, graph.vec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,19 +77,40 @@ class E2FormerV2(nn.Module):
             expected = "no long-range graph" if self.long_range is None else "a long-range graph"
             raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
         atoms = Atoms(atomic_numbers, charge, spin, batch)
+        elements = self._elements(graph.present(atomic_numbers))
         if graph.vec.is_cuda and self._captured.serves(self, graph):
-            x = self._captured(self, atoms, graph)
+            x = self._captured(self, atoms, graph, elements)
             if x is not None:
                 return x
-        return self.evaluate(atoms, graph, long_graph, pos)
+        return self.evaluate(atoms, graph, long_graph, pos, elements)
+
+    @torch.compiler.disable
+    def _elements(self, atomic_numbers: Tensor) -> tuple[int, ...] | None:
+        """The atomic numbers there are, where kernels may take radial networks with frozen weights from tables."""
+        backend = self.config.kernel_backend
+        if backend == "reference" or (backend == "auto" and not atomic_numbers.is_cuda):
+            return None
+        if any(p.requires_grad for p in self.parameters()):
+            return None
+        present = torch.zeros(self.config.max_num_elements + 1, dtype=torch.bool, device=atomic_numbers.device)
+        present[atomic_numbers] = True
+        return tuple(present.nonzero().flatten().tolist())
 
     def evaluate(
-        self, atoms: Atoms, graph: Graph, long_graph: Graph | None = None, pos: Tensor | None = None
+        self,
+        atoms: Atoms,
+        graph: Graph,
+        long_graph: Graph | None = None,
+        pos: Tensor | None = None,
+        elements: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Node features as :meth:`forward`, never from a CUDA graph."""
+        """Node features as :meth:`forward`, never from a CUDA graph.
+
+        elements: the atomic numbers there are, where radial networks may come from tables.
+        """
         atomic_numbers, charge, spin, batch = atoms
         convolution = choose_convolution(self.config, graph.source.numel(), self.charge_spin.mix.weight)
-        convolution = with_geometry(convolution, self.config, graph)
+        convolution = replace(with_geometry(convolution, self.config, graph), elements=elements)
         images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
         system = self.charge_spin(charge, spin).index_select(0, graph.own(batch))
         species = graph.present(atomic_numbers)

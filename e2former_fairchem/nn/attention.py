@@ -15,6 +15,7 @@ from e2former_fairchem.nn.convolution import Convolution, ImageNodes
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
+from e2former_fairchem.nn.radial_tables import TableCache
 from e2former_fairchem.so3 import path_table
 from e2former_kernels.common.grouped_linear import grouped_linear
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
@@ -84,12 +85,11 @@ class PathProjection(nn.Module):
             weights = [w / math.sqrt(paths) for paths, w in zip(self.row_paths, self.weights, strict=True)]
             degrees = [2 * l + 1 for l in range(len(weights))]
             return grouped_linear(rows.flatten(1), weights, degrees).unflatten(1, (len(weights) ** 2, -1))
-        parts, start = [], 0
-        for degree, (paths, weight) in enumerate(zip(self.row_paths, self.weights, strict=True)):
-            size = (2 * degree + 1) * paths
-            block = rows[:, start : start + size].reshape(-1, 2 * degree + 1, paths * self.channels)
+        blocks = rows.split([(2 * l + 1) * paths for l, paths in enumerate(self.row_paths)], 1)
+        parts = []
+        for paths, block, weight in zip(self.row_paths, blocks, self.weights, strict=True):
+            block = block.unflatten(1, (-1, paths)).flatten(2)
             parts.append(F.linear(block, weight / math.sqrt(paths)))
-            start += size
         return torch.cat(parts, 1)
 
 
@@ -124,6 +124,7 @@ class EquivariantAttention(nn.Module):
         self.target_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
         outputs = heads if config.score == "qk_dot" else 2 * heads
         self.radial = RadialMLP(config.num_radial_basis, ATTENTION_SPECIES_WIDTH, config.hidden_radial_width, outputs)
+        self.tables_of_radial = TableCache()
         self.query_key = QueryKey(lmax, channels, heads, config.head_dim)
         self.value = SO3Linear(lmax, channels, channels)
         self.dot = None if config.score == "qk" else DirectionalGate(config)
@@ -161,6 +162,10 @@ class EquivariantAttention(nn.Module):
         key, value = graph.fetch(key, self.value(h, backend))
         target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
         radial = self.radial(target_table, source_table)
+        table = None
+        if convolution.elements is not None and self.dot is None:
+            parameters = (target_table, source_table, *self.radial.parameters())
+            table = self.tables_of_radial.get(convolution.elements, parameters, lambda: radial, self.spec.cutoff)
         dot = None if self.dot is None else self.dot.project(h, backend)
         dot_weights = None if self.dot is None else self.dot(target_table, source_table)
         factored = convolution.node_factored and self.spec.order == 1
@@ -194,7 +199,7 @@ class EquivariantAttention(nn.Module):
         )
         if backend == "triton" and form != "dense":
             rows = equivariant_attention(
-                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, **options
+                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, table=table, **options
             )
         else:
             rows = equivariant_attention_reference(

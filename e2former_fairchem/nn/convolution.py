@@ -26,6 +26,7 @@ class Convolution:
 
     backend: ``reference`` or ``triton``; the dense form, the standard implementation, is PyTorch's in both.
     geometry: of the edges, computed once for all layers where edge tensors are kept.
+    elements: the atomic numbers there are, where radial networks may come from tables (frozen weights, kernels).
     """
 
     form: str
@@ -33,6 +34,7 @@ class Convolution:
     recompute: bool
     backend: str = "reference"
     geometry: EdgeGeometry | None = None
+    elements: tuple[int, ...] | None = None
 
 
 def choose_convolution(config: E2FormerV2Config, num_edges: int, like: Tensor) -> Convolution:

@@ -1,4 +1,4 @@
-"""Value and first derivative of the attention with fused kernels, run by run, nothing kept between the two.
+"""Value and first derivative of the attention with fused kernels, run by run; nothing of edge size is kept between.
 
 For score ``qk``. The second derivative and everything beyond goes through :mod:`e2former_kernels.common.chunked`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,34 +17,41 @@ from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
 from e2former_kernels.common.radial_kernel import RadialNetwork
-from e2former_kernels.common.tiles import next_power
-from e2former_kernels.equivariant_attention import fused_kernel as kernel
-from e2former_kernels.equivariant_attention.primitives import (
-    launch_aggregate,
-    launch_aggregate_transposed,
-    launch_contract,
-    launch_message_dot,
-    launch_pair_sum,
-)
+from e2former_kernels.common.radial_table import RadialTable
+from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
+from e2former_kernels.equivariant_attention import attend_kernel, edge_kernel
+from e2former_kernels.equivariant_attention.primitives import launch_contract
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
-BACKWARD_WARPS = 1  # of weights_backward_kernel
-WEIGHTS_TILE = (64, 2)  # heads and warps of one program of weights_kernel
-_NORM = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
+# Heads, warps and edges at a time of one program of score_kernel.
+SCORE_TILE = (32, 1, 4)
+# Heads and registers of a thread for the rows of the other kernels (common/tiles.py).
+ATTEND_TILE = (32, 72)
+BACKWARD_TILE = (32, 108)
+SENDER_TILE = (32, 72)
+# Edges whose rows attend_kernel and sender_kernel have on their way at once.
+ATTEND_UNROLL = SENDER_UNROLL = 1
+NORMS = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
 # Positions of the inputs among the tensors of the operation: the weights of the radial network follow.
 _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)
 
 
-@dataclass
-class _Edges:
-    """Geometry of a run's edges, and which elements they join."""
+class Edges(NamedTuple):
+    """Geometry of a run's edges. position: in the radial table's interval ``row``; or the length, without a table."""
 
     vec: Tensor
-    distance: Tensor
+    position: Tensor
+    row: Tensor
     envelope: Tensor
     scale: Tensor
-    target_species: Tensor
-    source_species: Tensor
+    source: Tensor
+
+
+class Statistics(NamedTuple):
+    """The softmax's shift and sum, [N, H] each, which the backward pass takes over."""
+
+    top: Tensor
+    total: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class FusedAttention:
 
     directions: B of the kernels, 3 for the relative form of order 1, else 1. coupling: [P, 3 M] or None.
     radial: the structure of the radial weights (which of them are there). plan: the same function for
-    :mod:`e2former_kernels.common.chunked`. cache: what the backward pass takes over from the forward pass.
+    :mod:`e2former_kernels.common.chunked`. table: splines of the radial network, where its weights are frozen.
+    cache: what the backward pass takes over from the forward pass.
     """
 
     spec: AttentionSpec
@@ -63,14 +72,17 @@ class FusedAttention:
     coupling: Tensor | None
     radial: RadialWeights
     plan: Plan
+    table: RadialTable | None = None
     cache: dict = field(default_factory=dict, compare=False)
 
     def _weights(self, tensors: list[Tensor]) -> RadialWeights:
         rest = iter(tensors)
         return RadialWeights(*(None if t is None else next(rest) for t in self.radial))
 
-    def _network(self, weights: list[Tensor]) -> RadialNetwork:
-        """The radial network, the one of the forward pass where the weights are frozen."""
+    def _network(self, weights: list[Tensor]) -> RadialNetwork | None:
+        """The radial network, the one of the forward pass where the weights are frozen; None where a table stands."""
+        if self.table is not None:
+            return None
         if "network" in self.cache:
             return self.cache["network"]
         network = RadialNetwork(self._weights(weights), self.spec.cutoff)
@@ -78,7 +90,7 @@ class FusedAttention:
             self.cache["network"] = network
         return network
 
-    def _geometry_arguments(self, edges: int) -> tuple[tuple[int, ...], dict]:
+    def _geometry(self, edges: int) -> tuple[tuple[int, ...], dict]:
         spec = self.spec
         lower, upper = spec.bell if spec.bell is not None else (0.0, spec.cutoff)
         constants = {
@@ -88,140 +100,172 @@ class FusedAttention:
         }  # fmt: skip
         return (triton.cdiv(edges, 256),), constants
 
-    def _edges(self, chunk: EdgeChunk, vec: Tensor) -> _Edges:
-        vec = vec[chunk.edges].contiguous()
+    def _edges(self, chunk: EdgeChunk, vec: Tensor, table: RadialTable | None) -> Edges:
+        vec, source = vec[chunk.edges].contiguous(), self.source[chunk.edges]
         edges = vec.shape[0]
-        distance, envelope = vec.new_empty(edges), vec.new_empty(edges)
+        position, envelope = vec.new_empty(edges), vec.new_empty(edges)
         scale = vec.new_empty(edges, self.directions)
+        row = position if table is None else torch.empty(edges, dtype=torch.int32, device=vec.device)
         if edges:
-            grid, constants = self._geometry_arguments(edges)
-            kernel.geometry_kernel[grid](vec, distance, envelope, scale, **constants)
-        target_species = self.species[chunk.nodes].index_select(0, chunk.target)
-        source_species = self.species.index_select(0, self.source[chunk.edges])
-        return _Edges(vec, distance, envelope, scale, target_species, source_species)
-
-    def _attention(self, chunk: EdgeChunk, edges: _Edges, query: Tensor, key: Tensor, features: Tensor, keep: bool):
-        """Weights [e, H]; with ``keep`` also <q, k>/sqrt(S) [e, H] and the softmax's shift and sum [n, H]."""
-        heads, width = query.shape[1:]
-        weight = features.new_empty(chunk.num_edges, heads)
-        pair = torch.empty_like(weight) if keep else weight
-        top = features.new_empty(chunk.num_nodes, heads) if keep else weight
-        total = torch.empty_like(top) if keep else weight
-        if weight.numel():
-            block = min(next_power(heads), WEIGHTS_TILE[0])
-            kernel.weights_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
-                query[chunk.nodes], key, features, edges.envelope, self.source[chunk.edges], chunk.row_ptr, pair,
-                weight, top, total, heads, width, 1.0 / math.sqrt(width), self.spec.softmax_constant,
-                NORM=_NORM[self.spec.norm], BH=block, BS=next_power(width), KEEP=keep, num_warps=WEIGHTS_TILE[1],
+            grid, constants = self._geometry(edges)
+            edge_kernel.geometry_kernel[grid](
+                vec, position, envelope, scale, row, source, chunk.target, self.species, self.species[chunk.nodes],
+                source if table is None else table.pair_row, Z=0 if table is None else table.pair_row.shape[0],
+                intervals=0 if table is None else table.intervals,
+                knots_per_length=0.0 if table is None else table.scale, TABLE=table is not None, **constants,
             )  # fmt: skip
-        return weight, pair, top, total
+        return Edges(vec, position, row, envelope, scale, source)
+
+    def _elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
+        target = self.species[chunk.nodes].index_select(0, chunk.target)
+        return target, self.species.index_select(0, self.source[chunk.edges])
+
+    def _scores(
+        self, chunk: EdgeChunk, edges: Edges, query: Tensor, key: Tensor, features: Tensor, statistics: Statistics
+    ) -> Tensor:
+        """Scores [e, H] of a run; fills its part of the softmax's statistics."""
+        heads, width = query.shape[1:]
+        score = edges.vec.new_empty(chunk.num_edges, heads)
+        if chunk.num_nodes:
+            block = min(next_power(heads), SCORE_TILE[0])
+            attend_kernel.score_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
+                query[chunk.nodes], key, features, edges.row, edges.position, edges.envelope, edges.source,
+                chunk.row_ptr, score, statistics.top[chunk.nodes], statistics.total[chunk.nodes],
+                1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width, NORM=NORMS[self.spec.norm],
+                TABLE=self.table is not None, BH=block, BS=next_power(width), BE=SCORE_TILE[2],
+                num_warps=SCORE_TILE[1],
+            )  # fmt: skip
+        return score
+
+    def _statistics(self, query: Tensor) -> Statistics:
+        return Statistics(*(query.new_empty(query.shape[:2]) for _ in range(2)))
+
+    @staticmethod
+    def _tiles(tiles: RowTiles) -> dict:
+        return {"RA": tiles.rows_a, "RB": tiles.rows_b, "BH": tiles.heads, "num_warps": tiles.warps}
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C], radial weights -> [N, P or M, C]."""
         vec, query, key, value = tensors[:_RADIAL]
         query, key = query.contiguous(), key.contiguous()
         network = self._network(tensors[_RADIAL:])
-        senders, rows, channels = value.shape
+        _, rows, channels = value.shape
         heads = query.shape[1]
-        per_head = value.view(senders, rows * channels // heads, heads)
-        out_rows = rows if self.coupling is None else self.coupling.shape[0]
+        rows = rows * channels // heads
+        tiles = row_tiles(rows, heads, self.directions, *ATTEND_TILE)
+        out_rows = value.shape[1] if self.coupling is None else self.coupling.shape[0]
         out = value.new_empty(query.shape[0], out_rows, channels)
+        statistics = self._statistics(query)
         for chunk in self.chunks:
-            edges = self._edges(chunk, vec)
-            features, _ = network.forward(edges.distance, edges.target_species, edges.source_species)
-            weight, *_ = self._attention(chunk, edges, query, key, features, keep=False)
-            if self.coupling is None:
-                summed = out[chunk.nodes].view(chunk.num_nodes, 1, per_head.shape[1], heads)
+            edges = self._edges(chunk, vec, self.table)
+            if network is None:
+                features = self.table.knots
             else:
-                summed = value.new_empty(chunk.num_nodes, self.directions, per_head.shape[1], heads)
-            launch_aggregate(weight, edges.scale, per_head, self.source[chunk.edges], chunk.row_ptr, summed)
+                features, _ = network.forward(edges.position, *self._elements(chunk))
+            score = self._scores(chunk, edges, query, key, features, statistics)
+            if self.coupling is None:
+                summed = out[chunk.nodes].view(chunk.num_nodes, 1, rows, heads)
+            else:
+                summed = value.new_empty(chunk.num_nodes, self.directions, rows, heads)
+            if summed.numel():
+                attend_kernel.attend_kernel[chunk.num_nodes, triton.cdiv(heads, tiles.heads)](
+                    score, features, edges.row, edges.position, edges.envelope, edges.scale, value, edges.source,
+                    chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes], summed,
+                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=network is None, B=self.directions,
+                    UNROLL=ATTEND_UNROLL, **self._tiles(tiles),
+                )  # fmt: skip
             if self.coupling is not None:
                 launch_contract(self.coupling, summed.view(chunk.num_nodes, -1, channels), out[chunk.nodes])
+        if any(t.requires_grad for t in tensors):
+            self.cache["statistics"] = statistics
         return out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         """Gradients of the wanted inputs."""
         vec, query, key, value = tensors[:_RADIAL]
         grad, query, key = grad.contiguous(), query.contiguous(), key.contiguous()
-        senders, _, channels = value.shape
-        heads, width = query.shape[1:]
+        channels, (heads, width) = value.shape[2], query.shape[1:]
         rows = value.shape[1] * channels // heads
-        per_head = value.view(senders, rows, heads)
+        norm, directions = NORMS[self.spec.norm], self.directions
         weights_wanted = [n - _RADIAL for n in wanted if n >= _RADIAL]
+        table = None if weights_wanted else self.table
         network = None if weights_wanted else self._network(tensors[_RADIAL:])
-        self.cache.clear()
+        self.cache.pop("network", None)
+        known = self.cache.get("statistics") if table is self.table else None
+        statistics = self._statistics(query) if known is None else known
         single = len(self.chunks) == 1
         fresh = torch.empty_like if single else torch.zeros_like
-        grad_vec = torch.empty_like(vec) if _VEC in wanted else None
-        grad_query = torch.empty_like(query) if _QUERY in wanted else None
-        grad_key = fresh(key) if _KEY in wanted else None
-        grad_value = fresh(value) if _VALUE in wanted else None
+        grad_vec, grad_query = torch.empty_like(vec), torch.empty_like(query)
+        by_sender = _KEY in wanted or _VALUE in wanted
+        grad_key, grad_value = (fresh(key), fresh(value)) if by_sender else (key, value)
         grad_weights: list[Tensor | None] = [None] * len(weights_wanted)
+        coupling = None if self.coupling is None else self.coupling.t().contiguous()
+        tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE)
+        blocks = triton.cdiv(heads, tiles.heads)
+        sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
         for chunk in self.chunks:
-            edges = self._edges(chunk, vec)
+            edges = self._edges(chunk, vec, table)
             number, receivers = chunk.num_edges, chunk.num_nodes
-            source = self.source[chunk.edges]
             graph = None
             if weights_wanted:
-                features, graph = self._radial_graph(edges, tensors[_RADIAL:], weights_wanted)
+                features, graph = self._radial_graph(chunk, edges, tensors[_RADIAL:], weights_wanted)
+            elif table is None:
+                features, middle = network.forward(edges.position, *self._elements(chunk))
             else:
-                features, middle = network.forward(edges.distance, edges.target_species, edges.source_species)
-            weight, pair, top, total = self._attention(chunk, edges, query, key, features, keep=True)
+                features = table.knots
+            if known is None and norm <= 1:
+                self._scores(chunk, edges, query, key, features, statistics)
             part = grad[chunk.nodes]
-            if self.coupling is not None:
-                outer = part.new_empty(receivers, self.coupling.shape[1], channels)
-                launch_contract(self.coupling.t().contiguous(), part, outer)
+            if coupling is not None:
+                outer = part.new_empty(receivers, coupling.shape[0], channels)
+                launch_contract(coupling, part, outer)
                 part = outer
-            part = part.view(receivers, self.directions, rows, heads)
-            dots = weight.new_empty(number, self.directions, heads)
-            launch_message_dot(per_head, part, source, chunk.row_ptr, dots)
-            grad_features = torch.empty_like(features)
-            grad_envelope, grad_scale = torch.empty_like(edges.envelope), torch.empty_like(edges.scale)
-            if number:
-                kernel.weights_backward_kernel[(receivers,)](
-                    dots, weight, pair, features, edges.envelope, edges.scale, chunk.row_ptr, top, total,
-                    grad_features, pair, grad_envelope, grad_scale, heads, 1.0 / math.sqrt(width),
-                    self.spec.softmax_constant,
-                    NORM=_NORM[self.spec.norm], B=self.directions, BH=next_power(heads), num_warps=BACKWARD_WARPS,
+            weight, pair = (vec.new_empty(number, heads) for _ in range(2))
+            grad_features = vec.new_empty(number, 2 * heads) if table is None else weight
+            grad_parts = vec.new_empty(directions + 1 + (table is not None), blocks, number)
+            if receivers:
+                attend_kernel.attend_backward_kernel[receivers, blocks](
+                    query[chunk.nodes], key, features, edges.row, edges.position, edges.envelope, edges.scale, value,
+                    part, edges.source, chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes],
+                    pair, weight, grad_features, grad_parts, grad_query[chunk.nodes], number, 1.0 / math.sqrt(width),
+                    self.spec.softmax_constant, 0.0 if table is None else table.scale,
+                    R=rows, H=heads, S=width, NORM=norm, TABLE=table is not None, B=directions, BS=next_power(width),
+                    **self._tiles(tiles),
                 )  # fmt: skip
-            if grad_query is not None:
-                launch_pair_sum(pair, key, source, None, chunk.row_ptr, grad_query[chunk.nodes])
-            if grad_key is not None:
-                launch_pair_sum(
-                    pair, query[chunk.nodes], chunk.target, chunk.order, chunk.order_ptr, grad_key, chunk.senders
-                )
-            if grad_value is not None:
-                launch_aggregate_transposed(
-                    weight, edges.scale, part, chunk.target, chunk.order, chunk.order_ptr,
-                    grad_value.view(senders, rows, heads), chunk.senders,
+            if by_sender and chunk.order_ptr.numel() > 1:
+                attend_kernel.sender_kernel[chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)](
+                    weight, pair, edges.scale, part, query[chunk.nodes], chunk.target, chunk.order, chunk.order_ptr,
+                    chunk.order if chunk.senders is None else chunk.senders, grad_value, grad_key,
+                    R=rows, H=heads, S=width, B=directions, BS=next_power(width),
+                    ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL, **self._tiles(sender_tiles),
                 )  # fmt: skip
+            grad_distance = grad_parts
             if graph is not None:
-                grad_distance, *found = torch.autograd.grad(graph[0], graph[1:], grad_features)
+                grad_distance, *found = torch.autograd.grad(graph[0], graph[1:], grad_features.view_as(graph[0]))
                 for n, g in enumerate(found):
                     grad_weights[n] = g if grad_weights[n] is None else grad_weights[n] + g
-            elif grad_vec is not None:
-                grad_distance = network.backward(
-                    grad_features, middle, edges.distance, edges.target_species, edges.source_species
-                )
-            if grad_vec is not None and number:
-                grid, constants = self._geometry_arguments(number)
-                kernel.geometry_backward_kernel[grid](
-                    edges.vec, grad_distance, grad_envelope, grad_scale, grad_vec[chunk.edges], **constants
-                )
-        found = [grad_vec, grad_query, grad_key, grad_value]
-        found = {n: g for n, g in enumerate(found) if g is not None}
+            elif table is None:
+                grad_distance = network.backward(grad_features, middle, edges.position, *self._elements(chunk))
+            if number:
+                grid, constants = self._geometry(number)
+                edge_kernel.geometry_backward_kernel[grid](
+                    edges.vec, grad_distance, grad_parts, grad_vec[chunk.edges], S=blocks, PARTS=table is not None,
+                    **constants,
+                )  # fmt: skip
+        found = dict(enumerate([grad_vec, grad_query, grad_key, grad_value]))
         found |= {n + _RADIAL: g for n, g in zip(weights_wanted, grad_weights, strict=True)}
         return [found[n] for n in wanted]
 
-    def _radial_graph(self, edges: _Edges, weights: list[Tensor], wanted: list[int]) -> tuple[Tensor, list[Tensor]]:
+    def _radial_graph(
+        self, chunk: EdgeChunk, edges: Edges, weights: list[Tensor], wanted: list[int]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Radial features with a graph behind them, and [features, distance, wanted weights] of it."""
         with torch.enable_grad():
-            distance = edges.distance.detach().requires_grad_()
+            distance = edges.position.detach().requires_grad_()
             leaves = [w.detach().requires_grad_(n in wanted) for n, w in enumerate(weights)]
             features = radial_network(
                 gaussian_basis(distance, self.spec.cutoff, self.spec.num_basis),
-                edges.target_species,
-                edges.source_species,
+                *self._elements(chunk),
                 self._weights(leaves),
             )
         return features.detach().contiguous(), [features, distance, *(leaves[n] for n in wanted)]

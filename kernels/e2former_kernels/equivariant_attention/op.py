@@ -22,6 +22,7 @@ from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.common.radial_table import RadialTable
 from e2former_kernels.common.segments import expand_rows, segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.fused import FusedAttention
@@ -238,6 +239,15 @@ def check_arguments(
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
 
 
+def check_table(table: RadialTable, value: Tensor, heads: int, radial: RadialWeights) -> None:
+    """Raise ValueError or TypeError where a table does not belong to the call."""
+    check_shape("table.knots", table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, 2 * heads))
+    check_same_device("value", value, **{"table.knots": table.knots, "table.pair_row": table.pair_row})
+    check_same_dtype("value", value, **{"table.knots": table.knots})
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial):
+        raise ValueError("table: expected None where the radial network's weights need gradients")
+
+
 @torch.compiler.disable()
 def equivariant_attention(
     spec: AttentionSpec,
@@ -260,12 +270,15 @@ def equivariant_attention(
     image: Tensor | None = None,
     image_rows: Tensor | None = None,
     max_run_edges: int | None = None,
+    table: RadialTable | None = None,
 ) -> Tensor:
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
     Arguments as there (form ``relative`` or ``sum``). source_order: [E] permutation that sorts the edges by source,
     stable; source_ptr: [N+1] its CSR pointer; made when None. max_run_edges: edges worked on at a time (default: a
-    fixed amount of working memory, whatever the number of edges).
+    fixed amount of working memory, whatever the number of edges). table: splines of the radial network
+    (:func:`e2former_kernels.common.radial_table.build_radial_table`), for score ``qk`` and weights that need no
+    gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
@@ -307,10 +320,17 @@ def equivariant_attention(
 
     arguments = pieces.flat()
     if spec.score != "qk" or image_rows is not None:
+        if table is not None:
+            raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
         return chunked(function, chunks, arguments)
+    if table is not None:
+        check_table(table, value, spec.num_heads, radial)
     relative = spec.order == 1 and form == "relative"
     directions = 3 if relative else 1
-    fused_size = max_run_edges or max(FUSED_NUMBERS // ((7 + directions) * spec.num_heads + 16), MIN_RUN_EDGES)
+    per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32)
+    if table is None:
+        per_edge += 4 * spec.num_heads + 3 * hidden
+    fused_size = max_run_edges or max(FUSED_NUMBERS // per_edge, MIN_RUN_EDGES)
     step = FusedAttention(
         spec=spec,
         directions=directions,
@@ -320,5 +340,6 @@ def equivariant_attention(
         coupling=coupling.flatten(1).contiguous() if relative else None,
         radial=radial,
         plan=plan_of(function, chunks, arguments),
+        table=table,
     )
     return run_step(step, [t for _, t in arguments])

@@ -1,0 +1,404 @@
+r"""Triton kernels of the attention's value and first derivative: neighbours are streamed, once per pass.
+
+Layout as in ``kernel.py``: a value row is a [R, H] matrix, and a head's weight multiplies a column. A program has one
+atom and BH heads, so nothing crosses a warp but sums over heads; its rows are split in RA + RB (``common/tiles.py``).
+
+Features of an edge are the gate g (columns 0 to H) and the head's input p (columns H to 2H) of the radial network: an
+array [E, 2H], or with TABLE a spline (``common/radial_table.py``) at row ``row[e]``, position ``position[e]``.
+Scores are a = g <q, k> / sqrt(S); weights w = z u p / t with z = exp(a - m) for the softmax norms (NORM 0 smooth,
+1 molfm), w = f(a) u p for 2 softplus and 3 sigmoid.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sigmoid(a):
+    return 1.0 / (1.0 + tl.exp(-a))
+
+
+@triton.jit
+def _softplus(a):
+    return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+
+
+@triton.jit
+def _load(at, mask, MASKED: tl.constexpr):
+    if MASKED:
+        x = tl.load(at, mask=mask, other=0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@triton.jit
+def _spline(features, row, c, K: tl.constexpr, mask, MASKED: tl.constexpr):
+    """Value and slope at both ends of an interval, columns c."""
+    at = features + row * (2 * K) + c
+    return (
+        _load(at, mask, MASKED),
+        _load(at + K, mask, MASKED),
+        _load(at + 2 * K, mask, MASKED),
+        _load(at + 3 * K, mask, MASKED),
+    )
+
+
+@triton.jit
+def _feature(
+    features, row, position, e, c, mask, K: tl.constexpr, TABLE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Columns c of the features of edge e."""
+    if TABLE:
+        v0, s0, v1, s1 = _spline(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
+        f = tl.load(position + e)
+        right = f * f * (3.0 - 2.0 * f)
+        x = v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
+    else:
+        x = _load(features + e * K + c, mask, MASKED)
+    return x
+
+
+@triton.jit
+def _feature_and_slope(features, row, position, e, c, mask, knots_per_length, K: tl.constexpr, MASKED: tl.constexpr):
+    """Columns c of the spline at edge e, and their derivative by the length."""
+    v0, s0, v1, s1 = _spline(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
+    f = tl.load(position + e)
+    right = f * f * (3.0 - 2.0 * f)
+    x = v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
+    slope = 6.0 * f * (1.0 - f) * (v1 - v0) + (1.0 - f) * (1.0 - 3.0 * f) * s0 + f * (3.0 * f - 2.0) * s1
+    return x, slope * knots_per_length
+
+
+@triton.jit
+def score_kernel(
+    query, key, features, row, position, envelope, source, row_ptr, score, top, total, inverse_root, eps,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
+    BH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """score[e, h] = a for the edges of one receiver, and the softmax's shift and sum, top and total [n, H].
+
+    Edges are taken BE at a time, so that as many keys are on their way.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    s = tl.arange(0, BS)
+    in_h = h < H
+    at = h[:, None] * S + s[None, :]
+    mask = in_h[:, None] & (s[None, :] < S)
+    first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
+    q = tl.load(query + i * H * S + at, mask=mask, other=0.0)
+    dtype = score.dtype.element_ty
+    m = tl.zeros([BH], dtype=dtype)
+    if NORM == 1:
+        m = m - float("inf")
+    t = tl.zeros([BH], dtype=dtype)
+    for begin in range(first, last, BE):
+        e = begin + tl.arange(0, BE)
+        here = e < last
+        j = tl.load(source + e, mask=here, other=0).to(tl.int64)
+        both = here[:, None] & in_h[None, :]
+        k = tl.load(
+            key + j[:, None, None] * (H * S) + at[None, :, :], mask=here[:, None, None] & mask[None, :, :], other=0.0
+        )
+        a = tl.sum(q[None, :, :] * k, axis=2) * inverse_root
+        if TABLE:
+            at_row = features + tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None] * (4 * H) + h[None, :]
+            f = tl.load(position + e, mask=here, other=0.0)[:, None]
+            v0 = tl.load(at_row, mask=both, other=0.0)
+            s0 = tl.load(at_row + 2 * H, mask=both, other=0.0)
+            v1 = tl.load(at_row + 4 * H, mask=both, other=0.0)
+            s1 = tl.load(at_row + 6 * H, mask=both, other=0.0)
+            a *= v0 + f * f * (3.0 - 2.0 * f) * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
+        else:
+            a *= tl.load(features + e[:, None] * (2 * H) + h[None, :], mask=both, other=0.0)
+        tl.store(score + e[:, None] * H + h[None, :], a, mask=both)
+        if NORM <= 1:
+            u = tl.load(envelope + e, mask=here, other=0.0)
+            known = tl.where(here[:, None], a, -float("inf"))
+            shift = tl.maximum(m, tl.max(known, axis=0))
+            t = t * tl.exp(m - shift) + tl.sum(tl.exp(known - shift[None, :]) * u[:, None], axis=0)
+            m = shift
+    if NORM <= 1:
+        if NORM == 0:
+            t += eps * tl.exp(-m)
+        else:
+            t += eps
+        tl.store(top + i * H + h, m, mask=in_h)
+        tl.store(total + i * H + h, t, mask=in_h)
+
+
+@triton.jit
+def attend_kernel(
+    score, features, row, position, envelope, scale, value, source, row_ptr, top, total, out,
+    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, B: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out[i, b, r, h] = sum over the edges e of i of w[e, h] scale[e, b] value[source(e), r, h], [n, B, R, H]."""
+    MASKED: tl.constexpr = H % BH != 0
+    MASKED_B: tl.constexpr = MASKED or RA + RB != R
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    in_h = h < H
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    dtype = out.dtype.element_ty
+    a0 = tl.zeros([RA, BH], dtype=dtype)
+    if B == 3:
+        a1 = tl.zeros([RA, BH], dtype=dtype)
+        a2 = tl.zeros([RA, BH], dtype=dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        b0 = tl.zeros([RB, BH], dtype=dtype)
+        if B == 3:
+            b1 = tl.zeros([RB, BH], dtype=dtype)
+            b2 = tl.zeros([RB, BH], dtype=dtype)
+    if NORM <= 1:
+        m = _load(top + i * H + h, in_h, MASKED)
+        inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
+    for e in tl.range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1), loop_unroll_factor=UNROLL):
+        j = tl.load(source + e).to(tl.int64)
+        base = value + j * (R * H)
+        x = _load(base + at_a, mask_a, MASKED)
+        if RB > 0:
+            y = _load(base + at_b, mask_b, MASKED_B)
+        a = _load(score + e * H + h, in_h, MASKED)
+        w = tl.load(envelope + e) * _feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+        if NORM <= 1:
+            w = w * tl.exp(a - m) * inv
+        elif NORM == 2:
+            w = w * _softplus(a)
+        else:
+            w = w * _sigmoid(a)
+        x = x * w[None, :]
+        s0 = tl.load(scale + e * B)
+        a0 += s0 * x
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+            a1 += s1 * x
+            a2 += s2 * x
+        if RB > 0:
+            y = y * w[None, :]
+            b0 += s0 * y
+            if B == 3:
+                b1 += s1 * y
+                b2 += s2 * y
+    base = out + i * (B * R * H)
+    tl.store(base + at_a, a0, mask=mask_a)
+    if B == 3:
+        tl.store(base + R * H + at_a, a1, mask=mask_a)
+        tl.store(base + 2 * R * H + at_a, a2, mask=mask_a)
+    if RB > 0:
+        tl.store(base + at_b, b0, mask=mask_b)
+        if B == 3:
+            tl.store(base + R * H + at_b, b1, mask=mask_b)
+            tl.store(base + 2 * R * H + at_b, b2, mask=mask_b)
+
+
+@triton.jit
+def attend_backward_kernel(
+    query, key, features, row, position, envelope, scale, value, grad, source, row_ptr, top, total,
+    pair, weight, grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
+    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, B: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one receiver's edges from grad = dL/dout, [n, B, R, H].
+
+    Writes weight[e, h] = w; pair[e, h] = dL/d<q, k>; grad_query [n, H, S]; grad_features [E, 2H] (without TABLE); and
+    this program's part of the sums over heads, grad_parts [B + 1 (+ 1), programs, E]: by the message scale, the
+    envelope and (with TABLE) the length.
+    """
+    MASKED: tl.constexpr = H % BH != 0
+    MASKED_B: tl.constexpr = MASKED or RA + RB != R
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    in_h = h < H
+    first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
+    dtype = weight.dtype.element_ty
+    stride = E.to(tl.int64)
+    plane = stride * tl.num_programs(1)
+    parts = grad_parts + tl.program_id(1) * stride
+    s = tl.arange(0, BS)
+    at_s = h[:, None] * S + s[None, :]
+    mask_s = in_h[:, None] & (s[None, :] < S)
+    MASKED_S: tl.constexpr = MASKED or BS != S
+    q = tl.load(query + i * (H * S) + at_s, mask=mask_s, other=0.0)
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    base = grad + i * (B * R * H)
+    a0 = _load(base + at_a, mask_a, MASKED)
+    if B == 3:
+        a1 = _load(base + R * H + at_a, mask_a, MASKED)
+        a2 = _load(base + 2 * R * H + at_a, mask_a, MASKED)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        b0 = _load(base + at_b, mask_b, MASKED_B)
+        if B == 3:
+            b1 = _load(base + R * H + at_b, mask_b, MASKED_B)
+            b2 = _load(base + 2 * R * H + at_b, mask_b, MASKED_B)
+    if NORM <= 1:
+        m = _load(top + i * H + h, in_h, MASKED)
+        inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
+    mean = tl.zeros([BH], dtype=dtype)
+    if NORM == 1:  # the first edge that attains the maximum; compared with each other, rounded alike
+        highest = mean - float("inf")
+        best = tl.zeros([BH], dtype=tl.int64) - 1
+    for e in range(first, last):
+        j = tl.load(source + e).to(tl.int64)
+        v = value + j * (R * H)
+        x = _load(v + at_a, mask_a, MASKED)
+        if RB > 0:
+            z = _load(v + at_b, mask_b, MASKED_B)
+        k = _load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+        dot = tl.sum(q * k, axis=1) * inverse_root
+        tl.store(pair + e * H + h, dot, mask=in_h)
+        g = _feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
+        p = _feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+        u = tl.load(envelope + e)
+        a = g * dot
+        if NORM <= 1:
+            w = tl.exp(a - m) * inv * u * p
+            if NORM == 1:
+                best = tl.where(a > highest, e, best)
+                highest = tl.maximum(a, highest)
+        elif NORM == 2:
+            w = _softplus(a) * u * p
+        else:
+            w = _sigmoid(a) * u * p
+        y0 = tl.sum(x * a0, axis=0)
+        if RB > 0:
+            y0 += tl.sum(z * b0, axis=0)
+        gw = tl.load(scale + e * B) * y0
+        tl.store(parts + e, tl.sum(w * y0, axis=0))
+        if B == 3:
+            y1 = tl.sum(x * a1, axis=0)
+            y2 = tl.sum(x * a2, axis=0)
+            if RB > 0:
+                y1 += tl.sum(z * b1, axis=0)
+                y2 += tl.sum(z * b2, axis=0)
+            gw += tl.load(scale + e * B + 1) * y1 + tl.load(scale + e * B + 2) * y2
+            tl.store(parts + plane + e, tl.sum(w * y1, axis=0))
+            tl.store(parts + 2 * plane + e, tl.sum(w * y2, axis=0))
+        mean += gw * w
+        tl.store(weight + e * H + h, gw, mask=in_h)
+    tl.debug_barrier()
+    grad_q = tl.zeros([BH, BS], dtype=dtype)
+    for e in range(first, last):
+        j = tl.load(source + e).to(tl.int64)
+        k = _load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+        gw = _load(weight + e * H + h, in_h, MASKED)
+        x = _load(pair + e * H + h, in_h, MASKED)
+        if TABLE:
+            g, dg = _feature_and_slope(features, row, position, e, h, in_h, knots_per_length, 2 * H, MASKED)
+            p, dp = _feature_and_slope(features, row, position, e, H + h, in_h, knots_per_length, 2 * H, MASKED)
+        else:
+            g = _load(features + e * (2 * H) + h, in_h, MASKED)
+            p = _load(features + e * (2 * H) + H + h, in_h, MASKED)
+        u = tl.load(envelope + e)
+        a = g * x
+        if NORM <= 1:
+            z = tl.exp(a - m) * inv
+            w = z * u * p
+            gp = gw * z * u
+            gu = (gw * p - mean) * z
+            ga = gu * u
+            if NORM == 1:
+                ga -= tl.where(best == e, eps * inv * mean, 0.0)
+        elif NORM == 2:
+            z = _softplus(a)
+            w = z * u * p
+            gp = gw * z * u
+            ga = gw * u * p * _sigmoid(a)
+            gu = gw * z * p
+        else:
+            z = _sigmoid(a)
+            w = z * u * p
+            gp = gw * z * u
+            ga = gw * u * p * z * (1.0 - z)
+            gu = gw * z * p
+        gx = ga * g * inverse_root
+        tl.store(weight + e * H + h, w, mask=in_h)
+        tl.store(pair + e * H + h, gx, mask=in_h)
+        tl.store(parts + B * plane + e, tl.sum(tl.where(in_h, gu, 0.0), axis=0))
+        if TABLE:
+            tl.store(parts + (B + 1) * plane + e, tl.sum(tl.where(in_h, ga * x * dg + gp * dp, 0.0), axis=0))
+        else:
+            tl.store(grad_features + e * (2 * H) + h, ga * x, mask=in_h)
+            tl.store(grad_features + e * (2 * H) + H + h, gp, mask=in_h)
+        grad_q += gx[:, None] * k
+    tl.store(grad_query + i * (H * S) + at_s, grad_q, mask=mask_s)
+
+
+@triton.jit
+def sender_kernel(
+    weight, pair, scale, grad, query, target, order, order_ptr, senders, grad_value, grad_key,
+    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Gradients by value and key of one sender: sums over its edges, which ``order`` and ``order_ptr`` list.
+
+    grad_value[j, r, h] = sum of w[e, h] sum_b scale[e, b] grad[target(e), b, r, h];
+    grad_key[j, h, s] = sum of pair[e, h] query[target(e), h, s]. ACCUMULATE: added to row senders[j] of both.
+    """
+    MASKED: tl.constexpr = H % BH != 0
+    MASKED_B: tl.constexpr = MASKED or RA + RB != R
+    MASKED_S: tl.constexpr = MASKED or BS != S
+    j = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    in_h = h < H
+    s = tl.arange(0, BS)
+    at_s = h[:, None] * S + s[None, :]
+    mask_s = in_h[:, None] & (s[None, :] < S)
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    dtype = grad_value.dtype.element_ty
+    acc_a = tl.zeros([RA, BH], dtype=dtype)
+    acc_k = tl.zeros([BH, BS], dtype=dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        acc_b = tl.zeros([RB, BH], dtype=dtype)
+    for t in tl.range(tl.load(order_ptr + j), tl.load(order_ptr + j + 1), loop_unroll_factor=UNROLL):
+        e = tl.load(order + t).to(tl.int64)
+        i = tl.load(target + e).to(tl.int64)
+        base = grad + i * (B * R * H)
+        w = _load(weight + e * H + h, in_h, MASKED)
+        s0 = tl.load(scale + e * B)
+        x = s0 * _load(base + at_a, mask_a, MASKED)
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+            x += s1 * _load(base + R * H + at_a, mask_a, MASKED)
+            x += s2 * _load(base + 2 * R * H + at_a, mask_a, MASKED)
+        acc_a += x * w[None, :]
+        if RB > 0:
+            y = s0 * _load(base + at_b, mask_b, MASKED_B)
+            if B == 3:
+                y += s1 * _load(base + R * H + at_b, mask_b, MASKED_B)
+                y += s2 * _load(base + 2 * R * H + at_b, mask_b, MASKED_B)
+            acc_b += y * w[None, :]
+        gx = _load(pair + e * H + h, in_h, MASKED)
+        acc_k += gx[:, None] * _load(query + i * (H * S) + at_s, mask_s, MASKED_S)
+    to = j
+    if ACCUMULATE:
+        to = tl.load(senders + j).to(tl.int64)
+        acc_a += tl.load(grad_value + to * (R * H) + at_a, mask=mask_a, other=0.0)
+        acc_k += tl.load(grad_key + to * (H * S) + at_s, mask=mask_s, other=0.0)
+        if RB > 0:
+            acc_b += tl.load(grad_value + to * (R * H) + at_b, mask=mask_b, other=0.0)
+    tl.store(grad_value + to * (R * H) + at_a, acc_a, mask=mask_a)
+    tl.store(grad_key + to * (H * S) + at_s, acc_k, mask=mask_s)
+    if RB > 0:
+        tl.store(grad_value + to * (R * H) + at_b, acc_b, mask=mask_b)

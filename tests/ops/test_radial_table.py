@@ -1,0 +1,93 @@
+"""Splines of frozen radial networks: their error, and the attention with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.radial import gaussian_basis, radial_network
+from e2former_kernels.common.radial_table import build_radial_table, hermite
+from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
+)
+CUTOFF, ELEMENTS = 3.0, [0, 2, 3]
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_table_meets_its_tolerance_everywhere(make, norms: bool) -> None:
+    """At random distances, for every ordered pair, in value and slope."""
+    weights = make.radial(1, 6, 8, 17, norms)
+    table = build_radial_table(weights, CUTOFF, ELEMENTS)
+    assert table.error <= 1e-6 and not table.knots.requires_grad
+    distance = (torch.rand(400) * CUTOFF).double().requires_grad_()
+    for zi in ELEMENTS:
+        for zj in ELEMENTS:
+            species = torch.full((400,), zi), torch.full((400,), zj)
+            exact = radial_network(gaussian_basis(distance, CUTOFF, 17), *species, weights).squeeze(1)
+            t = distance * table.scale
+            k = t.long().clamp(max=table.intervals - 1)
+            row, parts = table.pair_row[zi, zj] + k, hermite(t - k)
+            ends = (table.knots[row, 0], table.knots[row, 1], table.knots[row + 1, 0], table.knots[row + 1, 1])
+            found = sum(p.unsqueeze(1) * e for p, e in zip(parts, ends, strict=True))
+            assert (found - exact).abs().max() <= 2e-6 * exact.abs().max()
+            (slope,) = torch.autograd.grad(found[:, 0].sum(), distance)
+            (expected,) = torch.autograd.grad(exact[:, 0].sum(), distance)
+            assert (slope - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert int(table.pair_row[1, 0]) == -1  # an element that the table was not made for
+
+
+def test_no_table_where_none_is_good_or_small_enough(make) -> None:
+    weights = make.radial(1, 6, 8, 17)
+    assert build_radial_table(weights, CUTOFF, ELEMENTS, tolerance=1e-14) is None
+    assert build_radial_table(weights, CUTOFF, ELEMENTS, max_bytes=1000) is None
+    with pytest.raises(ValueError, match="expected one network, got 2"):
+        build_radial_table(make.radial(2, 6, 8, 17), CUTOFF, ELEMENTS)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("norm", "order", "size"), [("smooth", 1, None), ("molfm", 1, 3), ("softplus", 0, None), ("sigmoid", 1, 3)]
+)
+def test_attention_with_a_table(make, find_leaves, norm: str, order: int, size: int | None) -> None:
+    """Value and gradients of query, key, value and edges; second derivatives are the network's."""
+    arguments = list(make.attention("qk", norm, order, edges=11, heads=5, basis=9))
+    for tensor in find_leaves(arguments[10]):
+        tensor.requires_grad_(False)
+    with torch.no_grad():  # edges around the atoms of the cutoff sphere
+        arguments[5].mul_(0.8)
+    table = build_radial_table(arguments[10], 3.0, range(4), tolerance=1e-9)
+    op = equivariant_attention(*arguments, table=table, max_run_edges=size)
+    reference = equivariant_attention_reference(*arguments)
+    inputs = find_leaves(arguments)
+    inside = arguments[5].detach().norm(dim=1) < 3.0
+    assert inside.any()
+    assert (op - reference).abs().max() < 1e-8 * reference.abs().max()
+    cotangent = torch.randn_like(op)
+    first = torch.autograd.grad(op, inputs, cotangent, create_graph=True)
+    expected = torch.autograd.grad(reference, inputs, cotangent, create_graph=True)
+    for a, b in zip(first, expected, strict=True):
+        assert (a - b).abs().max() < 2e-6 * b.abs().max()
+    weights = [torch.randn_like(g) for g in first]
+    second, expected = (
+        torch.autograd.grad(sum((g * w).sum() for g, w in zip(grads, weights, strict=True)), inputs)
+        for grads in (first, expected)
+    )
+    for a, b in zip(second, expected, strict=True):
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+@interpreted
+def test_tables_that_do_not_belong_are_named(make) -> None:
+    arguments = list(make.attention())
+    table = build_radial_table(arguments[10], 3.0, range(4))
+    with pytest.raises(ValueError, match="table: expected None where the radial network's weights need gradients"):
+        equivariant_attention(*arguments, table=table)
+    for tensor in arguments[10]:
+        tensor.requires_grad_(False)
+    with pytest.raises(ValueError, match="table.knots"):
+        equivariant_attention(*arguments, table=table._replace(knots=table.knots[..., 1:]))
+    with pytest.raises(TypeError, match="table.knots"):
+        equivariant_attention(*arguments, table=table._replace(knots=table.knots.float()))
