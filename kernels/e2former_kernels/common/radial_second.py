@@ -1,0 +1,208 @@
+r"""Radial networks together with their tangent, and the gradients of both by distance and weights, without a graph.
+
+The second derivative of a step with respect to its edge vectors needs the radial features F(d), their change
+:math:`\dot F = F'(d)\,\dot d` along a change of the distances (the tangent), and then one reverse pass over both.
+Without a tangent the same reverse pass gives the first derivative by the weights. Matrix products are cuBLAS's;
+everything between them is one row kernel a layer (``radial_second_kernel.py``). Sums over edges are matrix products and
+partial sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from e2former_kernels.common import radial_second_kernel as kernel
+from e2former_kernels.common.radial import LAYER_NORM_EPS, RadialWeights
+from e2former_kernels.common.radial_kernel import RadialNetwork
+from e2former_kernels.common.tiles import next_power
+
+TILE_NUMBERS = 1024  # numbers of one tile of the row kernels, which hold a dozen such tiles
+MAX_PROGRAMS = 1024  # programs that write partial sums of weight gradients, for each network
+
+
+class Kept(NamedTuple):
+    """What the reverse pass takes over: T = 1, or 2 with a tangent."""
+
+    distance: Tensor  # [E]
+    distance_dot: Tensor | None  # [E]
+    target_species: Tensor
+    source_species: Tensor
+    first: Tensor  # [G, T, E, h], results of the first layer
+    middle: Tensor  # [G, T, E, h], products of the second layer
+    last: Tensor  # [G, T, E, h], results of the second layer (nothing without the last linear layer)
+
+
+class RadialGradients:
+    """Radial networks, evaluated on runs of edges with what their gradients need.
+
+    cutoff: Å. last: with the last linear layer (K results) or without it (K = h results).
+    """
+
+    def __init__(self, weights: RadialWeights, cutoff: float, last: bool = True) -> None:
+        self.network = RadialNetwork(weights, cutoff, last)
+        self.weights, self.last = self.network.weights, last
+        self.groups, self.hidden, self.num_basis = weights.basis.shape
+        self.spacing = float(cutoff / (self.num_basis - 1))
+
+    def _launch(self, edges: int, tangent: bool, sums: bool = False) -> tuple[tuple[int, int], dict, int]:
+        """Grid and constants of the row kernels, and the tiles of one program."""
+        padded = next_power(self.hidden)
+        block = max(TILE_NUMBERS // padded, 1)
+        steps = triton.cdiv(triton.cdiv(edges, block), MAX_PROGRAMS) if sums else 1
+        constants = {
+            "E": edges, "G": self.groups, "H": self.hidden, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block,
+            "NORM": self.weights.norm0_weight is not None, "TANGENT": tangent, "num_warps": 4,
+        }  # fmt: skip
+        return (triton.cdiv(edges, block * steps), self.groups), constants, steps
+
+    def forward(
+        self, distance: Tensor, target_species: Tensor, source_species: Tensor, distance_dot: Tensor | None = None
+    ) -> tuple[Tensor, Kept]:
+        """Features [T, E, G, K]: the value and, for a given distance_dot, the tangent; and what :meth:`backward` needs.
+
+        distance, distance_dot: [E], Å; target_species, source_species: [E].
+        """
+        w, edges, groups, hidden = self.weights, distance.numel(), self.groups, self.hidden
+        tangent = distance_dot is not None
+        parts = 2 if tangent else 1
+        first = distance.new_empty(groups, parts, edges, hidden)
+        width = w.out.shape[1] if self.last else hidden
+        out = distance.new_empty(parts, edges, groups, width)
+        if not edges:
+            return out, Kept(distance, distance_dot, target_species, source_species, first, first, first)
+        grid, constants, _ = self._launch(edges, tangent)
+        table, slopes, lookup = self.network._first(distance, tangent)
+        kernel.first_pair_kernel[grid](
+            distance, distance_dot if tangent else distance, target_species, source_species, table, slopes,
+            w.target_table, w.source_table, *self.network._norm(0), first, **lookup, **constants,
+        )  # fmt: skip
+        middle = torch.bmm(first.view(groups, -1, hidden), w.hidden.transpose(1, 2)).view_as(first)
+        last = torch.empty_like(first) if self.last else out
+        kernel.second_pair_kernel[grid](
+            middle, w.hidden_bias, *self.network._norm(1), last, EDGE_MAJOR=not self.last, **constants
+        )
+        if self.last:
+            for g in range(groups):
+                torch.addmm(w.out_bias[g], last[g, 0], w.out[g].t(), out=out[0, :, g])
+                if tangent:
+                    torch.mm(last[g, 1], w.out[g].t(), out=out[1, :, g])
+        kept = Kept(distance, distance_dot, target_species, source_species, first, middle, last)
+        return out, kept
+
+    def backward(
+        self, grad: Tensor, kept: Kept, weights: bool, distance: bool = True
+    ) -> tuple[Tensor, Tensor | None, RadialWeights | None]:
+        """Gradients of <grad, features>: by distance [E], by distance_dot [E] if there is one, by the weights.
+
+        grad: [T, E, G, K], as :meth:`forward`'s result, whose tensors are used up. weights: whether those of the
+        weights are wanted (else None). distance: whether that by the distance is; without it, what comes in its place
+        lacks a term.
+        """
+        w, edges, groups, hidden = self.weights, kept.distance.numel(), self.groups, self.hidden
+        tangent = kept.distance_dot is not None
+        if not edges:
+            empty = kept.distance.new_empty(0)
+            return empty, empty if tangent else None, self._no_gradient() if weights else None
+        grad = grad.contiguous()
+        parts = grad.shape[0]
+        by_out = by_out_bias = None
+        if self.last:
+            flat = grad.view(parts * edges, groups, -1)
+            up = torch.empty_like(kept.last)
+            for g in range(groups):
+                torch.mm(flat[:, g], w.out[g], out=up[g].view(-1, hidden))
+            if weights:
+                by_out = self._products([flat[:, g] for g in range(groups)], kept.last)
+                by_out_bias = grad[0].sum(0)
+        else:
+            up = torch.empty_like(kept.middle)
+        grid, constants, steps = self._launch(edges, tangent, weights)
+        sums = grad.new_empty(grid[0], 3, groups, hidden) if weights else grad
+        kernel.second_pair_backward_kernel[grid](
+            up if self.last else grad, kept.middle, w.hidden_bias, *self.network._norm(1), up, sums, steps=steps,
+            EDGE_MAJOR=not self.last, WEIGHTS=weights, **constants,
+        )  # fmt: skip
+        sums1 = sums.sum(0) if weights else None
+        by_hidden = self._products([up[g].view(-1, hidden) for g in range(groups)], kept.first) if weights else None
+        down = torch.bmm(up.view(groups, -1, hidden), w.hidden).view_as(up)
+        by_distance = grad.new_empty(groups, edges)
+        by_dot = torch.empty_like(by_distance) if tangent else by_distance
+        table, slopes, lookup = self.network._first(kept.distance, True)
+        sums = grad.new_empty(grid[0], 2, groups, hidden) if weights else grad
+        kernel.first_pair_backward_kernel[grid](
+            down, kept.distance, kept.distance_dot if tangent else kept.distance, kept.target_species,
+            kept.source_species, table, slopes, w.target_table, w.source_table, *self.network._norm(0), down,
+            by_distance, by_dot, sums, steps=steps, WEIGHTS=weights, STORE=weights or (tangent and distance), **lookup,
+            **constants,
+        )  # fmt: skip
+        by_distance, by_dot = (x[0] if groups == 1 else x.sum(0) for x in (by_distance, by_dot))
+        if tangent and distance:
+            self._add_curvature(down, kept.distance, by_distance)
+        found = None
+        if weights:
+            sums0 = sums.sum(0)
+            by_basis, by_target, by_source = self._first_layer_gradients(down, kept)
+            norms = w.norm0_weight is not None
+            found = RadialWeights(
+                by_basis, by_target, by_source, sums0[0] if norms else None, sums0[1] if norms else None,
+                by_hidden, sums1[2], sums1[0] if norms else None, sums1[1] if norms else None, by_out, by_out_bias,
+            )  # fmt: skip
+        return by_distance, by_dot if tangent else None, found
+
+    def _no_gradient(self) -> RadialWeights:
+        found = RadialWeights(*(None if t is None else torch.zeros_like(t) for t in self.weights))
+        return found if self.last else found._replace(out=None, out_bias=None)
+
+    @staticmethod
+    def _products(grads: list[Tensor], inputs: Tensor) -> Tensor:
+        """Gradients [G, O, h] of the matrices between inputs [G, T, E, h] and results with gradients [T E, O]."""
+        out = inputs.new_empty(len(grads), grads[0].shape[1], inputs.shape[-1])
+        for g, grad in enumerate(grads):
+            torch.mm(grad.t(), inputs[g].view(-1, inputs.shape[-1]), out=out[g])
+        return out
+
+    def _first_layer_gradients(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of basis [G, h, n_b] and the two tables [Z, G, h] from the results of first_pair_backward_kernel."""
+        edges, num_basis, elements = kept.distance.numel(), self.num_basis, self.weights.target_table.shape[0]
+        width = 8 * triton.cdiv(num_basis + 2 * elements, 8)  # rows that start on 32 bytes
+        inputs = grad.new_empty(edges, width)
+        tangent = kept.distance_dot is not None
+        slopes = grad.new_empty(edges, num_basis) if tangent else inputs
+        kernel.inputs_kernel[triton.cdiv(edges, 16), triton.cdiv(width, 128)](
+            kept.distance, kept.target_species, kept.source_species, inputs, slopes, edges, num_basis, elements, width,
+            self.spacing, BE=16, BW=128, TANGENT=tangent,
+        )  # fmt: skip
+        out = grad.new_empty(self.groups, self.hidden, width)
+        for g in range(self.groups):
+            torch.mm(grad[g, 0].t(), inputs, out=out[g])
+        basis = out[..., :num_basis].contiguous()
+        if tangent:
+            for g in range(self.groups):
+                basis[g].addmm_(grad[g, 1].t(), slopes)
+        tables = out[..., num_basis : num_basis + 2 * elements].unflatten(-1, (2, elements)).permute(2, 3, 0, 1)
+        tables = tables.contiguous()
+        return basis, tables[0], tables[1]
+
+    def _add_curvature(self, grad: Tensor, distance: Tensor, out: Tensor) -> None:
+        """out[e] += <gradient by W0 phi'(d), W0 phi''(d)>."""
+        edges, num_basis = distance.numel(), self.num_basis
+        x = torch.mm(grad[0, 1], self.weights.basis[0])
+        for g in range(1, self.groups):
+            x.addmm_(grad[g, 1], self.weights.basis[g])
+        padded = next_power(num_basis)
+        block = max(2048 // padded, 1)
+        kernel.curvature_kernel[(triton.cdiv(edges, block),)](
+            x, distance, out, edges, num_basis, self.spacing, BE=block, BW=padded
+        )
+
+
+def add_gradients(total: RadialWeights | None, more: RadialWeights | None) -> RadialWeights | None:
+    """Sum of the gradients of two runs; that of ``total`` is used up."""
+    if total is None or more is None:
+        return more if total is None else total
+    torch._foreach_add_([t for t in total if t is not None], [t for t in more if t is not None])
+    return total
