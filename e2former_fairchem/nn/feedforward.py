@@ -45,8 +45,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, (lmax+1)^2, C]. Same shape back."""
-        y = self.linear1(x)
-        gates = self.gates(y[:, 0])
-        scalar = SILU_SCALE * F.silu(gates[:, : self.channels])
-        gate = SIGMOID_SCALE * torch.sigmoid(gates[:, self.channels :]).view(-1, self.lmax, self.channels)
-        return self.linear2(torch.cat([scalar.unsqueeze(1), gate.index_select(1, self.gate_row) * y[:, 1:]], 1))
+        scalar, rest = self.linear1(x).split([1, self.gate_row.numel()], 1)
+        gates = self.gates(scalar).unflatten(-1, (self.lmax + 1, self.channels)).squeeze(1)
+        scalar, gate = gates.split([1, self.lmax], 1)
+        gate = (SIGMOID_SCALE * torch.sigmoid(gate)).index_select(1, self.gate_row)
+        return self.linear2(torch.cat([SILU_SCALE * F.silu(scalar), gate * rest], 1))

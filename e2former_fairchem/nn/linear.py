@@ -32,14 +32,17 @@ class SO3Linear(nn.Module):
         bound = 1 / math.sqrt(in_channels)
         self.weight = nn.Parameter(torch.empty(lmax + 1, out_channels, in_channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.register_buffer("degree", torch.tensor(degree_of_row(lmax)), persistent=False)
+        degree = torch.tensor(degree_of_row(lmax))
+        self.register_buffer("degree", degree, persistent=False)
+        # 1 for the scalar row: the bias of all rows is a product with it, where slices would be copies in the backward
+        self.register_buffer("scalar", (degree == 0).to(self.weight.dtype).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, backend: str = "reference") -> Tensor:
         """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]. backend ``triton``: strided products, no copies of rows."""
         if backend == "triton":
             return so3_linear(x, self.weight, self.bias)
         weight = self.weight.index_select(0, self.degree)
-        y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
-        if self.bias is None:
-            return y
-        return torch.cat([y[:, :1] + self.bias, y[:, 1:]], 1)
+        y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2))
+        if self.bias is not None:
+            y = y + self.bias * self.scalar
+        return y.transpose(0, 1)

@@ -26,15 +26,17 @@ class EquivariantRMSNorm(nn.Module):
         degree = degree_of_row(lmax)
         balance = torch.tensor([1.0 / ((2 * l + 1) * (lmax + 1)) for l in degree], dtype=torch.float64)
         self.register_buffer("degree", torch.tensor(degree), persistent=False)
+        # 1 for the scalar row: products with it, where slices would be copies in the backward
+        scalar = (self.degree == 0).to(torch.get_default_dtype()).unsqueeze(-1)
+        self.register_buffer("scalar", scalar, persistent=False)
         self.register_buffer("balance", (balance / channels).to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, x: Tensor, shift: Tensor | None = None, backend: str = "reference") -> Tensor:
         """x: [N, (lmax+1)^2, C]; shift: [N, C], added to the scalar row of the result. Same shape as x."""
         if backend == "triton":
             return equivariant_rms_norm(x, self.affine_weight, self.affine_bias, shift)
-        mean = x[:, :1].mean(-1, keepdim=True)
-        centred = torch.cat([x[:, :1] - mean, x[:, 1:]], 1)
+        centred = x - x.mean(-1, keepdim=True) * self.scalar
         variance = (centred.square().sum(-1) @ self.balance.to(x.dtype)).view(-1, 1, 1)
         bias = self.affine_bias if shift is None else self.affine_bias + shift
         y = centred * torch.rsqrt(variance + EPS) * self.affine_weight.index_select(0, self.degree)
-        return torch.cat([y[:, :1] + bias.unsqueeze(-2), y[:, 1:]], 1)
+        return y + bias.unsqueeze(-2) * self.scalar

@@ -39,17 +39,19 @@ class QueryKey(nn.Module):
         bound = math.sqrt(6 / width)
         self.out_weight = nn.Parameter(torch.empty(2, 2 * width, width).uniform_(-bound, bound))
         self.out_bias = nn.Parameter(torch.zeros(2, 2 * width))
-        self.register_buffer("degree", torch.tensor(degree_of_row(lmax)), persistent=False)
+        degree = torch.tensor(degree_of_row(lmax))
+        self.register_buffer("degree", degree, persistent=False)
+        # which rows a degree has, [lmax+1, (lmax+1)^2]: sums over them are a product, as slices are copies in backward
+        rows_of = (degree == torch.arange(lmax + 1).unsqueeze(1)).to(self.weight.dtype)
+        self.register_buffer("rows_of", rows_of, persistent=False)
 
     def invariants(self, h: Tensor) -> Tensor:
-        """h: [N, (lmax+1)^2, C] -> s of query and key, [N, lmax+1, 2 G]."""
+        """h: [N, (lmax+1)^2, C] -> s of query and key, [lmax+1, N, 2 G]."""
         weight = self.weight.index_select(0, self.degree)
         both = torch.bmm(h.transpose(0, 1), weight.transpose(1, 2))  # [M, N, 4 G]
-        first, second = both.split(2 * self.width, -1)
-        scalar = (first[0] + self.bias) * second[0]
-        product = first[1:] * second[1:]
-        degrees = [product[l * l - 1 : (l + 1) ** 2 - 1].sum(0) for l in range(1, self.lmax + 1)]
-        return torch.stack([scalar, *degrees], 1)
+        both = both + F.pad(self.bias, (0, 2 * self.width)) * self.rows_of[0].view(-1, 1, 1)
+        first, second = both.chunk(2, -1)
+        return torch.matmul(self.rows_of, (first * second).flatten(1)).view(-1, h.shape[0], 2 * self.width)
 
     def forward(self, h: Tensor, backend: str = "reference") -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]. Returns query and key, each [N, H, S]."""
@@ -65,12 +67,11 @@ class QueryKey(nn.Module):
                 self.out_bias,
             )
             return query_key(h, weights).unflatten(-1, (self.num_heads, self.head_dim)).unbind(1)
-        s = self.invariants(h)
-        nodes = s.shape[0]
-        s = s.view(nodes, self.lmax + 1, 2, self.width).permute(2, 0, 1, 3).flatten(2)
+        nodes = h.shape[0]
+        s = self.invariants(h).unflatten(-1, (2, self.width)).permute(2, 1, 0, 3).flatten(2)
         x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))
         x = F.layer_norm(x, (self.width,), None, None, LAYER_NORM_EPS)
-        x = F.silu(x * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1))
+        x = F.silu(torch.addcmul(self.norm_bias.unsqueeze(1), x, self.norm_weight.unsqueeze(1)))
         x = torch.baddbmm(self.out_bias.unsqueeze(1), x, self.out_weight.transpose(1, 2))
         query, key = x.view(2, nodes, self.num_heads, self.head_dim).unbind(0)
         return query, key

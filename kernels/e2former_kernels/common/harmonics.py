@@ -27,27 +27,26 @@ def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
     """
     x, y, z = vec.unbind(-1)
     r2 = (vec * vec).sum(-1)
-    one = torch.ones_like(x)
-    # azimuthal parts: cos_m = Re (z + ix)^m, sin_m = Im (z + ix)^m
-    cos, sin = [one], [torch.zeros_like(x)]
-    for _ in range(lmax):
+    # azimuthal parts: cos_m = Re (z + ix)^m, sin_m = Im (z + ix)^m; what is constant stays a number
+    cos: list[Tensor | float] = [1.0, z]
+    sin: list[Tensor | float] = [0.0, x]
+    for _ in range(1, lmax):
         c, s = cos[-1], sin[-1]
         cos.append(c * z - s * x)
         sin.append(s * z + c * x)
-    polar: dict[tuple[int, int], Tensor] = {(0, 0): one}
+    polar: dict[tuple[int, int], Tensor | float] = {}
     for m in range(lmax + 1):
-        if m > 0:
-            polar[m, m] = one * math.prod(range(1, 2 * m, 2))
+        polar[m, m] = float(math.prod(range(1, 2 * m, 2)))
         if m < lmax:
-            polar[m + 1, m] = (2 * m + 1) * y * polar[m, m]
+            polar[m + 1, m] = y * ((2 * m + 1) * polar[m, m])
         for degree in range(m + 2, lmax + 1):
             polar[degree, m] = (
                 (2 * degree - 1) * y * polar[degree - 1, m] - (degree + m - 1) * r2 * polar[degree - 2, m]
             ) / (degree - m)
-    rows = []
-    for degree in range(lmax + 1):
+    rows = [torch.ones_like(x)]
+    for degree in range(1, lmax + 1):
         for m in range(-degree, degree + 1):
             a = abs(m)
             scale = (2 * degree + 1) * math.factorial(degree - a) / math.factorial(degree + a) * (1 if m == 0 else 2)
-            rows.append(math.sqrt(scale) * polar[degree, a] * (sin[a] if m < 0 else cos[a]))
+            rows.append((math.sqrt(scale) * polar[degree, a]) * (sin[a] if m < 0 else cos[a]))
     return torch.stack(rows, -1)

@@ -42,34 +42,31 @@ def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:
     """
     spacing = cutoff / (num_basis - 1)
     centre = torch.arange(num_basis, dtype=distance.dtype, device=distance.device) * spacing
-    scaled = (distance.unsqueeze(-1) - centre) * (0.5 / spacing)
-    return torch.exp(-0.5 * scaled * scaled)
+    return torch.exp((distance.unsqueeze(-1) - centre).square() * (-0.125 / spacing**2))
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [E, G, I], weight [G, O, I], bias [G, O] -> [E, G, O]."""
-    if weight.shape[0] == 1:
-        return F.linear(x, weight[0], bias[0])
-    return torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
-
-
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Layer norm over the last axis with one affine map per group: x [E, G, h], weight and bias [G, h]."""
+def _norm_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """SiLU, after a layer norm over the last axis where there are weights [G, h] for it: x [G, E, h]."""
     if weight is None or bias is None:
-        return x
+        return F.silu(x)
     if weight.shape[0] == 1:
-        return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], LAYER_NORM_EPS)
-    return F.layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS) * weight + bias
+        return F.silu(F.layer_norm(x, x.shape[-1:], weight[0], bias[0], LAYER_NORM_EPS))
+    x = F.layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
+    return F.silu(torch.addcmul(bias.unsqueeze(1), x, weight.unsqueeze(1)))
+
+
+def _hidden(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
+    """The hidden layers [G, E, h]. Groups come first: then all that is kept lies as the matrix products want it."""
+    x = table_rows(weights.target_table, target_species) + table_rows(weights.source_table, source_species)
+    first = torch.matmul(basis, weights.basis.transpose(1, 2))
+    x = _norm_silu(first + x.transpose(0, 1), weights.norm0_weight, weights.norm0_bias)
+    x = torch.baddbmm(weights.hidden_bias.unsqueeze(1), x, weights.hidden.transpose(1, 2))
+    return _norm_silu(x, weights.norm1_weight, weights.norm1_bias)
 
 
 def radial_hidden(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
     """All of :func:`radial_network` but its last linear layer. Returns [E, G, h]."""
-    groups, hidden, num_basis = weights.basis.shape
-    x = F.linear(basis, weights.basis.reshape(groups * hidden, num_basis)).view(-1, groups, hidden)
-    x = x + table_rows(weights.target_table, target_species) + table_rows(weights.source_table, source_species)
-    x = F.silu(_layer_norm(x, weights.norm0_weight, weights.norm0_bias))
-    x = _grouped_linear(x, weights.hidden, weights.hidden_bias)
-    return F.silu(_layer_norm(x, weights.norm1_weight, weights.norm1_bias))
+    return _hidden(basis, target_species, source_species, weights).transpose(0, 1)
 
 
 def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
@@ -77,5 +74,5 @@ def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor
 
     basis: [E, n_b]. target_species, source_species: [E] rows of the element tables. Returns [E, G, K].
     """
-    x = radial_hidden(basis, target_species, source_species, weights)
-    return _grouped_linear(x, weights.out, weights.out_bias)
+    x = _hidden(basis, target_species, source_species, weights)
+    return torch.baddbmm(weights.out_bias.unsqueeze(1), x, weights.out.transpose(1, 2)).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Rows of small tables, with a gradient that is a matrix product: a scatter would add in no fixed order."""
+"""Rows of small tables, with gradients that are added up in a fixed order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class _TableRows(torch.autograd.Function):
-    """Rows of a small table; the gradient is a matrix product with the one-hot index, not a scatter."""
+    """Rows of a small table; the gradient on a GPU is a matrix product with the one-hot index, not a scatter."""
 
     @staticmethod
     def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
@@ -25,13 +25,20 @@ class _TableSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, index: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(index)
-        one_hot = (index.unsqueeze(0) == torch.arange(rows, device=index.device).unsqueeze(1)).to(values.dtype)
-        return (one_hot @ values.flatten(1)).view(rows, *values.shape[1:])
+        return table_sums(values, index, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
         return _TableRows.apply(grad, index), None, None
+
+
+def table_sums(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Sums of the values of each row of the table, in a fixed order. values: [E, ...]; index: [E]. No gradient."""
+    if values.device.type == "cpu":  # where a scatter adds in order
+        return values.new_zeros(rows, *values.shape[1:]).index_add_(0, index, values)
+    one_hot = (index.unsqueeze(0) == torch.arange(rows, device=index.device).unsqueeze(1)).to(values.dtype)
+    return (one_hot @ values.flatten(1)).view(rows, *values.shape[1:])
 
 
 def table_rows(table: Tensor, index: Tensor) -> Tensor:
