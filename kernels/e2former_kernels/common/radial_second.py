@@ -166,7 +166,7 @@ class RadialGradients:
         return out
 
     def _first_layer_gradients(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of basis [G, h, n_b] and the two tables [Z, G, h] from the results of first_pair_backward_kernel."""
+        """Gradients of basis [G, h, n_b] and the two tables [Z, G, h] from first_pair_backward_kernel's result."""
         edges, num_basis, elements = kept.distance.numel(), self.num_basis, self.weights.target_table.shape[0]
         width = 8 * triton.cdiv(num_basis + 2 * elements, 8)  # rows that start on 32 bytes
         inputs = grad.new_empty(edges, width)

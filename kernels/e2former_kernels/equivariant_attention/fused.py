@@ -1,6 +1,7 @@
 """Value and first derivative of the attention with fused kernels, run by run; nothing of edge size is kept between.
 
-For score ``qk``. The second derivative and everything beyond goes through :mod:`e2former_kernels.common.chunked`.
+For score ``qk``. The second derivative of forces is in ``second.py``; everything beyond goes through
+:mod:`e2former_kernels.common.chunked`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.plan import EdgeChunk
-from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
+from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.radial_table import RadialTable
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import attend_kernel, edge_kernel
 from e2former_kernels.equivariant_attention.primitives import launch_contract
+from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
 # Heads, warps and edges at a time of one program of score_kernel.
@@ -198,7 +201,8 @@ class FusedAttention:
         grad_vec, grad_query = torch.empty_like(vec), torch.empty_like(query)
         by_sender = _KEY in wanted or _VALUE in wanted
         grad_key, grad_value = (fresh(key), fresh(value)) if by_sender else (key, value)
-        grad_weights: list[Tensor | None] = [None] * len(weights_wanted)
+        radial = RadialGradients(self._weights(tensors[_RADIAL:]), self.spec.cutoff) if weights_wanted else None
+        grad_weights: RadialWeights | None = None
         coupling = None if self.coupling is None else self.coupling.t().contiguous()
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE)
         blocks = triton.cdiv(heads, tiles.heads)
@@ -206,9 +210,8 @@ class FusedAttention:
         for chunk in self.chunks:
             edges = self._edges(chunk, vec, table)
             number, receivers = chunk.num_edges, chunk.num_nodes
-            graph = None
-            if weights_wanted:
-                features, graph = self._radial_graph(chunk, edges, tensors[_RADIAL:], weights_wanted)
+            if radial is not None:
+                features, kept = radial.forward(edges.position, *self._elements(chunk))
             elif table is None:
                 features, middle = network.forward(edges.position, *self._elements(chunk))
             else:
@@ -240,10 +243,9 @@ class FusedAttention:
                     ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL, **self._tiles(sender_tiles),
                 )  # fmt: skip
             grad_distance = grad_parts
-            if graph is not None:
-                grad_distance, *found = torch.autograd.grad(graph[0], graph[1:], grad_features.view_as(graph[0]))
-                for n, g in enumerate(found):
-                    grad_weights[n] = g if grad_weights[n] is None else grad_weights[n] + g
+            if radial is not None:
+                grad_distance, _, more = radial.backward(grad_features.view_as(features), kept, weights=True)
+                grad_weights = add_gradients(grad_weights, more)
             elif table is None:
                 grad_distance = network.backward(grad_features, middle, edges.position, *self._elements(chunk))
             if number:
@@ -253,19 +255,17 @@ class FusedAttention:
                     **constants,
                 )  # fmt: skip
         found = dict(enumerate([grad_vec, grad_query, grad_key, grad_value]))
-        found |= {n + _RADIAL: g for n, g in zip(weights_wanted, grad_weights, strict=True)}
+        if grad_weights is not None:
+            found |= dict(enumerate((g for g in grad_weights if g is not None), _RADIAL))
         return [found[n] for n in wanted]
 
-    def _radial_graph(
-        self, chunk: EdgeChunk, edges: Edges, weights: list[Tensor], wanted: list[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Radial features with a graph behind them, and [features, distance, wanted weights] of it."""
-        with torch.enable_grad():
-            distance = edges.position.detach().requires_grad_()
-            leaves = [w.detach().requires_grad_(n in wanted) for n, w in enumerate(weights)]
-            features = radial_network(
-                gaussian_basis(distance, self.spec.cutoff, self.spec.num_basis),
-                *self._elements(chunk),
-                self._weights(leaves),
-            )
-        return features.detach().contiguous(), [features, distance, *(leaves[n] for n in wanted)]
+    def second(
+        self,
+        cotangents: list[Tensor | None],
+        grad: Tensor,
+        tensors: list[Tensor],
+        wanted: list[int],
+        again: list[int],
+    ) -> list[Tensor] | None:
+        """See :class:`e2former_kernels.common.step.Step`; None where weights are among ``wanted``."""
+        return second_derivative(self, cotangents, grad, tensors, wanted, again)

@@ -1,0 +1,241 @@
+r"""Second derivative of the attention with fused kernels, run by run: what training on forces asks for.
+
+The first derivative's results are J^T grad, with J the derivative of the output by (vec, query, key, value). So
+L = <c, J^T grad> = <grad, J c>, where J c, the output's change along the cotangents c, is also the gradient of L by
+grad. One pass gives value and change of everything (``_dot``: the change), one reverse pass the gradients of both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+import torch
+import triton
+from torch import Tensor
+
+from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.common.radial import RadialWeights
+from e2former_kernels.common.radial_second import RadialGradients, add_gradients
+from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
+from e2former_kernels.equivariant_attention import second_geometry_kernel as geometry_kernel
+from e2former_kernels.equivariant_attention import second_messages_kernel as messages_kernel
+from e2former_kernels.equivariant_attention import second_weights_kernel as weights_kernel
+from e2former_kernels.equivariant_attention.primitives import launch_contract
+from e2former_kernels.equivariant_attention.spec import AttentionSpec, Norm
+
+if TYPE_CHECKING:
+    from e2former_kernels.equivariant_attention.fused import FusedAttention
+
+WEIGHTS_TILE = (64, 2)  # heads and warps of one program of weights_tangent_kernel
+WEIGHTS_NUMBERS = 512  # numbers of one tile [edges, heads] of weights_second_kernel
+PAIR_TILE = (32, 1)  # heads and warps of one program of pair_sum_second_kernel
+# Heads and registers of a thread for the rows of the message kernels (common/tiles.py).
+AGGREGATE_TILE = (32, 72)
+MESSAGE_TILE = (32, 108)
+SENDER_TILE = (32, 72)
+_VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)  # the tensors of the operation, as in ``fused.py``
+
+
+class Geometry(NamedTuple):
+    """A run's edges and their changes."""
+
+    vec: Tensor  # [e, 3]
+    vec_dot: Tensor
+    distance: Tensor  # [e]
+    distance_dot: Tensor
+    envelope: Tensor  # [e]
+    envelope_dot: Tensor
+    scale: Tensor  # [e, B]
+    scale_dot: Tensor
+
+
+class Scores(NamedTuple):
+    """A run's attention weights and their changes, and the receivers' softmax (``second_weights_kernel.py``)."""
+
+    pair: Tensor  # [e, H]
+    pair_dot: Tensor
+    weight: Tensor  # [e, H]
+    weight_dot: Tensor
+    top: Tensor  # [n, H], as the rest
+    total: Tensor
+    drift: Tensor
+    top_dot: Tensor
+    best: Tensor  # int64
+
+
+def _geometry_launch(spec: AttentionSpec, directions: int, edges: int) -> tuple[tuple[int], dict]:
+    lower, upper = spec.bell if spec.bell is not None else (0.0, spec.cutoff)
+    constants = {
+        "E": edges, "lower": float(lower), "upper": float(upper), "P": spec.envelope_exponent,
+        "BELL": spec.bell is not None, "V2": spec.inverse_distance == "v2", "ORDER": spec.order,
+        "B": directions, "BLOCK": 128,
+    }  # fmt: skip
+    return (triton.cdiv(edges, 128),), constants
+
+
+def _geometry(spec: AttentionSpec, directions: int, vec: Tensor, vec_dot: Tensor) -> Geometry:
+    edges = vec.shape[0]
+    numbers = [vec.new_empty(edges) for _ in range(4)]
+    scale = [vec.new_empty(edges, directions) for _ in range(2)]
+    if edges:
+        grid, constants = _geometry_launch(spec, directions, edges)
+        geometry_kernel.geometry_tangent_kernel[grid](vec, vec_dot, *numbers, *scale, **constants)
+    return Geometry(vec, vec_dot, *numbers, *scale)
+
+
+def _scores(
+    spec: AttentionSpec,
+    chunk: EdgeChunk,
+    source: Tensor,
+    edges: Geometry,
+    query: tuple[Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    features: Tensor,
+) -> Scores:
+    """query, key: value and change; features: [2, e, 1, 2 H]."""
+    heads, width = query[0].shape[1:]
+    on_edges = features.new_empty(4, chunk.num_edges, heads).unbind(0)
+    on_nodes = features.new_empty(4, chunk.num_nodes, heads).unbind(0)
+    molfm = spec.norm == "molfm"
+    best = torch.empty(chunk.num_nodes if molfm else 1, heads, dtype=torch.int64, device=features.device)
+    if chunk.num_nodes and heads:
+        block = min(next_power(heads), WEIGHTS_TILE[0])
+        weights_kernel.weights_tangent_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
+            *(q[chunk.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
+            chunk.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
+            NORM=get_args(Norm).index(spec.norm), BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
+        )  # fmt: skip
+    return Scores(*on_edges, *on_nodes, best)
+
+
+def _tiles(tiles: RowTiles) -> dict:
+    return {"RA": tiles.rows_a, "RB": tiles.rows_b, "BH": tiles.heads, "num_warps": tiles.warps}
+
+
+def _pair_sum(
+    scores: Scores,
+    x: tuple[Tensor, Tensor],
+    index: Tensor,
+    order: Tensor | None,
+    ptr: Tensor,
+    out: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """out[n, H, S] = sums over the edges of n, as ``primitives.launch_pair_sum``, of both pairs of gradient and x."""
+    heads, width = x[0].shape[1:]
+    if ptr.numel() > 1 and heads * width:
+        block = min(next_power(heads), PAIR_TILE[0])
+        messages_kernel.pair_sum_second_kernel[ptr.numel() - 1, triton.cdiv(heads, block)](
+            scores.pair, x[0], scores.pair_dot, x[1], index, index if order is None else order, ptr,
+            index if rows is None else rows, out, heads, width,
+            BH=block, BS=next_power(width), ORDERED=order is not None, ACCUMULATE=rows is not None,
+            num_warps=PAIR_TILE[1],
+        )  # fmt: skip
+
+
+def second_derivative(
+    step: FusedAttention,
+    cotangents: list[Tensor | None],
+    grad: Tensor,
+    tensors: list[Tensor],
+    wanted: list[int],
+    again: list[int],
+) -> list[Tensor] | None:
+    """``Step.second`` of :class:`FusedAttention` (common/step.py); None where weights are among ``wanted``."""
+    if any(n >= _RADIAL for n in wanted):
+        return None
+    spec, directions = step.spec, step.directions
+    given = dict(zip(wanted, cotangents, strict=True))
+    primal = [t.contiguous() for t in tensors[:_RADIAL]]
+    dots = [given.get(n) for n in range(_RADIAL)]
+    dots = [torch.zeros_like(t) if c is None else c.contiguous() for c, t in zip(dots, primal, strict=True)]
+    (vec, vec_dot), query, key, value = zip(primal, dots, strict=True)
+    grad = grad.contiguous()
+    senders, value_rows, channels = value[0].shape
+    heads, width = query[0].shape[1:]
+    rows = value_rows * channels // heads
+    per_head = [v.view(senders, rows, heads) for v in value]
+    weights = any(n > _RADIAL for n in again)
+    by_scale = spec.order == 1 and 1 + _VEC in again
+    network = RadialGradients(step._weights(tensors[_RADIAL:]), spec.cutoff)
+    fresh = torch.empty_like if len(step.chunks) == 1 else torch.zeros_like
+    by_grad = torch.empty_like(grad) if 0 in again else None
+    by_vec = torch.empty_like(vec) if 1 + _VEC in again else None
+    by_query = torch.empty_like(query[0]) if 1 + _QUERY in again else None
+    by_key = fresh(key[0]) if 1 + _KEY in again else None
+    by_value = fresh(value[0]) if 1 + _VALUE in again else None
+    by_weights: RadialWeights | None = None
+    tiles = row_tiles(rows, heads, directions, *AGGREGATE_TILE)
+    message_tiles = row_tiles(rows, heads, directions, *MESSAGE_TILE)
+    sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
+    blocks = triton.cdiv(heads, message_tiles.heads)
+    transposed = None if step.coupling is None else step.coupling.t().contiguous()
+    for chunk in step.chunks:
+        number, receivers, source = chunk.num_edges, chunk.num_nodes, step.source[chunk.edges]
+        edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
+        elements = step.species[chunk.nodes].index_select(0, chunk.target), step.species.index_select(0, source)
+        features, kept = network.forward(edges.distance, *elements, edges.distance_dot)
+        scores = _scores(spec, chunk, source, edges, query, key, features)
+        messages = (scores.weight, scores.weight_dot, edges.scale, edges.scale_dot)
+        outer = grad.new_empty(receivers, directions, rows, heads)
+        if by_grad is not None:
+            if receivers:
+                messages_kernel.aggregate_tangent_kernel[receivers, triton.cdiv(heads, tiles.heads)](
+                    *messages, *per_head, source, chunk.row_ptr, outer, rows, heads, B=directions, **_tiles(tiles)
+                )
+            if step.coupling is None:
+                by_grad[chunk.nodes] = outer.view(receivers, value_rows, channels)
+            else:
+                launch_contract(step.coupling, outer.view(receivers, -1, channels), by_grad[chunk.nodes])
+        if again == [0]:
+            continue
+        if transposed is None:
+            outer = grad[chunk.nodes].view_as(outer)
+        else:
+            launch_contract(transposed, grad[chunk.nodes], outer.view(receivers, -1, channels))
+        by_weight = grad.new_empty(2, number, heads)
+        sums = grad.new_empty(2, receivers, heads)
+        scale_parts = grad.new_empty(blocks if by_scale else 1, number, 2 * directions)
+        if receivers:
+            messages_kernel.message_second_kernel[receivers, blocks](
+                *per_head, outer, *messages, source, chunk.row_ptr, *by_weight, scale_parts, *sums, number, rows,
+                heads, B=directions, SCALE=by_scale, **_tiles(message_tiles),
+            )  # fmt: skip
+        by_features = torch.empty_like(features)
+        by_envelope = [grad.new_empty(number) for _ in range(2)]
+        if number:
+            padded = next_power(heads)
+            block = max(WEIGHTS_NUMBERS // padded, 1)
+            weights_kernel.weights_second_kernel[(triton.cdiv(number, block),)](
+                *by_weight, scores.pair, scores.pair_dot, *features, edges.envelope, edges.envelope_dot,
+                chunk.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
+                1.0 / math.sqrt(width), spec.softmax_constant,
+                NORM=get_args(Norm).index(spec.norm), BH=padded, BE=block, num_warps=4,
+            )  # fmt: skip
+        if by_query is not None:
+            _pair_sum(scores, key, source, None, chunk.row_ptr, by_query[chunk.nodes])
+        if by_key is not None:
+            local = tuple(q[chunk.nodes] for q in query)
+            _pair_sum(scores, local, chunk.target, chunk.order, chunk.order_ptr, by_key, chunk.senders)
+        if by_value is not None and chunk.order_ptr.numel() > 1:
+            grid = chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)
+            messages_kernel.aggregate_transposed_second_kernel[grid](
+                *messages, outer, chunk.target, chunk.order, chunk.order_ptr,
+                chunk.order if chunk.senders is None else chunk.senders, by_value, rows, heads,
+                B=directions, ACCUMULATE=chunk.senders is not None, **_tiles(sender_tiles),
+            )  # fmt: skip
+        if by_vec is None and not weights:
+            continue
+        by_distance, by_distance_dot, more = network.backward(by_features, kept, weights, by_vec is not None)
+        by_weights = add_gradients(by_weights, more)
+        if by_vec is not None and number:
+            grid, constants = _geometry_launch(spec, directions, number)
+            geometry_kernel.geometry_second_kernel[grid](
+                edges.vec, edges.vec_dot, by_distance, by_distance_dot, *by_envelope, scale_parts,
+                by_vec[chunk.edges], tiles=blocks, **constants,
+            )  # fmt: skip
+    found = [by_grad, by_vec, by_query, by_key, by_value]
+    if by_weights is not None:
+        found += [t for t in by_weights if t is not None]
+    return [found[n] for n in again]

@@ -1,0 +1,151 @@
+"""Triton kernels of the edges' geometry along a change of the edge vectors, and of the gradient of both.
+
+d = |v|, u(d) the envelope, s the message scale (v / d, 1/d or 1, as :func:`geometry_kernel` in ``edge_kernel.py``).
+Along a change c of v: d' = <v, c> / d, u' = u_d d', s' = c / d + v (1/d)_d d', and so on.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from e2former_kernels.equivariant_attention.edge_kernel import envelope_of, inverse_of
+
+
+@triton.jit
+def _envelope_bend(d, lower, upper, P: tl.constexpr, BELL: tl.constexpr):
+    """Second derivative of the envelope by the distance."""
+    if BELL:
+        t = (2.0 * d - (lower + upper)) / (upper - lower)
+        gap = 1.0 - t * t
+        bend = tl.where(gap > 0.0, (2.0 * t * t - gap) * (16.0 / ((upper - lower) * (upper - lower))), 0.0)
+    else:
+        rho = d / upper
+        gap = tl.maximum(1.0 - rho, 0.0)
+        if P == 1:
+            bend = 2.0 * gap
+        else:
+            bend = gap * (2.0 * rho - (P - 1) * gap)
+            for _n in tl.static_range(P - 2):
+                bend *= rho
+        bend = bend * (0.5 * P * (P + 1) * (P + 2)) / (upper * upper)
+    return bend
+
+
+@triton.jit
+def _inverse_bend(d, V2: tl.constexpr):
+    """Second derivative of 1/d as the specification regularises it."""
+    if V2:
+        inv = 1.0 / (d + 1e-8)
+        bend = 2.0 * inv * inv * inv
+    else:
+        inv = 1.0 / tl.maximum(d, 1e-6)
+        bend = tl.where(d > 1e-6, 2.0 * inv * inv * inv, 0.0)
+    return bend
+
+
+@triton.jit
+def _rows(x, e, inside, other):
+    """The three columns of x [E, 3]."""
+    a = tl.load(x + 3 * e, mask=inside, other=other)
+    b = tl.load(x + 3 * e + 1, mask=inside, other=other)
+    c = tl.load(x + 3 * e + 2, mask=inside, other=other)
+    return a, b, c
+
+
+@triton.jit
+def geometry_tangent_kernel(
+    vec, vec_dot, distance, distance_dot, envelope, envelope_dot, scale, scale_dot, E, lower, upper,
+    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Length, envelope and message scale of every edge, and their changes along vec_dot."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z = _rows(vec, e, inside, 1.0)
+    cx, cy, cz = _rows(vec_dot, e, inside, 0.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    d_dot = (x * cx + y * cy + z * cz) / d
+    u, du = envelope_of(d, lower, upper, P, BELL)
+    tl.store(distance + e, d, mask=inside)
+    tl.store(distance_dot + e, d_dot, mask=inside)
+    tl.store(envelope + e, u, mask=inside)
+    tl.store(envelope_dot + e, du * d_dot, mask=inside)
+    inv, slope = inverse_of(d, V2)
+    inv_dot = slope * d_dot
+    if B == 3:
+        tl.store(scale + 3 * e, x * inv, mask=inside)
+        tl.store(scale + 3 * e + 1, y * inv, mask=inside)
+        tl.store(scale + 3 * e + 2, z * inv, mask=inside)
+        tl.store(scale_dot + 3 * e, cx * inv + x * inv_dot, mask=inside)
+        tl.store(scale_dot + 3 * e + 1, cy * inv + y * inv_dot, mask=inside)
+        tl.store(scale_dot + 3 * e + 2, cz * inv + z * inv_dot, mask=inside)
+    else:
+        if ORDER == 0:
+            inv = 0.0 * inv + 1.0
+            inv_dot = 0.0 * inv
+        tl.store(scale + e, inv, mask=inside)
+        tl.store(scale_dot + e, inv_dot, mask=inside)
+
+
+@triton.jit
+def geometry_second_kernel(
+    vec, vec_dot, grad_distance, grad_distance_dot, grad_envelope, grad_envelope_dot, grad_scale, grad_vec,
+    E, lower, upper, tiles,
+    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient by vec from those by everything that geometry_tangent_kernel returns.
+
+    grad_scale: [tiles, E, 2 B], to be added up: by scale, then by scale_dot.
+    """
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z = _rows(vec, e, inside, 1.0)
+    cx, cy, cz = _rows(vec_dot, e, inside, 0.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    x_unit, y_unit, z_unit = x / d, y / d, z / d
+    d_dot = x_unit * cx + y_unit * cy + z_unit * cz
+    _, du = envelope_of(d, lower, upper, P, BELL)
+    inv, slope = inverse_of(d, V2)
+    gu_dot = tl.load(grad_envelope_dot + e, mask=inside, other=0.0)
+    # by d and by d'
+    g = tl.load(grad_distance + e, mask=inside, other=0.0) + du * tl.load(grad_envelope + e, mask=inside, other=0.0)
+    g += gu_dot * _envelope_bend(d, lower, upper, P, BELL) * d_dot
+    g_dot = tl.load(grad_distance_dot + e, mask=inside, other=0.0) + gu_dot * du
+    vx = 0.0 * x
+    vy = vx
+    vz = vx
+    if ORDER == 1:
+        # the value enters through s = p (1/d), p = vec or 1, and its change p' (1/d) + p (1/d)_d d'
+        bend = _inverse_bend(d, V2)
+        gs0 = 0.0 * x
+        hs0 = gs0
+        if B == 3:
+            gs1, gs2, hs1, hs2 = gs0, gs0, gs0, gs0
+        for k in range(tiles):
+            at = grad_scale + (k * E + e) * (2 * B)
+            gs0 += tl.load(at, mask=inside, other=0.0)
+            hs0 += tl.load(at + B, mask=inside, other=0.0)
+            if B == 3:
+                gs1 += tl.load(at + 1, mask=inside, other=0.0)
+                gs2 += tl.load(at + 2, mask=inside, other=0.0)
+                hs1 += tl.load(at + 4, mask=inside, other=0.0)
+                hs2 += tl.load(at + 5, mask=inside, other=0.0)
+        if B == 3:
+            along = gs0 * x + gs1 * y + gs2 * z
+            along_dot = hs0 * x + hs1 * y + hs2 * z
+            g += slope * (along + hs0 * cx + hs1 * cy + hs2 * cz)
+            vx += gs0 * inv + hs0 * slope * d_dot
+            vy += gs1 * inv + hs1 * slope * d_dot
+            vz += gs2 * inv + hs2 * slope * d_dot
+        else:
+            along_dot = hs0
+            g += slope * gs0
+        g += bend * d_dot * along_dot
+        g_dot += slope * along_dot
+    g_dot = g_dot / d
+    vx += g * x_unit + g_dot * (cx - d_dot * x_unit)
+    vy += g * y_unit + g_dot * (cy - d_dot * y_unit)
+    vz += g * z_unit + g_dot * (cz - d_dot * z_unit)
+    tl.store(grad_vec + 3 * e, vx, mask=inside)
+    tl.store(grad_vec + 3 * e + 1, vy, mask=inside)
+    tl.store(grad_vec + 3 * e + 2, vz, mask=inside)

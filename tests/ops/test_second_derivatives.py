@@ -1,0 +1,246 @@
+"""Second derivatives as training on forces asks for them: kernels against the reference and against recomputation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.radial import gaussian_basis, radial_hidden, radial_network
+from e2former_kernels.common.tiles import RowTiles
+from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+
+pytestmark = [
+    pytest.mark.skipif(not triton_installed(), reason="needs the triton package"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU"),
+]
+NORMS = ["smooth", "molfm", "softplus", "sigmoid"]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert not a.isnan().any()
+    return float(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).detach()) if b.numel() else 0.0
+
+
+def of_forces(out: Tensor, first: list[Tensor], inputs: list[Tensor], used: list[int] | None = None) -> list[Tensor]:
+    """Gradients by the cotangent and by ``inputs`` of a function of the gradients of <cotangent, out> by ``first``.
+
+    used: which of those gradients the function reads, all of them by default.
+    """
+    random = torch.Generator().manual_seed(1)
+
+    def like(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=random, dtype=torch.float64).to(t.dtype)
+
+    cotangent = like(out).requires_grad_()
+    gradients = torch.autograd.grad(out, first, cotangent, create_graph=True)
+    loss = sum((g * like(g)).sum() for n, g in enumerate(gradients) if used is None or n in used)
+    return list(torch.autograd.grad(loss, [cotangent, *inputs], materialize_grads=True))
+
+
+@pytest.fixture
+def called(monkeypatch) -> list[list[int]]:
+    """Which inputs each call of the attention's hand-written second derivative was asked for."""
+    from e2former_kernels.equivariant_attention import fused
+
+    calls, inner = [], fused.second_derivative
+
+    def spy(step, cotangents, grad, tensors, wanted, again):
+        found = inner(step, cotangents, grad, tensors, wanted, again)
+        assert found is not None
+        calls.append(list(again))
+        return found
+
+    monkeypatch.setattr(fused, "second_derivative", spy)
+    return calls
+
+
+@pytest.fixture
+def check(find_leaves, called, monkeypatch):
+    """Compare with the reference, and with the recomputation that steps without a second derivative go through."""
+
+    def run(arguments: tuple, form: str = "relative", max_run_edges: int | None = 4, **options) -> None:
+        from e2former_kernels.equivariant_attention.fused import FusedAttention
+
+        first, inputs = [arguments[n] for n in (5, 1, 2, 3)], find_leaves(arguments)
+        op = lambda: equivariant_attention(*arguments, form=form, max_run_edges=max_run_edges)  # noqa: E731
+        ours = of_forces(op(), first, inputs, **options)
+        assert len(called) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedAttention, "second", lambda *a: None)
+            recomputed = of_forces(op(), first, inputs, **options)
+        reference = of_forces(equivariant_attention_reference(*arguments, form=form), first, inputs, **options)
+        for n, (a, b, c) in enumerate(zip(ours, recomputed, reference, strict=True)):
+            assert relative(a, b) < 1e-11, f"input {n} against recomputation"
+            assert relative(a, c) < 1e-11, f"input {n} against the reference"
+        assert len(called) == 1
+
+    return run
+
+
+@pytest.mark.parametrize(("norm", "order"), list(itertools.product(NORMS, [0, 1])))
+def test_attention(make, check, norm: str, order: int) -> None:
+    check(make.attention(norm=norm, order=order))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_sum_form(make, check, norm: str) -> None:
+    check(make.attention(norm=norm), form="sum", max_run_edges=None)
+
+
+@pytest.mark.parametrize("edges", [0, 1, 37])
+def test_numbers_of_edges(make, check, edges: int) -> None:
+    check(make.attention(edges=edges, heads=5, per_head=3, lmax=2, norm="molfm"), max_run_edges=None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inverse_distance": "v2"},
+        {"inverse_distance": "v2", "order": 1, "norm": "sigmoid"},
+        {"bell": (0.3, 2.5)},
+        {"bell": (0.3, 2.5), "order": 0},
+        {"envelope_exponent": 1},
+        {"envelope_exponent": 2},
+        {"cutoff": 1.5},
+    ],
+)
+def test_geometry(make, check, options: dict) -> None:
+    check(make.attention(**options))
+
+
+def test_without_layer_norms(make, check) -> None:
+    arguments = list(make.attention())
+    arguments[10] = make.radial(1, 6, 4, 5, norms=False)
+    check(tuple(arguments))
+
+
+def test_senders_beyond_the_receivers(make, check) -> None:
+    """A rank of a split graph: atoms that send and do not receive."""
+    arguments = list(make.attention(edges=9))
+    arguments[2], arguments[3] = make(6, 3, 2), make(6, 4, 6)
+    arguments[6], arguments[9] = torch.randint(0, 6, (9,)), torch.randint(0, 4, (6,))
+    check(tuple(arguments))
+
+
+def test_equal_scores_share_the_maximum_with_the_first_edge(make, check) -> None:
+    arguments = list(make.attention(norm="molfm"))
+    vec = torch.cat([arguments[5][:3], arguments[5][:3], torch.full((1, 3), 4.0).double()])
+    arguments[5], arguments[6] = vec.detach().requires_grad_(), torch.zeros_like(arguments[6])
+    check(tuple(arguments), max_run_edges=None)
+
+
+@pytest.mark.parametrize("used", [[0], [1], [2], [3], [0, 3]])
+def test_missing_cotangents(make, check, used: list[int]) -> None:
+    check(make.attention(norm="molfm"), used=used)
+
+
+def test_several_tiles(make, check, monkeypatch) -> None:
+    """Heads and edges split over programs, as in wide networks and large graphs."""
+    from e2former_kernels.common import radial_second
+    from e2former_kernels.equivariant_attention import second
+
+    for name, value in (("WEIGHTS_TILE", (2, 1)), ("PAIR_TILE", (2, 1)), ("WEIGHTS_NUMBERS", 16)):
+        monkeypatch.setattr(second, name, value)
+    monkeypatch.setattr(second, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
+    monkeypatch.setattr(radial_second, "TILE_NUMBERS", 16)
+    monkeypatch.setattr(radial_second, "MAX_PROGRAMS", 3)
+    check(make.attention(edges=37, heads=5, per_head=3), max_run_edges=30)
+
+
+def test_only_what_is_asked_for(make, called, monkeypatch) -> None:
+    """Frozen weights are not differentiated; each input alone gets what it gets among all."""
+    from e2former_kernels.common.radial_second import RadialGradients
+
+    arguments = make.attention()
+    for t in arguments[10]:
+        t.requires_grad_(False)
+    first = [arguments[n] for n in (5, 1, 2, 3)]
+    inner = RadialGradients.backward
+    monkeypatch.setattr(
+        RadialGradients, "backward", lambda s, g, k, weights, *a: inner(s, g, k, weights, *a) if not weights else 1 / 0
+    )
+    cotangent = torch.ones(4, 4, 6, dtype=torch.float64, requires_grad=True)
+    gradients = torch.autograd.grad(equivariant_attention(*arguments), first, cotangent, create_graph=True)
+    loss = sum(g.square().sum() for g in gradients)
+    inputs = [cotangent, *first]
+    together = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for n, t in enumerate(inputs):
+        (alone,) = torch.autograd.grad(loss, [t], retain_graph=True)
+        assert relative(alone, together[n]) < 1e-14
+    assert called[0] == [0, 1, 2, 3, 4]
+    assert called[1:] == [[0], *([0, n] for n in range(1, 5))]  # the cotangent is a leaf: nobody knows
+
+
+def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves) -> None:
+    arguments = make.attention()
+    weights = list(arguments[10])
+    inputs = find_leaves(arguments)
+    ours = of_forces(equivariant_attention(*arguments), weights, inputs)
+    reference = of_forces(equivariant_attention_reference(*arguments), weights, inputs)
+    assert all(relative(a, b) < 1e-11 for a, b in zip(ours, reference, strict=True))
+
+
+def test_float32_stays_within_twice_the_references_error(make, find_leaves) -> None:
+    arguments = make.attention(edges=37, basis=32, hidden=8, heads=4)
+
+    def single(x):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.detach().float().requires_grad_(x.requires_grad)
+        return type(x)(*map(single, x)) if isinstance(x, tuple) else x
+
+    low = [single(x) for x in arguments]
+    exact = of_forces(
+        equivariant_attention_reference(*arguments), [arguments[n] for n in (5, 1, 2, 3)], find_leaves(arguments)
+    )
+    errors = []
+    for function in (equivariant_attention_reference, equivariant_attention):
+        found = of_forces(function(*low), [low[n] for n in (5, 1, 2, 3)], find_leaves(low))
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    for budget, error in zip(*errors, strict=True):
+        assert error <= 2 * budget + 2e-6
+
+
+@pytest.mark.parametrize(
+    ("groups", "norms", "last", "tangent", "edges"),
+    [
+        (1, True, True, True, 7),
+        (1, True, True, False, 7),
+        (3, True, False, True, 37),
+        (2, False, True, True, 5),
+        (3, True, False, False, 1),
+        (2, True, True, True, 0),
+    ],
+)
+def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: bool, edges: int) -> None:
+    """Value and tangent of the networks, and the gradients of both, against autograd."""
+    from e2former_kernels.common.radial_second import RadialGradients
+
+    weights = make.radial(groups, 6, 4, 5, norms)
+    species = torch.randint(0, 4, (2, edges))
+    distance = (torch.rand(edges).double() * 3.3 + 0.1).requires_grad_()
+    change = make(edges)
+    network = radial_network if last else radial_hidden
+    value = network(gaussian_basis(distance, 3.0, 5), *species, weights)
+    grad, grad_change = make(*value.shape), make(*value.shape)
+    loss, expected = (grad.detach() * value).sum(), [value]
+    if tangent:
+        (slope,) = torch.autograd.grad(value, distance, grad_change, create_graph=True)
+        loss = loss + (slope * change).sum()
+        expected += torch.autograd.grad(loss, grad_change, retain_graph=True)
+    leaves = [t for t in (weights if last else weights[:-2]) if t is not None]
+    inputs = [distance, *([change] if tangent else []), *leaves]
+    reference = torch.autograd.grad(loss, inputs)
+    with torch.no_grad():
+        gradients = RadialGradients(weights, 3.0, last)
+        out, kept = gradients.forward(distance, *species, change if tangent else None)
+        both = torch.stack([grad, grad_change]) if tangent else grad[None]
+        by_distance, by_change, by_weights = gradients.backward(both, kept, True)
+    assert relative(out, torch.stack(expected)) < 1e-12
+    ours = [by_distance, *([by_change] if tangent else []), *[t for t in by_weights if t is not None]]
+    for a, b in zip(ours, reference, strict=True):
+        assert relative(a, b) < 1e-12
