@@ -11,6 +11,7 @@ from torch import Tensor
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.radial import gaussian_basis, radial_hidden, radial_network
 from e2former_kernels.common.tiles import RowTiles
+from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
 pytestmark = [
@@ -244,3 +245,47 @@ def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: b
     ours = [by_distance, *([by_change] if tangent else []), *[t for t in by_weights if t is not None]]
     for a, b in zip(ours, reference, strict=True):
         assert relative(a, b) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("lmax", "norms", "edges", "run", "exponent"),
+    [(1, True, 7, None, 5), (2, True, 37, 10, 5), (2, False, 7, 4, 1), (4, True, 7, None, 2), (2, True, 0, None, 5)],
+)
+def test_edge_degree(
+    make, find_leaves, monkeypatch, lmax: int, norms: bool, edges: int, run: int | None, exponent: int
+) -> None:
+    from e2former_kernels.edge_degree import op
+
+    inner, calls = op.second_derivative, []
+
+    def spy(*arguments):
+        calls.append(inner(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(op, "second_derivative", spy)
+    arguments = (lmax, 3.0, 5, exponent, *make.edges(4, edges), make.radial(lmax + 1, 6, 4, 5, norms))
+    first, inputs = [arguments[4]], find_leaves(arguments)
+    ours = of_forces(edge_degree_embedding(*arguments, max_run_edges=run), first, inputs)
+    assert len(calls) == 1 and calls[0] is not None
+    monkeypatch.setattr(op, "second_derivative", lambda *a: None)
+    recomputed = of_forces(edge_degree_embedding(*arguments, max_run_edges=run), first, inputs)
+    reference = of_forces(edge_degree_embedding_reference(*arguments), first, inputs)
+    for n, (a, b, c) in enumerate(zip(ours, recomputed, reference, strict=True)):
+        assert relative(a, b) < 1e-11, f"input {n} against recomputation"
+        assert relative(a, c) < 1e-11, f"input {n} against the reference"
+
+
+def test_edge_degree_with_frozen_weights(make, monkeypatch) -> None:
+    from e2former_kernels.common.radial_second import RadialGradients
+
+    vec, *graph = make.edges(4, 7)
+    radial = type(make.radial(1, 1, 1, 1))(*(t.detach() for t in make.radial(3, 6, 4, 5)))
+    inner = RadialGradients.backward
+    monkeypatch.setattr(
+        RadialGradients, "backward", lambda s, g, k, weights, *a: inner(s, g, k, weights, *a) if not weights else 1 / 0
+    )
+    ours, reference = (
+        of_forces(function(2, 3.0, 5, 5, vec, *graph, radial), [vec], [vec])
+        for function in (edge_degree_embedding, edge_degree_embedding_reference)
+    )
+    assert all(relative(a, b) < 1e-11 for a, b in zip(ours, reference, strict=True))

@@ -17,3 +17,17 @@ def polynomial(d, cutoff, P: tl.constexpr):
         series = series * rho + (P - 1 - n) * (P - n) / 2
     gap = tl.maximum(1.0 - rho, 0.0)
     return gap * gap * gap * series, gap * gap * (gap * slope - 3.0 * series) / cutoff
+
+
+@triton.jit
+def polynomial_bend(d, cutoff, P: tl.constexpr):
+    """Second derivative of :func:`polynomial` by the distance."""
+    rho = d / cutoff
+    gap = tl.maximum(1.0 - rho, 0.0)
+    if P == 1:
+        bend = 2.0 * gap
+    else:
+        bend = gap * (2.0 * rho - (P - 1) * gap)
+        for _n in tl.static_range(P - 2):
+            bend *= rho
+    return bend * (0.5 * P * (P + 1) * (P + 2)) / (cutoff * cutoff)

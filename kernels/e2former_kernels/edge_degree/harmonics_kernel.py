@@ -117,7 +117,8 @@ def harmonics_backward_kernel(
 
 
 @functools.lru_cache(maxsize=8)
-def _scales(lmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def harmonic_scales(lmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Factor of each degree and order, [lmax+1, lmax+1]."""
     table = torch.zeros(lmax + 1, lmax + 1, dtype=torch.float64)
     for l in range(lmax + 1):
         for m in range(l + 1):
@@ -132,7 +133,7 @@ def weighted_harmonics(vec: Tensor, lmax: int, cutoff: float, exponent: int) -> 
     edges = vec.shape[0]
     distance, out = vec.new_empty(edges), vec.new_empty(edges, (lmax + 1) ** 2)
     if edges:
-        scales = _scales(lmax, vec.dtype, vec.device)
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
         harmonics_kernel[(triton.cdiv(edges, 128),)](
             vec, scales, distance, out, edges, float(cutoff), L=lmax, P=exponent, BLOCK=128
         )
@@ -145,7 +146,7 @@ def weighted_harmonics_backward(
     """Gradient of :func:`weighted_harmonics` by vec, [E, 3]."""
     out = torch.empty_like(vec)
     if vec.shape[0]:
-        scales = _scales(lmax, vec.dtype, vec.device)
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
         harmonics_backward_kernel[(triton.cdiv(vec.shape[0], 128),)](
             grad.contiguous(), grad_distance.contiguous(), vec, scales, out, vec.shape[0], float(cutoff),
             L=lmax, P=exponent, BLOCK=128,

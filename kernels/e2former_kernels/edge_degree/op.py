@@ -22,11 +22,13 @@ from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, edge_plan
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_hidden
 from e2former_kernels.common.radial_kernel import RadialNetwork
+from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.segments import segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.edge_degree.harmonics_kernel import weighted_harmonics, weighted_harmonics_backward
 from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_features, harmonic_sum
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
+from e2former_kernels.edge_degree.second import second_derivative
 
 # Working memory of one run of edges as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
@@ -76,6 +78,11 @@ class _Embedding:
         """[N, M, h + 4]: the sums of features, the sum of y, and three zeros that keep rows aligned."""
         return torch.cat([sums, F.pad(total.unsqueeze(-1), (0, PAD - 1))], -1)
 
+    @staticmethod
+    def split(joined: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the sums [N, M, h] and of the sum of y [N, M] from that of :meth:`join`."""
+        return joined[..., :-PAD].contiguous(), joined[..., -PAD]
+
     def forward(self, tensors: list[Tensor]) -> Tensor:
         vec, network = tensors[0], RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
         parts = []
@@ -88,39 +95,46 @@ class _Embedding:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        weights = [n - 1 for n in wanted if n > 0]
-        sums: list[Tensor | None] = [None] * len(weights)
+        weights = self.weights(tensors[1:])
+        network = radial = by_weights = None
+        if any(n > 0 for n in wanted):
+            radial = RadialGradients(weights, self.cutoff, last=False)
+        else:
+            network = RadialNetwork(weights, self.cutoff, last=False)
         vectors = []
-        network = None if weights else RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
         for chunk in self.chunks:
             elements = self.elements(chunk)
-            part = grad[chunk.nodes]
-            grad_sum, grad_total = part[..., :-PAD].contiguous(), part[..., -PAD]
+            grad_sum, grad_total = self.split(grad[chunk.nodes])
             vec = tensors[0][chunk.edges].detach().contiguous()
             distance, y = weighted_harmonics(vec, self.lmax, self.cutoff, self.exponent)
-            if network is None:
-                with torch.enable_grad():
-                    distance = distance.requires_grad_()
-                    leaves = [w.detach().requires_grad_(n in weights) for n, w in enumerate(tensors[1:])]
-                    basis = gaussian_basis(distance, self.cutoff, self.num_basis)
-                    hidden = radial_hidden(basis, *elements, self.weights(leaves))
-                features = hidden.detach()
-            else:
+            if radial is None:
                 features, middle = network.forward(distance, *elements)
+            else:
+                features, kept = radial.forward(distance, *elements)
+                features = features[0]
             grad_hidden = harmonic_features(y, grad_sum, chunk.row_ptr, self.lmax + 1)
             grad_y = harmonic_dot(features, grad_sum, chunk.row_ptr) + grad_total.index_select(0, chunk.target)
-            if network is None:
-                inputs = [distance, *(leaves[n] for n in weights)]
-                slope, *found = torch.autograd.grad(hidden, inputs, grad_hidden)
-                for n, g in enumerate(found):
-                    sums[n] = g if sums[n] is None else sums[n] + g
-            else:
+            if radial is None:
                 slope = network.backward(grad_hidden, middle, distance, *elements)
+            else:
+                slope, _, more = radial.backward(grad_hidden.unsqueeze(0), kept, weights=True)
+                by_weights = add_gradients(by_weights, more)
             if 0 in wanted:
                 grad_vec = weighted_harmonics_backward(grad_y, slope, vec, self.lmax, self.cutoff, self.exponent)
                 vectors.append(grad_vec)
-        found = iter(sums)
-        return [(vectors[0] if len(vectors) == 1 else torch.cat(vectors)) if n == 0 else next(found) for n in wanted]
+        found = [t for t in by_weights or () if t is not None]
+        return [(vectors[0] if len(vectors) == 1 else torch.cat(vectors)) if n == 0 else found[n - 1] for n in wanted]
+
+    def second(
+        self,
+        cotangents: list[Tensor | None],
+        grad: Tensor,
+        tensors: list[Tensor],
+        wanted: list[int],
+        again: list[int],
+    ) -> list[Tensor] | None:
+        """See :class:`e2former_kernels.common.step.Step`; None where weights are among ``wanted``."""
+        return second_derivative(self, cotangents, grad, tensors, wanted, again)
 
 
 @torch.compiler.disable()

@@ -18,6 +18,16 @@ def _warps(numbers: int) -> int:
     return 4 if numbers >= 2048 else 2
 
 
+def launch_harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, out: Tensor) -> None:
+    """out[E, L, K] = :func:`harmonic_features` of contiguous tensors."""
+    (_, degrees, width), (nodes, rows, _) = out.shape, grad.shape
+    if out.numel():
+        block = min(next_power(width), 128)
+        kernel.harmonic_features_kernel[nodes, triton.cdiv(width, block)](
+            harmonics, grad, row_ptr, out, rows, degrees, width, BL=degrees, BK=block, num_warps=1
+        )
+
+
 @_op("harmonic_sum")
 def harmonic_sum(harmonics: Tensor, features: Tensor, row_ptr: Tensor) -> Tensor:
     """sum_e Y_em a_e,l(m),c. harmonics: [E, M]; features: [E, L, K]; row_ptr: [N+1]. Returns [N, M, K]."""
@@ -36,14 +46,8 @@ def harmonic_sum(harmonics: Tensor, features: Tensor, row_ptr: Tensor) -> Tensor
 @_op("harmonic_features")
 def harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, degrees: int) -> Tensor:
     """sum over m of degree l of Y_em g_imc. harmonics: [E, M]; grad: [N, M, K]. Returns [E, L, K]."""
-    (edges, rows), (nodes, _, width) = harmonics.shape, grad.shape
-    out = grad.new_empty(edges, degrees, width)
-    if out.numel():
-        block = min(next_power(width), 128)
-        kernel.harmonic_features_kernel[nodes, triton.cdiv(width, block)](
-            harmonics.contiguous(), grad.contiguous(), row_ptr, out, rows, degrees, width,
-            BL=degrees, BK=block, num_warps=1,
-        )  # fmt: skip
+    out = grad.new_empty(harmonics.shape[0], degrees, grad.shape[2])
+    launch_harmonic_features(harmonics.contiguous(), grad.contiguous(), row_ptr, out)
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.common.envelope_kernel import polynomial_bend
 from e2former_kernels.equivariant_attention.edge_kernel import envelope_of, inverse_of
 
 
@@ -20,15 +21,7 @@ def _envelope_bend(d, lower, upper, P: tl.constexpr, BELL: tl.constexpr):
         gap = 1.0 - t * t
         bend = tl.where(gap > 0.0, (2.0 * t * t - gap) * (16.0 / ((upper - lower) * (upper - lower))), 0.0)
     else:
-        rho = d / upper
-        gap = tl.maximum(1.0 - rho, 0.0)
-        if P == 1:
-            bend = 2.0 * gap
-        else:
-            bend = gap * (2.0 * rho - (P - 1) * gap)
-            for _n in tl.static_range(P - 2):
-                bend *= rho
-        bend = bend * (0.5 * P * (P + 1) * (P + 2)) / (upper * upper)
+        bend = polynomial_bend(d, upper, P)
     return bend
 
 

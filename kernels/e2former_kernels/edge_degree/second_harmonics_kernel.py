@@ -1,0 +1,238 @@
+"""Triton kernels of the weighted harmonics along a change of the edge vectors, and of the gradient of both.
+
+y = u(d) Y(direction) / mean degree by the recurrences of ``harmonics_kernel.py``, whose every variable has a change
+along ``vec_dot`` beside it (``_dot``). The gradient by vec of <g, y> is u (q - <q, n> n) / d + u' t n, with n the
+direction, q the gradient of t = <g, Y> by n; that of <h, y_dot> is the change of the same expression with h for g.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from e2former_kernels.common.envelope_kernel import polynomial, polynomial_bend
+from e2former_kernels.edge_degree.harmonics_kernel import harmonic_scales
+
+
+@triton.jit
+def _direction(vec, vec_dot, e, inside):
+    """Direction, its change, length and its change."""
+    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
+    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
+    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    x_dot = tl.load(vec_dot + 3 * e, mask=inside, other=0.0)
+    y_dot = tl.load(vec_dot + 3 * e + 1, mask=inside, other=0.0)
+    z_dot = tl.load(vec_dot + 3 * e + 2, mask=inside, other=0.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    x = x / d
+    y = y / d
+    z = z / d
+    d_dot = x * x_dot + y * y_dot + z * z_dot
+    x_dot = (x_dot - d_dot * x) / d
+    y_dot = (y_dot - d_dot * y) / d
+    z_dot = (z_dot - d_dot * z) / d
+    return x, y, z, x_dot, y_dot, z_dot, d, d_dot
+
+
+@triton.jit
+def harmonics_tangent_kernel(
+    vec, vec_dot, scales, distance, distance_dot, out, out_dot, E, cutoff,
+    L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """distance [E] and out [E, (L+1)^2], as harmonics_kernel, and their changes along vec_dot."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, x_dot, y_dot, z_dot, d, d_dot = _direction(vec, vec_dot, e, inside)
+    tl.store(distance + e, d, mask=inside)
+    tl.store(distance_dot + e, d_dot, mask=inside)
+    u, du = polynomial(d, cutoff, P)
+    u_dot = du * d_dot
+    at = e * ((L + 1) * (L + 1))
+    c = 0.0 * x + 1.0
+    s = 0.0 * x
+    c_dot, s_dot = s, s
+    top = c
+    for m in tl.static_range(L + 1):
+        before = 0.0 * x
+        before_dot = before
+        p = top
+        p_dot = before
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
+                after_dot = ((2 * l - 1) * (y_dot * p + y * p_dot) - (l + m - 1) * before_dot) / (l - m)
+                before = p
+                before_dot = p_dot
+                p = after
+                p_dot = after_dot
+            scale = tl.load(scales + l * (L + 1) + m)
+            factor = scale * u * p
+            factor_dot = scale * (u_dot * p + u * p_dot)
+            tl.store(out + at + l * l + l + m, factor * c, mask=inside)
+            tl.store(out_dot + at + l * l + l + m, factor_dot * c + factor * c_dot, mask=inside)
+            if m > 0:
+                tl.store(out + at + l * l + l - m, factor * s, mask=inside)
+                tl.store(out_dot + at + l * l + l - m, factor_dot * s + factor * s_dot, mask=inside)
+        top = top * (2 * m + 1)
+        turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
+        s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
+        c_dot = turned_dot
+        turned = c * z - s * x
+        s = s * z + c * x
+        c = turned
+
+
+@triton.jit
+def harmonics_second_kernel(
+    grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, E, cutoff,
+    L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient by vec from those by everything that harmonics_tangent_kernel returns."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, x_dot, y_dot, z_dot, d, d_dot = _direction(vec, vec_dot, e, inside)
+    u, du = polynomial(d, cutoff, P)
+    at = e * ((L + 1) * (L + 1))
+    zero = 0.0 * x
+    c = zero + 1.0
+    s = zero
+    c_dot, s_dot = zero, zero
+    # derivatives of c and s by x and z; p depends on y alone
+    cx, cz, sx, sz = zero, zero, zero, zero
+    cx_dot, cz_dot, sx_dot, sz_dot = zero, zero, zero, zero
+    # t = <grad, Y> and its gradient; the same for grad_dot, with changes
+    gx, gy, gz, total = zero, zero, zero, zero
+    hx, hy, hz, other = zero, zero, zero, zero
+    hx_dot, hy_dot, hz_dot, other_dot = zero, zero, zero, zero
+    top = c
+    for m in tl.static_range(L + 1):
+        before = zero
+        before_dot = zero
+        slope_before = zero
+        slope_before_dot = zero
+        p = top
+        p_dot = zero
+        slope = zero
+        slope_dot = zero
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
+                after_dot = ((2 * l - 1) * (y_dot * p + y * p_dot) - (l + m - 1) * before_dot) / (l - m)
+                slope_after = ((2 * l - 1) * (p + y * slope) - (l + m - 1) * slope_before) / (l - m)
+                slope_after_dot = (2 * l - 1) * (p_dot + y_dot * slope + y * slope_dot)
+                slope_after_dot = (slope_after_dot - (l + m - 1) * slope_before_dot) / (l - m)
+                before = p
+                before_dot = p_dot
+                slope_before = slope
+                slope_before_dot = slope_dot
+                p = after
+                p_dot = after_dot
+                slope = slope_after
+                slope_dot = slope_after_dot
+            scale = tl.load(scales + l * (L + 1) + m)
+            g = scale * tl.load(grad + at + l * l + l + m, mask=inside, other=0.0)
+            h = scale * tl.load(grad_dot + at + l * l + l + m, mask=inside, other=0.0)
+            gx += g * p * cx
+            gy += g * slope * c
+            gz += g * p * cz
+            total += g * p * c
+            hx += h * p * cx
+            hy += h * slope * c
+            hz += h * p * cz
+            other += h * p * c
+            hx_dot += h * (p_dot * cx + p * cx_dot)
+            hy_dot += h * (slope_dot * c + slope * c_dot)
+            hz_dot += h * (p_dot * cz + p * cz_dot)
+            other_dot += h * (p_dot * c + p * c_dot)
+            if m > 0:
+                g = scale * tl.load(grad + at + l * l + l - m, mask=inside, other=0.0)
+                h = scale * tl.load(grad_dot + at + l * l + l - m, mask=inside, other=0.0)
+                gx += g * p * sx
+                gy += g * slope * s
+                gz += g * p * sz
+                total += g * p * s
+                hx += h * p * sx
+                hy += h * slope * s
+                hz += h * p * sz
+                other += h * p * s
+                hx_dot += h * (p_dot * sx + p * sx_dot)
+                hy_dot += h * (slope_dot * s + slope * s_dot)
+                hz_dot += h * (p_dot * sz + p * sz_dot)
+                other_dot += h * (p_dot * s + p * s_dot)
+        top = top * (2 * m + 1)
+        next_cx_dot = cx_dot * z + cx * z_dot - sx_dot * x - sx * x_dot - s_dot
+        next_cz_dot = cz_dot * z + cz * z_dot + c_dot - sz_dot * x - sz * x_dot
+        next_sx_dot = sx_dot * z + sx * z_dot + cx_dot * x + cx * x_dot + c_dot
+        sz_dot = sz_dot * z + sz * z_dot + s_dot + cz_dot * x + cz * x_dot
+        cx_dot = next_cx_dot
+        cz_dot = next_cz_dot
+        sx_dot = next_sx_dot
+        next_cx = cx * z - sx * x - s
+        next_cz = cz * z + c - sz * x
+        next_sx = sx * z + cx * x + c
+        sz = sz * z + s + cz * x
+        cx = next_cx
+        cz = next_cz
+        sx = next_sx
+        turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
+        s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
+        c_dot = turned_dot
+        turned = c * z - s * x
+        s = s * z + c * x
+        c = turned
+    along = gx * x + gy * y + gz * z
+    across = hx * x + hy * y + hz * z
+    across_dot = hx_dot * x + hy_dot * y + hz_dot * z + hx * x_dot + hy * y_dot + hz * z_dot
+    # what multiplies g - <g, n> n, h - <h, n> n and the change of the latter
+    by_g = u / d
+    by_h = (du - by_g) * d_dot / d
+    radial = du * total + tl.load(grad_distance + e, mask=inside, other=0.0)
+    radial += polynomial_bend(d, cutoff, P) * d_dot * other + du * other_dot
+    turn = du * other + tl.load(grad_distance_dot + e, mask=inside, other=0.0)
+    vx = by_g * (gx - along * x + hx_dot - across_dot * x - across * x_dot) + by_h * (hx - across * x)
+    vy = by_g * (gy - along * y + hy_dot - across_dot * y - across * y_dot) + by_h * (hy - across * y)
+    vz = by_g * (gz - along * z + hz_dot - across_dot * z - across * z_dot) + by_h * (hz - across * z)
+    tl.store(out + 3 * e, vx + radial * x + turn * x_dot, mask=inside)
+    tl.store(out + 3 * e + 1, vy + radial * y + turn * y_dot, mask=inside)
+    tl.store(out + 3 * e + 2, vz + radial * z + turn * z_dot, mask=inside)
+
+
+def harmonics_tangent(
+    vec: Tensor, vec_dot: Tensor, lmax: int, cutoff: float, exponent: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lengths [E], u(d) Y / mean degree [E, (lmax+1)^2], and the changes of both along vec_dot. All of vec [E, 3].
+
+    Returns (lengths, their changes, harmonics, their changes). No gradient.
+    """
+    edges = vec.shape[0]
+    distance, distance_dot = vec.new_empty(edges), vec.new_empty(edges)
+    out, out_dot = (vec.new_empty(edges, (lmax + 1) ** 2) for _ in range(2))
+    if edges:
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        harmonics_tangent_kernel[(triton.cdiv(edges, 128),)](
+            vec, vec_dot, scales, distance, distance_dot, out, out_dot, edges, float(cutoff),
+            L=lmax, P=exponent, BLOCK=128,
+        )  # fmt: skip
+    return distance, distance_dot, out, out_dot
+
+
+def harmonics_second(
+    grad: Tensor,
+    grad_dot: Tensor,
+    grad_distance: Tensor,
+    grad_distance_dot: Tensor,
+    vec: Tensor,
+    vec_dot: Tensor,
+    lmax: int,
+    cutoff: float,
+    exponent: int,
+    out: Tensor,
+) -> None:
+    """Gradient of :func:`harmonics_tangent` by vec, to out [E, 3], from those by its results."""
+    if vec.shape[0]:
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        harmonics_second_kernel[(triton.cdiv(vec.shape[0], 128),)](
+            grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, vec.shape[0], float(cutoff),
+            L=lmax, P=exponent, BLOCK=128,
+        )  # fmt: skip
