@@ -14,10 +14,8 @@ from e2former_kernels.common.tiles import RowTiles
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
-pytestmark = [
-    pytest.mark.skipif(not triton_installed(), reason="needs the triton package"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU"),
-]
+pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
 NORMS = ["smooth", "molfm", "softplus", "sigmoid"]
 
 
@@ -25,6 +23,13 @@ def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest value."""
     assert not a.isnan().any()
     return float(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).detach()) if b.numel() else 0.0
+
+
+def single(x):
+    """Nested arguments in float32."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().float().requires_grad_(x.requires_grad)
+    return type(x)(*map(single, x)) if isinstance(x, tuple) else x
 
 
 def of_forces(out: Tensor, first: list[Tensor], inputs: list[Tensor], used: list[int] | None = None) -> list[Tensor]:
@@ -35,7 +40,7 @@ def of_forces(out: Tensor, first: list[Tensor], inputs: list[Tensor], used: list
     random = torch.Generator().manual_seed(1)
 
     def like(t: Tensor) -> Tensor:
-        return torch.randn(t.shape, generator=random, dtype=torch.float64).to(t.dtype)
+        return torch.randn(t.shape, generator=random, dtype=torch.float64).to(t)
 
     cotangent = like(out).requires_grad_()
     gradients = torch.autograd.grad(out, first, cotangent, create_graph=True)
@@ -83,21 +88,25 @@ def check(find_leaves, called, monkeypatch):
     return run
 
 
+@interpreted
 @pytest.mark.parametrize(("norm", "order"), list(itertools.product(NORMS, [0, 1])))
 def test_attention(make, check, norm: str, order: int) -> None:
     check(make.attention(norm=norm, order=order))
 
 
+@interpreted
 @pytest.mark.parametrize("norm", NORMS)
 def test_sum_form(make, check, norm: str) -> None:
     check(make.attention(norm=norm), form="sum", max_run_edges=None)
 
 
+@interpreted
 @pytest.mark.parametrize("edges", [0, 1, 37])
 def test_numbers_of_edges(make, check, edges: int) -> None:
     check(make.attention(edges=edges, heads=5, per_head=3, lmax=2, norm="molfm"), max_run_edges=None)
 
 
+@interpreted
 @pytest.mark.parametrize(
     "options",
     [
@@ -114,12 +123,14 @@ def test_geometry(make, check, options: dict) -> None:
     check(make.attention(**options))
 
 
+@interpreted
 def test_without_layer_norms(make, check) -> None:
     arguments = list(make.attention())
     arguments[10] = make.radial(1, 6, 4, 5, norms=False)
     check(tuple(arguments))
 
 
+@interpreted
 def test_senders_beyond_the_receivers(make, check) -> None:
     """A rank of a split graph: atoms that send and do not receive."""
     arguments = list(make.attention(edges=9))
@@ -128,6 +139,7 @@ def test_senders_beyond_the_receivers(make, check) -> None:
     check(tuple(arguments))
 
 
+@interpreted
 def test_equal_scores_share_the_maximum_with_the_first_edge(make, check) -> None:
     arguments = list(make.attention(norm="molfm"))
     vec = torch.cat([arguments[5][:3], arguments[5][:3], torch.full((1, 3), 4.0).double()])
@@ -135,11 +147,13 @@ def test_equal_scores_share_the_maximum_with_the_first_edge(make, check) -> None
     check(tuple(arguments), max_run_edges=None)
 
 
+@interpreted
 @pytest.mark.parametrize("used", [[0], [1], [2], [3], [0, 3]])
 def test_missing_cotangents(make, check, used: list[int]) -> None:
     check(make.attention(norm="molfm"), used=used)
 
 
+@interpreted
 def test_several_tiles(make, check, monkeypatch) -> None:
     """Heads and edges split over programs, as in wide networks and large graphs."""
     from e2former_kernels.common import radial_second
@@ -153,6 +167,7 @@ def test_several_tiles(make, check, monkeypatch) -> None:
     check(make.attention(edges=37, heads=5, per_head=3), max_run_edges=30)
 
 
+@interpreted
 def test_only_what_is_asked_for(make, called, monkeypatch) -> None:
     """Frozen weights are not differentiated; each input alone gets what it gets among all."""
     from e2former_kernels.common.radial_second import RadialGradients
@@ -177,6 +192,7 @@ def test_only_what_is_asked_for(make, called, monkeypatch) -> None:
     assert called[1:] == [[0], *([0, n] for n in range(1, 5))]  # the cotangent is a leaf: nobody knows
 
 
+@interpreted
 def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves) -> None:
     arguments = make.attention()
     weights = list(arguments[10])
@@ -186,13 +202,9 @@ def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves) -
     assert all(relative(a, b) < 1e-11 for a, b in zip(ours, reference, strict=True))
 
 
+@interpreted
 def test_float32_stays_within_twice_the_references_error(make, find_leaves) -> None:
     arguments = make.attention(edges=37, basis=32, hidden=8, heads=4)
-
-    def single(x):
-        if isinstance(x, Tensor) and x.is_floating_point():
-            return x.detach().float().requires_grad_(x.requires_grad)
-        return type(x)(*map(single, x)) if isinstance(x, tuple) else x
 
     low = [single(x) for x in arguments]
     exact = of_forces(
@@ -206,6 +218,7 @@ def test_float32_stays_within_twice_the_references_error(make, find_leaves) -> N
         assert error <= 2 * budget + 2e-6
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("groups", "norms", "last", "tangent", "edges"),
     [
@@ -247,6 +260,7 @@ def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: b
         assert relative(a, b) < 1e-12
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("lmax", "norms", "edges", "run", "exponent"),
     [(1, True, 7, None, 5), (2, True, 37, 10, 5), (2, False, 7, 4, 1), (4, True, 7, None, 2), (2, True, 0, None, 5)],
@@ -275,6 +289,7 @@ def test_edge_degree(
         assert relative(a, c) < 1e-11, f"input {n} against the reference"
 
 
+@interpreted
 def test_edge_degree_with_frozen_weights(make, monkeypatch) -> None:
     from e2former_kernels.common.radial_second import RadialGradients
 
@@ -289,3 +304,32 @@ def test_edge_degree_with_frozen_weights(make, monkeypatch) -> None:
         for function in (edge_degree_embedding, edge_degree_embedding_reference)
     )
     assert all(relative(a, b) < 1e-11 for a, b in zip(ours, reference, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("norm", "order"), list(itertools.product(NORMS, [0, 1])))
+def test_gpu(make, find_leaves, called, norm: str, order: int) -> None:
+    """Strict float32 against float64: errors within twice the reference's; the same bits twice."""
+    torch.set_float32_matmul_precision("highest")
+    make.device, sizes = "cuda", {"nodes": 60, "edges": 900, "heads": 16, "width": 8, "basis": 32, "hidden": 16}
+    arguments = make.attention(norm=norm, order=order, lmax=2, **sizes)
+    _check_on_gpu(equivariant_attention, equivariant_attention_reference, arguments, (5, 1, 2, 3), find_leaves)
+    assert len(called) == 2
+
+
+@pytest.mark.gpu
+def test_edge_degree_gpu(make, find_leaves) -> None:
+    torch.set_float32_matmul_precision("highest")
+    make.device = "cuda"
+    arguments = (2, 3.0, 32, 5, *make.edges(50, 700), make.radial(3, 32, 16, 32))
+    _check_on_gpu(edge_degree_embedding, edge_degree_embedding_reference, arguments, (4,), find_leaves)
+
+
+def _check_on_gpu(op, reference, arguments: tuple, first: tuple[int, ...], find_leaves) -> None:
+    low = [single(x) for x in arguments]
+    exact = of_forces(reference(*arguments), [arguments[n] for n in first], find_leaves(arguments))
+    found = [of_forces(f(*low), [low[n] for n in first], find_leaves(low)) for f in (reference, op, op)]
+    errors = [[float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(f, exact, strict=True)] for f in found]
+    for n, (budget, error) in enumerate(zip(errors[0], errors[1], strict=True)):
+        assert error <= 2 * budget + 5e-6, f"input {n}"
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))

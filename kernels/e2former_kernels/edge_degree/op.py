@@ -102,7 +102,7 @@ class _Embedding:
         else:
             network = RadialNetwork(weights, self.cutoff, last=False)
         vectors = []
-        for chunk in self.chunks:
+        for chunk in self.chunks if radial is None else self.plan.chunks:  # training: longer runs, fewer launches
             elements = self.elements(chunk)
             grad_sum, grad_total = self.split(grad[chunk.nodes])
             vec = tensors[0][chunk.edges].detach().contiguous()

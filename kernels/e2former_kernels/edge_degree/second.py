@@ -2,7 +2,8 @@ r"""Second derivative of the edge-degree embedding with kernels, run by run: wha
 
 As in ``equivariant_attention/second.py``: the first derivative by vec is J^T grad, and L = <c, J^T grad> = <grad, J c>
 with J c the change of the output along the cotangent c. The sums :math:`\sum_e Y_{em} a_{e l(m) c}` change by the sums
-of Y' a + Y a' with Y' the change of the harmonics and a' that of the radial features.
+of Y' a + Y a' with Y' the change of the harmonics and a' that of the radial features. Runs are those of the
+recomputation (``op.RUN_NUMBERS``).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def second_derivative(
     by_weights: RadialWeights | None = None
     network = RadialGradients(step.weights(tensors[1:]), step.cutoff, last=False)
     options = (step.lmax, step.cutoff, step.exponent)
-    for chunk in step.chunks:
+    for chunk in step.plan.chunks:
         row_ptr = chunk.row_ptr
         edges = vec[chunk.edges], vec_dot[chunk.edges]
         distance, distance_dot, y, y_dot = harmonics_tangent(*edges, *options)

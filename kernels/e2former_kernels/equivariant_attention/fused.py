@@ -196,8 +196,8 @@ class FusedAttention:
         self.cache.pop("network", None)
         known = self.cache.get("statistics") if table is self.table else None
         statistics = self._statistics(query) if known is None else known
-        single = len(self.chunks) == 1
-        fresh = torch.empty_like if single else torch.zeros_like
+        chunks = self.plan.chunks if weights_wanted else self.chunks  # training: longer runs, fewer launches
+        fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
         grad_vec, grad_query = torch.empty_like(vec), torch.empty_like(query)
         by_sender = _KEY in wanted or _VALUE in wanted
         grad_key, grad_value = (fresh(key), fresh(value)) if by_sender else (key, value)
@@ -207,7 +207,7 @@ class FusedAttention:
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE)
         blocks = triton.cdiv(heads, tiles.heads)
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
-        for chunk in self.chunks:
+        for chunk in chunks:
             edges = self._edges(chunk, vec, table)
             number, receivers = chunk.num_edges, chunk.num_nodes
             if radial is not None:
