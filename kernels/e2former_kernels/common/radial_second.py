@@ -21,7 +21,7 @@ from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.tiles import next_power
 
 TILE_NUMBERS = 512  # numbers of one tile of the row kernels, which hold a dozen such tiles: 4 a thread
-MAX_PROGRAMS = 1024  # programs that write partial sums of weight gradients, for each network
+MAX_PROGRAMS = 4096  # programs that write partial sums of weight gradients, for each network
 
 
 class Kept(NamedTuple):
