@@ -141,7 +141,8 @@ class _Capture:
                         torch.autograd.grad(out, vec, torch.ones_like(out))
                 del out
             torch.cuda.current_stream().wait_stream(side)
-            self.tables = [block.attention.tables_of_radial.table for block in trunk.blocks]  # replays read them
+            with_tables = [trunk.edge_degree, *(block.attention for block in trunk.blocks)]
+            self.tables = [module.tables_of_radial.table for module in with_tables]  # replays read them
             with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
                 out = evaluate()
             if gradient:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.nn.linear import kaiming_linear
 from e2former_fairchem.nn.radial import EMBEDDING_SCALE, RadialMLP, SpeciesEmbedding
+from e2former_fairchem.nn.radial_tables import TableCache
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 
 if TYPE_CHECKING:
@@ -77,10 +78,13 @@ class EdgeDegreeEmbedding(nn.Module):
             groups=config.lmax + 1,
             layer_norm=config.edge_layer_norm,
         )
+        self.tables_of_radial = TableCache()
 
     def forward(self, atomic_numbers: Tensor, graph: Graph, convolution: Convolution) -> Tensor:
         """atomic_numbers: of the graph's senders; graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
         config = self.config
+        target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
+        radial = self.radial(target_table, source_table)
         arguments = (
             config.lmax,
             config.cutoff,
@@ -91,10 +95,16 @@ class EdgeDegreeEmbedding(nn.Module):
             graph.target,
             graph.row_ptr,
             atomic_numbers,
-            self.radial(self.target_embedding.weight, self.source_embedding.weight),
+            radial,
         )
         if convolution.backend == "triton":
-            return edge_degree_embedding(*arguments, source_order=graph.source_order, source_ptr=graph.source_ptr)
+            parameters = (target_table, source_table, *self.radial.parameters())
+            table = self.tables_of_radial.get(
+                convolution.elements, parameters, lambda: radial, config.cutoff, last=False
+            )
+            return edge_degree_embedding(
+                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, table=table
+            )
         return edge_degree_embedding_reference(
             *arguments, recompute=convolution.recompute, geometry=convolution.geometry
         )

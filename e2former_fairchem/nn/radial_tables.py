@@ -44,11 +44,12 @@ class TableCache:
         parameters: Sequence[Tensor],
         weights: Callable[[], RadialWeights],
         cutoff: float,
+        last: bool = True,
     ) -> RadialTable | None:
         """A table for all pairs of ``elements``, or None where the network is to be evaluated.
 
         elements: atomic numbers, None where the weights are trained. parameters: what ``weights()`` is made of; a
-        table is dropped when one of them changes. cutoff: Å.
+        table is dropped when one of them changes. cutoff: Å. last: with the networks' last linear layer.
         """
         if elements is None:
             return None
@@ -66,7 +67,7 @@ class TableCache:
             return None
         exact = weights()
         for candidate in dict.fromkeys((self._elements | wanted, wanted)):
-            table = build_radial_table(exact, cutoff, sorted(candidate))
+            table = build_radial_table(exact, cutoff, sorted(candidate), last)
             if table is not None:
                 self.table, self._elements = table, candidate
                 return table

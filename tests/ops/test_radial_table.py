@@ -8,6 +8,7 @@ import torch
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.radial import gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import build_radial_table, hermite
+from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
 interpreted = pytest.mark.skipif(
@@ -43,8 +44,6 @@ def test_no_table_where_none_is_good_or_small_enough(make) -> None:
     weights = make.radial(1, 6, 8, 17)
     assert build_radial_table(weights, CUTOFF, ELEMENTS, tolerance=1e-14) is None
     assert build_radial_table(weights, CUTOFF, ELEMENTS, max_bytes=1000) is None
-    with pytest.raises(ValueError, match="expected one network, got 2"):
-        build_radial_table(make.radial(2, 6, 8, 17), CUTOFF, ELEMENTS)
 
 
 @interpreted
@@ -77,6 +76,24 @@ def test_attention_with_a_table(make, find_leaves, norm: str, order: int, size: 
     )
     for a, b in zip(second, expected, strict=True):
         assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+@interpreted
+@pytest.mark.parametrize(("lmax", "norms", "size"), [(2, True, None), (1, False, 3)])
+def test_edge_degree_with_a_table(make, lmax: int, norms: bool, size: int | None) -> None:
+    """Several networks without their last layer: value and gradient by the edges, and by the last layer's weights."""
+    vec, *graph, species = make.edges(4, 11)
+    radial = make.radial(lmax + 1, 6, 5, 9, norms)
+    hidden = type(radial)(*(None if t is None else t.detach() for t in radial[:-2]), *radial[-2:])
+    table = build_radial_table(hidden, CUTOFF, range(4), last=False, tolerance=1e-9)
+    arguments = (lmax, CUTOFF, 9, 5, vec, *graph, species, hidden)
+    op = edge_degree_embedding(*arguments, table=table, max_run_edges=size)
+    reference = edge_degree_embedding_reference(*arguments)
+    assert (op - reference).abs().max() < 1e-8 * reference.abs().max()
+    cotangent = torch.randn(op.shape, dtype=op.dtype)
+    inputs = [vec, hidden.out, hidden.out_bias]
+    for a, b in zip(*(torch.autograd.grad(y, inputs, cotangent) for y in (op, reference)), strict=True):
+        assert (a - b).abs().max() < 2e-6 * b.abs().max()
 
 
 @interpreted

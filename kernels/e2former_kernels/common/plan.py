@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+MIN_RUN_EDGES = 64  # however wide the network
+
 
 class EdgeChunk(NamedTuple):
     """A run of receivers, all their edges, and the senders of those edges counted from zero.
@@ -98,6 +100,16 @@ def _build(
             )
         )
     return chunks
+
+
+def run_size(edges: int, numbers: int, budget: int, single: int | None = None) -> int:
+    """Edges of a run: all of them where they take at most ``single`` numbers (default: the budget), else by the budget.
+
+    numbers: working memory of an edge. One run needs no list of its senders and can be captured in a CUDA graph.
+    """
+    if edges * numbers <= (budget if single is None else single):
+        return max(edges, 1)
+    return max(budget // numbers, MIN_RUN_EDGES)
 
 
 class LazyPlan(Sequence[EdgeChunk]):

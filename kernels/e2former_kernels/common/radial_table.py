@@ -8,13 +8,14 @@ The step is halved until the interpolant meets the network between the knots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.radial import LAYER_NORM_EPS, RadialWeights, gaussian_basis
 
 #: Largest error of a table, relative to the largest value in it.
@@ -28,11 +29,12 @@ _ROWS = 1 << 14
 
 
 class RadialTable(NamedTuple):
-    """Splines of a radial network with one group.
+    """Splines of radial networks.
 
-    knots: [pairs * (intervals + 1), 2, K], value and slope times the step. pair_row: [Z, Z] int32, first row of the
-    ordered pair (receiver's element, sender's element), -1 for pairs that are not in the table. intervals: of each
-    pair. scale: intervals per Å. error: largest error found between the knots, relative to the largest value.
+    knots: [pairs * (intervals + 1), 2, K], value and slope times the step; K = groups times results of one. pair_row:
+    [Z, Z] int32, first row of the ordered pair (receiver's element, sender's element), -1 for pairs that are not in the
+    table. intervals: of each pair. scale: intervals per Å. error: largest found between the knots, relative to the
+    largest value.
     """
 
     knots: Tensor
@@ -42,37 +44,36 @@ class RadialTable(NamedTuple):
     error: float
 
 
-def _network(distance: Tensor, rows: Tensor, weights: RadialWeights, cutoff: float) -> Tensor:
-    """The network of one group; rows [n, h] are T[z_i] + S[z_j] of its first layer. distance: [n]. Returns [n, K]."""
+def _network(distance: Tensor, rows: Tensor, weights: RadialWeights, cutoff: float, last: bool) -> Tensor:
+    """The networks [n, K]; rows [G, n, h] are T[z_i] + S[z_j] of their first layer. distance: [n]."""
 
     def activate(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if weight is None:
             return F.silu(x)
         centred = x - x.mean(-1, keepdim=True)
         normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
-        return F.silu(normal * weight[0] + bias[0])
+        return F.silu(normal * weight.unsqueeze(1) + bias.unsqueeze(1))
 
-    x = gaussian_basis(distance, cutoff, weights.basis.shape[-1]) @ weights.basis[0].t() + rows
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.matmul(x, weight.transpose(1, 2)) + bias.unsqueeze(1)
+
+    x = torch.matmul(gaussian_basis(distance, cutoff, weights.basis.shape[-1]), weights.basis.transpose(1, 2)) + rows
     x = activate(x, weights.norm0_weight, weights.norm0_bias)
-    x = activate(x @ weights.hidden[0].t() + weights.hidden_bias[0], weights.norm1_weight, weights.norm1_bias)
-    return x @ weights.out[0].t() + weights.out_bias[0]
+    x = activate(linear(x, weights.hidden, weights.hidden_bias), weights.norm1_weight, weights.norm1_bias)
+    return (linear(x, weights.out, weights.out_bias) if last else x).transpose(0, 1).flatten(1)
 
 
-def _on_grid(distance: Tensor, rows: Tensor, weights: RadialWeights, cutoff: float, slope: bool) -> Tensor:
-    """Values [pairs, n, K], or with ``slope`` values and slopes [pairs, n, 2, K], in float64. rows: [pairs, h]."""
-    number, out = distance.numel(), []
-    for start in range(0, rows.shape[0] * number, _ROWS):
-        at = torch.arange(start, min(start + _ROWS, rows.shape[0] * number), device=distance.device)
-        pair, d = rows.index_select(0, at // number), distance.index_select(0, at % number)
-
-        def network(x: Tensor, pair: Tensor = pair) -> Tensor:
-            return _network(x, pair, weights, cutoff)
-
+def _on_grid(distance: Tensor, rows: Tensor, network: Callable[[Tensor, Tensor], Tensor], slope: bool) -> Tensor:
+    """Values [pairs, n, K], or with ``slope`` values and slopes [pairs, n, 2, K]. rows: [G, pairs, h]."""
+    number, pairs, out = distance.numel(), rows.shape[1], []
+    for start in range(0, pairs * number, _ROWS):
+        at = torch.arange(start, min(start + _ROWS, pairs * number), device=distance.device)
+        pair, d = rows.index_select(1, at // number), distance.index_select(0, at % number)
         if slope:
-            out.append(torch.stack(torch.func.jvp(network, (d,), (torch.ones_like(d),)), 1))
+            out.append(torch.stack(torch.func.jvp(lambda x, p=pair: network(x, p), (d,), (torch.ones_like(d),)), 1))
         else:
-            out.append(network(d))
-    return torch.cat(out).unflatten(0, (rows.shape[0], number))
+            out.append(network(d, pair))
+    return torch.cat(out).unflatten(0, (pairs, number))
 
 
 def hermite(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,10 +82,12 @@ def hermite(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return 1.0 - right, f * (1.0 - f) * (1.0 - f), right, f * f * (f - 1.0)
 
 
-def table_bytes(elements: int, weights: RadialWeights, knots_per_centre: int = KNOTS_PER_CENTRE[0]) -> int:
-    """Bytes of a table for so many elements, in float32."""
-    num_basis = weights.basis.shape[-1]
-    return elements * elements * ((num_basis - 1) * knots_per_centre + 1) * 2 * weights.out.shape[1] * 4
+def _results(weights: RadialWeights, last: bool) -> int:
+    return weights.out.shape[0] * weights.out.shape[1 if last else 2]
+
+
+def _bytes(pairs: int, intervals: int, results: int) -> int:
+    return pairs * (intervals + 1) * 2 * results * 4
 
 
 @torch.no_grad()
@@ -92,42 +95,56 @@ def build_radial_table(
     weights: RadialWeights,
     cutoff: float,
     elements: Sequence[int],
+    last: bool = True,
     tolerance: float = TOLERANCE,
     max_bytes: int = MAX_BYTES,
 ) -> RadialTable | None:
     """Splines for all ordered pairs of ``elements`` on [0, cutoff] (Å), in the dtype of the weights.
 
-    weights: of one group. Returns None when the table would exceed ``max_bytes`` or when no step that is tried reaches
-    ``tolerance``. Raises ValueError for several groups.
+    weights: of G networks, whose results stand side by side. last: with the last linear layer, or without it. Returns
+    None when the table would exceed ``max_bytes`` (in float32) or when no step that is tried reaches ``tolerance``.
     """
-    if weights.basis.shape[0] != 1:
-        raise ValueError(f"weights: expected one network, got {weights.basis.shape[0]}")
     exact = RadialWeights(*(None if t is None else t.detach().double() for t in weights))
-    dtype, device, number = weights.basis.dtype, weights.basis.device, len(elements)
+    dtype, device, pairs = weights.basis.dtype, weights.basis.device, len(elements) ** 2
     index = torch.tensor(sorted(elements), device=device)
     rows = exact.target_table[index].unsqueeze(1) + exact.source_table[index].unsqueeze(0)
-    rows = rows.view(number * number, -1)
+    rows = rows.flatten(0, 1).transpose(0, 1)
+
+    def network(distance: Tensor, rows: Tensor) -> Tensor:
+        return _network(distance, rows, exact, cutoff, last)
+
     for per_centre in KNOTS_PER_CENTRE:
-        if table_bytes(number, weights, per_centre) > max_bytes:
-            return None
         intervals = (weights.basis.shape[-1] - 1) * per_centre
+        if _bytes(pairs, intervals, _results(weights, last)) > max_bytes:
+            return None
         step = cutoff / intervals
         at = torch.arange(intervals + 1, dtype=torch.float64, device=device) * step
-        knots = _on_grid(at, rows, exact, cutoff, True)
+        knots = _on_grid(at, rows, network, True)
         knots[:, :, 1] *= step
-        # the middle of the intervals is where the error of a cubic is largest; a coprime stride visits all regions
+        # the error of a cubic is largest in the middle of its interval
         probe = torch.arange(0, intervals, max(intervals // 512, 1), device=device)
         a, b, c, d = hermite(torch.tensor(0.5, dtype=torch.float64, device=device))
         left, right = knots[:, probe], knots[:, probe + 1]
         found = a * left[:, :, 0] + b * left[:, :, 1] + c * right[:, :, 0] + d * right[:, :, 1]
-        expected = _on_grid(at[probe] + 0.5 * step, rows, exact, cutoff, False)
+        expected = _on_grid(at[probe] + 0.5 * step, rows, network, False)
         error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         if error <= tolerance:
             size = exact.target_table.shape[0]
             pair_row = torch.full((size, size), -1, dtype=torch.int32, device=device)
-            first = torch.arange(number * number, dtype=torch.int32, device=device) * (intervals + 1)
-            pair_row[index.unsqueeze(1), index.unsqueeze(0)] = first.view(number, number)
-            return RadialTable(
-                knots.flatten(0, 1).to(dtype).contiguous(), pair_row, intervals, intervals / cutoff, error
-            )
+            first = torch.arange(pairs, dtype=torch.int32, device=device) * (intervals + 1)
+            pair_row[index.unsqueeze(1), index.unsqueeze(0)] = first.view(len(elements), len(elements))
+            knots = knots.flatten(0, 1).to(dtype).contiguous()
+            return RadialTable(knots, pair_row, intervals, intervals / cutoff, error)
     return None
+
+
+def check_table(table: RadialTable, like: Tensor, results: int, weights: Sequence[Tensor | None]) -> None:
+    """Raise ValueError or TypeError where a table does not belong to a call.
+
+    like: a tensor of the call's dtype and device; results: K; weights: of the networks that the table stands for.
+    """
+    check_shape("table.knots", table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, results))
+    check_same_device("the input", like, **{"table.knots": table.knots, "table.pair_row": table.pair_row})
+    check_same_dtype("the input", like, **{"table.knots": table.knots})
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
+        raise ValueError("table: expected None where the radial network's weights need gradients")

@@ -19,21 +19,22 @@ from e2former_kernels.common.checks import check_same_device, check_same_dtype, 
 from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import EdgeChunk, edge_plan
+from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_hidden
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
+from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.segments import segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.edge_degree.harmonics_kernel import weighted_harmonics, weighted_harmonics_backward
 from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_features, harmonic_sum
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 from e2former_kernels.edge_degree.second import second_derivative
+from e2former_kernels.edge_degree.spline import place_edges, spline_backward, spline_sum
 
-# Working memory of one run of edges as in ``equivariant_attention/op.py``.
+# Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
 RUN_NUMBERS = 1 << 30
-MIN_RUN_EDGES = 64
 PAD = 4  # columns beside the sums of features
 
 
@@ -50,6 +51,7 @@ class _Embedding:
     species: Tensor
     radial: RadialWeights  # the structure: which tensors there are
     plan: Plan | None = None
+    table: RadialTable | None = None  # of the networks without their last layer, where the weights are frozen
 
     def weights(self, tensors: list[Tensor]) -> RadialWeights:
         rest = iter(tensors)
@@ -84,11 +86,16 @@ class _Embedding:
         return joined[..., :-PAD].contiguous(), joined[..., -PAD]
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        vec, network = tensors[0], RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
-        parts = []
+        vec, network, parts = tensors[0], None, []
+        if self.table is None:
+            network = RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
         for chunk in self.chunks:
             part = vec[chunk.edges].contiguous()
             distance, y = weighted_harmonics(part, self.lmax, self.cutoff, self.exponent)
+            if network is None:
+                placed = place_edges(self.table, distance, chunk, self.source[chunk.edges], self.species)
+                parts.append(spline_sum(y, self.table, placed, chunk.row_ptr, self.lmax + 1, PAD))
+                continue
             hidden, _ = network.forward(distance, *self.elements(chunk))
             total = segment_sum(y, chunk.row_ptr, chunk.target)
             parts.append(self.join(harmonic_sum(y, hidden, chunk.row_ptr), total))
@@ -99,14 +106,20 @@ class _Embedding:
         network = radial = by_weights = None
         if any(n > 0 for n in wanted):
             radial = RadialGradients(weights, self.cutoff, last=False)
-        else:
+        elif self.table is None:
             network = RadialNetwork(weights, self.cutoff, last=False)
         vectors = []
         for chunk in self.chunks if radial is None else self.plan.chunks:  # training: longer runs, fewer launches
-            elements = self.elements(chunk)
-            grad_sum, grad_total = self.split(grad[chunk.nodes])
             vec = tensors[0][chunk.edges].detach().contiguous()
             distance, y = weighted_harmonics(vec, self.lmax, self.cutoff, self.exponent)
+            if radial is None and network is None:
+                placed = place_edges(self.table, distance, chunk, self.source[chunk.edges], self.species)
+                given = grad[chunk.nodes].contiguous()
+                grad_y, slope = spline_backward(y, self.table, placed, chunk.row_ptr, given, self.lmax + 1, PAD)
+                vectors.append(weighted_harmonics_backward(grad_y, slope, vec, self.lmax, self.cutoff, self.exponent))
+                continue
+            elements = self.elements(chunk)
+            grad_sum, grad_total = self.split(grad[chunk.nodes])
             if radial is None:
                 features, middle = network.forward(distance, *elements)
             else:
@@ -153,11 +166,13 @@ def edge_degree_embedding(
     source_order: Tensor | None = None,
     source_ptr: Tensor | None = None,
     max_run_edges: int | None = None,
+    table: RadialTable | None = None,
 ) -> Tensor:
     r"""The function of :func:`edge_degree_embedding_reference` with Triton kernels.
 
     Arguments as there. source_order, source_ptr, max_run_edges: as in
-    :func:`e2former_kernels.equivariant_attention.equivariant_attention`.
+    :func:`e2former_kernels.equivariant_attention.equivariant_attention`; table likewise, of the networks without their
+    last layer.
 
     Returns [N, (lmax+1)^2, C], float32 (float64 in the interpreter). Differentiable to any order, the same bits every
     time. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton.
@@ -184,13 +199,18 @@ def edge_degree_embedding(
     numbers = groups * (26 * hidden) + 4 * num_basis
 
     def plan(budget: int, numbers: int) -> list[EdgeChunk]:
-        size = max_run_edges or max(budget // numbers, MIN_RUN_EDGES)
+        size = max_run_edges or run_size(edges, numbers, budget)
         return edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=species.numel())
 
-    fused = plan(FUSED_NUMBERS, groups * 4 * hidden + 24 * (lmax + 1) ** 2)
-    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial)
+    per_edge = 3 * (lmax + 1) ** 2 + lmax + 8
+    if table is None:
+        per_edge += groups * 4 * hidden + 21 * (lmax + 1) ** 2
+    else:
+        check_table(table, radial.basis, groups * hidden, radial[:-2])
+    fused = plan(FUSED_NUMBERS, per_edge)
+    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial, table=table)
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
-    further = plan_of(step.of_run, plan(RUN_NUMBERS, numbers), arguments)
+    further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
     step = dataclasses.replace(step, plan=further)
     sums = run_step(step, [t for _, t in arguments])
     parts = []

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.common.spline_kernel import feature, feature_and_slope, load
+
 
 @triton.jit
 def _sigmoid(a):
@@ -23,53 +25,6 @@ def _sigmoid(a):
 @triton.jit
 def _softplus(a):
     return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
-
-
-@triton.jit
-def _load(at, mask, MASKED: tl.constexpr):
-    if MASKED:
-        x = tl.load(at, mask=mask, other=0.0)
-    else:
-        x = tl.load(at)
-    return x
-
-
-@triton.jit
-def _spline(features, row, c, K: tl.constexpr, mask, MASKED: tl.constexpr):
-    """Value and slope at both ends of an interval, columns c."""
-    at = features + row * (2 * K) + c
-    return (
-        _load(at, mask, MASKED),
-        _load(at + K, mask, MASKED),
-        _load(at + 2 * K, mask, MASKED),
-        _load(at + 3 * K, mask, MASKED),
-    )
-
-
-@triton.jit
-def _feature(
-    features, row, position, e, c, mask, K: tl.constexpr, TABLE: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """Columns c of the features of edge e."""
-    if TABLE:
-        v0, s0, v1, s1 = _spline(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
-        f = tl.load(position + e)
-        right = f * f * (3.0 - 2.0 * f)
-        x = v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
-    else:
-        x = _load(features + e * K + c, mask, MASKED)
-    return x
-
-
-@triton.jit
-def _feature_and_slope(features, row, position, e, c, mask, knots_per_length, K: tl.constexpr, MASKED: tl.constexpr):
-    """Columns c of the spline at edge e, and their derivative by the length."""
-    v0, s0, v1, s1 = _spline(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
-    f = tl.load(position + e)
-    right = f * f * (3.0 - 2.0 * f)
-    x = v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
-    slope = 6.0 * f * (1.0 - f) * (v1 - v0) + (1.0 - f) * (1.0 - 3.0 * f) * s0 + f * (3.0 * f - 2.0) * s1
-    return x, slope * knots_per_length
 
 
 @triton.jit
@@ -159,16 +114,16 @@ def attend_kernel(
             b1 = tl.zeros([RB, BH], dtype=dtype)
             b2 = tl.zeros([RB, BH], dtype=dtype)
     if NORM <= 1:
-        m = _load(top + i * H + h, in_h, MASKED)
+        m = load(top + i * H + h, in_h, MASKED)
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
     for e in tl.range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1), loop_unroll_factor=UNROLL):
         j = tl.load(source + e).to(tl.int64)
         base = value + j * (R * H)
-        x = _load(base + at_a, mask_a, MASKED)
+        x = load(base + at_a, mask_a, MASKED)
         if RB > 0:
-            y = _load(base + at_b, mask_b, MASKED_B)
-        a = _load(score + e * H + h, in_h, MASKED)
-        w = tl.load(envelope + e) * _feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+            y = load(base + at_b, mask_b, MASKED_B)
+        a = load(score + e * H + h, in_h, MASKED)
+        w = tl.load(envelope + e) * feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
         if NORM <= 1:
             w = w * tl.exp(a - m) * inv
         elif NORM == 2:
@@ -233,20 +188,20 @@ def attend_backward_kernel(
     at_a = ra[:, None] * H + h[None, :]
     mask_a = (ra[:, None] < R) & in_h[None, :]
     base = grad + i * (B * R * H)
-    a0 = _load(base + at_a, mask_a, MASKED)
+    a0 = load(base + at_a, mask_a, MASKED)
     if B == 3:
-        a1 = _load(base + R * H + at_a, mask_a, MASKED)
-        a2 = _load(base + 2 * R * H + at_a, mask_a, MASKED)
+        a1 = load(base + R * H + at_a, mask_a, MASKED)
+        a2 = load(base + 2 * R * H + at_a, mask_a, MASKED)
     if RB > 0:
         rb = RA + tl.arange(0, RB)
         at_b = rb[:, None] * H + h[None, :]
         mask_b = (rb[:, None] < R) & in_h[None, :]
-        b0 = _load(base + at_b, mask_b, MASKED_B)
+        b0 = load(base + at_b, mask_b, MASKED_B)
         if B == 3:
-            b1 = _load(base + R * H + at_b, mask_b, MASKED_B)
-            b2 = _load(base + 2 * R * H + at_b, mask_b, MASKED_B)
+            b1 = load(base + R * H + at_b, mask_b, MASKED_B)
+            b2 = load(base + 2 * R * H + at_b, mask_b, MASKED_B)
     if NORM <= 1:
-        m = _load(top + i * H + h, in_h, MASKED)
+        m = load(top + i * H + h, in_h, MASKED)
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
     mean = tl.zeros([BH], dtype=dtype)
     if NORM == 1:  # the first edge that attains the maximum; compared with each other, rounded alike
@@ -255,14 +210,14 @@ def attend_backward_kernel(
     for e in range(first, last):
         j = tl.load(source + e).to(tl.int64)
         v = value + j * (R * H)
-        x = _load(v + at_a, mask_a, MASKED)
+        x = load(v + at_a, mask_a, MASKED)
         if RB > 0:
-            z = _load(v + at_b, mask_b, MASKED_B)
-        k = _load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+            z = load(v + at_b, mask_b, MASKED_B)
+        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
         dot = tl.sum(q * k, axis=1) * inverse_root
         tl.store(pair + e * H + h, dot, mask=in_h)
-        g = _feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
-        p = _feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+        g = feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
+        p = feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
         u = tl.load(envelope + e)
         a = g * dot
         if NORM <= 1:
@@ -294,15 +249,15 @@ def attend_backward_kernel(
     grad_q = tl.zeros([BH, BS], dtype=dtype)
     for e in range(first, last):
         j = tl.load(source + e).to(tl.int64)
-        k = _load(key + j * (H * S) + at_s, mask_s, MASKED_S)
-        gw = _load(weight + e * H + h, in_h, MASKED)
-        x = _load(pair + e * H + h, in_h, MASKED)
+        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+        gw = load(weight + e * H + h, in_h, MASKED)
+        x = load(pair + e * H + h, in_h, MASKED)
         if TABLE:
-            g, dg = _feature_and_slope(features, row, position, e, h, in_h, knots_per_length, 2 * H, MASKED)
-            p, dp = _feature_and_slope(features, row, position, e, H + h, in_h, knots_per_length, 2 * H, MASKED)
+            g, dg = feature_and_slope(features, row, position, e, h, in_h, knots_per_length, 2 * H, MASKED)
+            p, dp = feature_and_slope(features, row, position, e, H + h, in_h, knots_per_length, 2 * H, MASKED)
         else:
-            g = _load(features + e * (2 * H) + h, in_h, MASKED)
-            p = _load(features + e * (2 * H) + H + h, in_h, MASKED)
+            g = load(features + e * (2 * H) + h, in_h, MASKED)
+            p = load(features + e * (2 * H) + H + h, in_h, MASKED)
         u = tl.load(envelope + e)
         a = g * x
         if NORM <= 1:
@@ -374,23 +329,23 @@ def sender_kernel(
         e = tl.load(order + t).to(tl.int64)
         i = tl.load(target + e).to(tl.int64)
         base = grad + i * (B * R * H)
-        w = _load(weight + e * H + h, in_h, MASKED)
+        w = load(weight + e * H + h, in_h, MASKED)
         s0 = tl.load(scale + e * B)
-        x = s0 * _load(base + at_a, mask_a, MASKED)
+        x = s0 * load(base + at_a, mask_a, MASKED)
         if B == 3:
             s1 = tl.load(scale + e * B + 1)
             s2 = tl.load(scale + e * B + 2)
-            x += s1 * _load(base + R * H + at_a, mask_a, MASKED)
-            x += s2 * _load(base + 2 * R * H + at_a, mask_a, MASKED)
+            x += s1 * load(base + R * H + at_a, mask_a, MASKED)
+            x += s2 * load(base + 2 * R * H + at_a, mask_a, MASKED)
         acc_a += x * w[None, :]
         if RB > 0:
-            y = s0 * _load(base + at_b, mask_b, MASKED_B)
+            y = s0 * load(base + at_b, mask_b, MASKED_B)
             if B == 3:
-                y += s1 * _load(base + R * H + at_b, mask_b, MASKED_B)
-                y += s2 * _load(base + 2 * R * H + at_b, mask_b, MASKED_B)
+                y += s1 * load(base + R * H + at_b, mask_b, MASKED_B)
+                y += s2 * load(base + 2 * R * H + at_b, mask_b, MASKED_B)
             acc_b += y * w[None, :]
-        gx = _load(pair + e * H + h, in_h, MASKED)
-        acc_k += gx[:, None] * _load(query + i * (H * S) + at_s, mask_s, MASKED_S)
+        gx = load(pair + e * H + h, in_h, MASKED)
+        acc_k += gx[:, None] * load(query + i * (H * S) + at_s, mask_s, MASKED_S)
     to = j
     if ACCUMULATE:
         to = tl.load(senders + j).to(tl.int64)

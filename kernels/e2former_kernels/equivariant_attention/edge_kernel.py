@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from e2former_kernels.common.envelope_kernel import polynomial
+from e2former_kernels.common.spline_kernel import place
 
 
 @triton.jit
@@ -58,12 +59,11 @@ def geometry_kernel(
     u, _ = envelope_of(d, lower, upper, P, BELL)
     tl.store(envelope + e, u, mask=inside)
     if TABLE:
-        t = tl.minimum(d * knots_per_length, intervals.to(d.dtype))
-        k = tl.minimum(t.to(tl.int32), intervals - 1)
         zi = tl.load(target_species + tl.load(target + e, mask=inside, other=0), mask=inside, other=0)
         zj = tl.load(species + tl.load(source + e, mask=inside, other=0), mask=inside, other=0)
-        tl.store(row + e, tl.load(pair_row + zi * Z + zj, mask=inside, other=0) + k, mask=inside)
-        tl.store(distance + e, t - k.to(d.dtype), mask=inside)
+        k, f = place(d, zi, zj, pair_row, inside, Z, intervals, knots_per_length)
+        tl.store(row + e, k, mask=inside)
+        tl.store(distance + e, f, mask=inside)
     else:
         tl.store(distance + e, d, mask=inside)
     inv, _ = inverse_of(d, V2)

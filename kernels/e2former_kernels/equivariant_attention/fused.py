@@ -27,13 +27,13 @@ from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
 # Heads, warps and edges at a time of one program of score_kernel.
-SCORE_TILE = (32, 1, 4)
+SCORE_TILE = (32, 1, 1)
 # Heads and registers of a thread for the rows of the other kernels (common/tiles.py).
 ATTEND_TILE = (32, 72)
 BACKWARD_TILE = (32, 108)
 SENDER_TILE = (32, 72)
 # Edges whose rows attend_kernel and sender_kernel have on their way at once.
-ATTEND_UNROLL = SENDER_UNROLL = 1
+ATTEND_UNROLL = SENDER_UNROLL = 2
 NORMS = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
 # Positions of the inputs among the tensors of the operation: the weights of the radial network follow.
 _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)

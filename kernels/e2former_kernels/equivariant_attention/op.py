@@ -20,9 +20,9 @@ from e2former_kernels.common.checks import check_same_device, check_same_dtype, 
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan
+from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
-from e2former_kernels.common.radial_table import RadialTable
+from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.segments import expand_rows, segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.fused import FusedAttention
@@ -30,11 +30,12 @@ from e2former_kernels.equivariant_attention.primitives import aggregate, pair_do
 from e2former_kernels.equivariant_attention.reference import DotWeights, Form, inverse_distance, segment_max
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
-# Working memory of one run of the fused kernels, and of the differentiable pieces behind higher derivatives, in numbers
-# (not bytes): 400 MB and 4 GB in float32, whatever the number of atoms and edges.
-FUSED_NUMBERS = 3 << 25
+# Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
+# everything fits in one run (440 MB in float32) and where it does not, and of the differentiable pieces behind higher
+# derivatives (4 GB).
+SINGLE_NUMBERS = 13 << 23
+FUSED_NUMBERS = 1 << 26
 RUN_NUMBERS = 1 << 30
-MIN_RUN_EDGES = 64
 
 
 class Pieces(NamedTuple):
@@ -239,15 +240,6 @@ def check_arguments(
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
 
 
-def check_table(table: RadialTable, value: Tensor, heads: int, radial: RadialWeights) -> None:
-    """Raise ValueError or TypeError where a table does not belong to the call."""
-    check_shape("table.knots", table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, 2 * heads))
-    check_same_device("value", value, **{"table.knots": table.knots, "table.pair_row": table.pair_row})
-    check_same_dtype("value", value, **{"table.knots": table.knots})
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial):
-        raise ValueError("table: expected None where the radial network's weights need gradients")
-
-
 @torch.compiler.disable()
 def equivariant_attention(
     spec: AttentionSpec,
@@ -301,7 +293,7 @@ def equivariant_attention(
     numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
     if spec.score == "qk_dot":
         numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
-    size = max_run_edges or max(RUN_NUMBERS // (numbers + per_row), MIN_RUN_EDGES)
+    size = max_run_edges or run_size(source.numel(), numbers + per_row, RUN_NUMBERS)
     senders = species.numel()
 
     def runs() -> list[EdgeChunk]:
@@ -324,13 +316,14 @@ def equivariant_attention(
             raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
         return chunked(function, chunks, arguments)
     if table is not None:
-        check_table(table, value, spec.num_heads, radial)
+        check_table(table, value, 2 * spec.num_heads, radial)
     relative = spec.order == 1 and form == "relative"
     directions = 3 if relative else 1
-    per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32)
+    # of an edge, and its share of the receivers' outer products, at some thirty edges each
+    per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // 32
     if table is None:
         per_edge += 4 * spec.num_heads + 3 * hidden
-    fused_size = max_run_edges or max(FUSED_NUMBERS // per_edge, MIN_RUN_EDGES)
+    fused_size = max_run_edges or run_size(source.numel(), per_edge, FUSED_NUMBERS, SINGLE_NUMBERS)
     step = FusedAttention(
         spec=spec,
         directions=directions,

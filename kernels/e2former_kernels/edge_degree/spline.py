@@ -1,0 +1,143 @@
+r"""Edge-degree embedding with frozen weights: the radial networks' hidden features from splines, nothing kept per edge.
+
+As ``kernel.py``, with features a [e, L, K] that are read from a table (``common/radial_table.py``) where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.common.radial_table import RadialTable
+from e2former_kernels.common.spline_kernel import feature, feature_and_slope, place
+from e2former_kernels.common.tiles import next_power
+
+
+@triton.jit
+def place_kernel(
+    distance, source, target, species, target_species, pair_row, row, position, E, Z, intervals, knots_per_length,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row and position of every edge in the table."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    zi = tl.load(target_species + tl.load(target + e, mask=inside, other=0), mask=inside, other=0)
+    zj = tl.load(species + tl.load(source + e, mask=inside, other=0), mask=inside, other=0)
+    d = tl.load(distance + e, mask=inside, other=0.0)
+    k, f = place(d, zi, zj, pair_row, inside, Z, intervals, knots_per_length)
+    tl.store(row + e, k, mask=inside)
+    tl.store(position + e, f, mask=inside)
+
+
+@triton.jit
+def spline_sum_kernel(
+    harmonics, knots, row, position, row_ptr, out,
+    L: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[i, m, c] = sum over edges e of i of Y[e, m] a[e, l, c] for the rows m of one degree l; column K: sum of Y."""
+    i = tl.program_id(0).to(tl.int64)
+    l = tl.program_id(1)
+    c = tl.program_id(2) * BK + tl.arange(0, BK)
+    m = tl.arange(0, BM)
+    inside = c < K
+    mine = m < 2 * l + 1
+    M: tl.constexpr = L * L
+    total = tl.zeros([BM, BK], dtype=out.dtype.element_ty)
+    count = tl.zeros([BM], dtype=out.dtype.element_ty)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + l * l + m, mask=mine, other=0.0)
+        a = feature(knots, row, position, e, l * K + c, inside, L * K, True, K % BK != 0)
+        total += y[:, None] * a[None, :]
+        count += y
+    at = out + (i * M + l * l + m) * (K + PAD)
+    tl.store(at[:, None] + c[None, :], total, mask=mine[:, None] & inside[None, :])
+    if tl.program_id(2) == 0:
+        tl.store(at + K, count, mask=mine)
+        for p in tl.static_range(1, PAD):
+            tl.store(at + K + p, 0.0 * count, mask=mine)
+
+
+@triton.jit
+def spline_backward_kernel(
+    harmonics, knots, row, position, grad, row_ptr, grad_harmonics, slope, E, knots_per_length,
+    L: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """From grad [n, M, K + PAD] of spline_sum_kernel's result: by the harmonics [E, M], by the length in slope [L, E].
+
+    One program: one receiver, the rows of one degree, all columns.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    l = tl.program_id(1)
+    c = tl.arange(0, BK)
+    m = tl.arange(0, BM)
+    inside = c < K
+    mine = m < 2 * l + 1
+    M: tl.constexpr = L * L
+    at = grad + (i * M + l * l + m) * (K + PAD)
+    g = tl.load(at[:, None] + c[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
+    direct = tl.load(at + K, mask=mine, other=0.0)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + l * l + m, mask=mine, other=0.0)
+        a, da = feature_and_slope(
+            knots, row, position, e, l * K + c, inside, knots_per_length, L * K, K % BK != 0
+        )  # fmt: skip
+        tl.store(grad_harmonics + e * M + l * l + m, tl.sum(a[None, :] * g, axis=1) + direct, mask=mine)
+        tl.store(slope + l * E.to(tl.int64) + e, tl.sum(tl.sum(y[:, None] * g, axis=0) * da, axis=0))
+
+
+class Placed(NamedTuple):
+    """Where the edges of a run lie in the table."""
+
+    row: Tensor
+    position: Tensor
+
+
+def place_edges(table: RadialTable, distance: Tensor, chunk: EdgeChunk, source: Tensor, species: Tensor) -> Placed:
+    """Rows and positions of a run's edges. distance: [e]; source: [e] rows of ``species``."""
+    edges = distance.numel()
+    row = torch.empty(edges, dtype=torch.int32, device=distance.device)
+    position = torch.empty_like(distance)
+    if edges:
+        place_kernel[(triton.cdiv(edges, 256),)](
+            distance, source, chunk.target, species, species[chunk.nodes], table.pair_row, row, position, edges,
+            table.pair_row.shape[0], table.intervals, table.scale, BLOCK=256,
+        )  # fmt: skip
+    return Placed(row, position)
+
+
+def _constants(degrees: int, width: int, pad: int) -> dict:
+    return {"L": degrees, "K": width, "PAD": pad, "BM": next_power(2 * degrees - 1)}
+
+
+def spline_sum(
+    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, degrees: int, pad: int
+) -> Tensor:
+    """[n, M, K + pad]: the sums of Y a, the sum of Y, zeros. harmonics: [e, M]."""
+    width, nodes = table.knots.shape[-1] // degrees, row_ptr.numel() - 1
+    out = harmonics.new_empty(nodes, degrees * degrees, width + pad)
+    if nodes:
+        block = min(next_power(width), 128)
+        spline_sum_kernel[nodes, degrees, triton.cdiv(width, block)](
+            harmonics, table.knots, *placed, row_ptr, out, BK=block, num_warps=1, **_constants(degrees, width, pad)
+        )
+    return out
+
+
+def spline_backward(
+    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, grad: Tensor, degrees: int, pad: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`spline_sum` by the harmonics [e, M] and by the lengths [e]. grad: contiguous."""
+    edges = harmonics.shape[0]
+    width, nodes = table.knots.shape[-1] // degrees, row_ptr.numel() - 1
+    by_harmonics, slope = torch.empty_like(harmonics), harmonics.new_empty(degrees, edges)
+    if edges:
+        spline_backward_kernel[nodes, degrees](
+            harmonics, table.knots, *placed, grad, row_ptr, by_harmonics, slope, edges, table.scale,
+            BK=next_power(width), num_warps=1 if width <= 128 else 4, **_constants(degrees, width, pad),
+        )  # fmt: skip
+    return by_harmonics, slope.sum(0)
