@@ -78,3 +78,95 @@ def test_so3_linear_under_autocast(make) -> None:
         y = so3_linear(x, weight, bias)
     assert y.dtype == torch.bfloat16
     assert (y.float() - so3_linear(x, weight, bias)).abs().max() < 0.2
+
+
+def norm_case(make):
+    return (
+        equivariant_rms_norm,
+        equivariant_rms_norm_reference,
+        [make(7, 9, 6), make(3, 6), make(6), make(7, 6)],
+        (0, 3),
+    )
+
+
+def feedforward_case(make):
+    c = 6
+    shapes = [(7, 9, c), (3, c), (c,), (3, c, c), (c,), (3 * c, c), (3 * c,), (3, c, c), (c,)]
+    return gated_feedforward, gated_feedforward_reference, [make(*s) for s in shapes], (0,)
+
+
+def query_key_case(make):
+    g = 5
+    shapes = [(3, 4 * g, 6), (2 * g,), (2, g, 3 * g), (2, g), (2, g), (2, g), (2, 8, g), (2, 8)]
+    arguments = [make(7, 9, 6), *(make(*s) for s in shapes)]
+    return (
+        lambda h, *w: query_key(h, QueryKeyWeights(*w)),
+        lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)),
+        arguments,
+        (0,),
+    )
+
+
+@pytest.fixture
+def short_runs(monkeypatch) -> None:
+    """Three nodes at a time, and several of them in one program of the sums."""
+    import e2former_kernels.feedforward.passes as feedforward
+    import e2former_kernels.norm.passes as norm
+    import e2former_kernels.query_key.passes as qk
+    from e2former_kernels.common.step import node_runs
+
+    monkeypatch.setattr(feedforward, "node_runs", lambda number: node_runs(number, 3))
+    monkeypatch.setattr(qk, "runs", lambda h, weights, parts: node_runs(h.shape[0], 3))
+    monkeypatch.setattr(qk, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(qk, "TILE_NUMBERS", 8)
+    monkeypatch.setattr(norm, "MAX_PROGRAMS", 2)
+
+
+@interpreted
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("case", [norm_case, feedforward_case, query_key_case])
+def test_training_on_forces(make, monkeypatch, request, case, short: bool) -> None:
+    """First derivatives by the nodes' tensors alone, second ones by everything: none of it goes through autograd."""
+    from e2former_kernels.common.chunked import Plan
+
+    if short:
+        request.getfixturevalue("short_runs")
+    op, reference, arguments, nodes = case(make)
+    inputs = [arguments[n] for n in nodes]
+    outputs = op(*arguments), reference(*arguments)
+    monkeypatch.setattr(Plan, "vjp", lambda *a: pytest.fail("recomputed through autograd"))
+    cotangent = make(*outputs[0].shape)
+    directions = [torch.randn(t.shape, dtype=t.dtype) for t in inputs]
+    found = []
+    for out in outputs:
+        first = torch.autograd.grad(out, inputs, cotangent, create_graph=True)
+        loss = sum((g * d).sum() for g, d in zip(first, directions, strict=True)) + out.square().sum()
+        found.append(torch.autograd.grad(loss, [cotangent, *arguments], allow_unused=True, materialize_grads=True))
+    for n, (a, b) in enumerate(zip(*found, strict=True)):
+        assert a.shape == b.shape and not a.isnan().any()
+        assert (a - b).abs().max() <= 1e-11 * b.abs().max().clamp(min=1e-3), f"input {n}"
+    # frozen weights, and a cotangent of one of the gradients only
+    frozen = [t if n in nodes else t.detach() for n, t in enumerate(arguments)]
+    found = []
+    for function in (op, reference):
+        first = torch.autograd.grad(function(*frozen), inputs, cotangent, create_graph=True)
+        loss = (first[0] * directions[0]).sum()
+        found.append(torch.autograd.grad(loss, [cotangent, inputs[0]]))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-11 * b.abs().max()
+
+
+@interpreted
+@pytest.mark.parametrize("case", [norm_case, feedforward_case, query_key_case])
+@pytest.mark.parametrize("number", [0, 1])
+def test_training_on_few_nodes(make, case, number: int) -> None:
+    op, reference, arguments, nodes = case(make)
+    arguments = [t[:number].detach().requires_grad_() if n in nodes else t for n, t in enumerate(arguments)]
+    found = []
+    for function in (op, reference):
+        out = function(*arguments)
+        first = torch.autograd.grad(out.square().sum(), arguments[0], create_graph=True)[0]
+        found.append(torch.autograd.grad(first.square().sum() + out.sum(), arguments, allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        if b is not None and b.numel():
+            assert (a - b).abs().max() <= 1e-11 * b.abs().max().clamp(min=1e-3)

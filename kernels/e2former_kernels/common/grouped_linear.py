@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.run_sums import RunSums
+
 
 def _views(x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
     """Views [rows, N, width] of each group of x [N, sum rows * width], contiguous."""
@@ -53,6 +55,16 @@ def apply_so3(x: Tensor, weight: Tensor, transpose: bool, out: Tensor) -> Tensor
         rows = weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
         torch.bmm(x.transpose(0, 1), rows if transpose else rows.transpose(1, 2), out=out.transpose(0, 1))
     return out
+
+
+def add_so3_outer(sums: RunSums, name: str, grad: Tensor, x: Tensor) -> None:
+    """Add the gradient by the weight of :func:`apply_so3` to a sum, still row by row. grad: [n, M, O]; x: [n, M, I]."""
+    sums.add_product(name, grad.permute(1, 2, 0), x.transpose(0, 1))
+
+
+def sum_so3_outer(by_row: Tensor, degrees: int) -> Tensor:
+    """Gradient by the weight, [L+1, O, I], from the rows' [M, O, I]."""
+    return torch.stack([by_row[l * l : (l + 1) ** 2].sum(0) for l in range(degrees)])
 
 
 def _new(x: Tensor, width: int) -> Tensor:

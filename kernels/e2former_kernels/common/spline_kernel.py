@@ -8,6 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load(at, mask, MASKED: tl.constexpr):
+    """What lies at ``at``; with MASKED zero where the mask is false."""
     if MASKED:
         x = tl.load(at, mask=mask, other=0.0)
     else:

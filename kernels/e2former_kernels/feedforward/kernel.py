@@ -42,3 +42,67 @@ def gate_backward_kernel(grad, y, gates, C, SILU, SIGMOID, D: tl.constexpr, BC: 
             total += g * tl.load(y + at, mask=inside, other=0.0)
             tl.store(grad + at, g * SIGMOID * s, mask=inside)
         tl.store(at_gate, total * SIGMOID * s * (1.0 - s), mask=inside)
+
+
+@triton.jit
+def gate_change_kernel(
+    y, y_dot, gates, gates_dot, out, C, SILU, SIGMOID, D: tl.constexpr, BC: tl.constexpr, TANGENT: tl.constexpr
+):
+    """out = the result of gate_kernel, or with TANGENT its change along y_dot and gates_dot."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < C
+    for l in tl.static_range(D):
+        at_gate = (n * D + l) * C + c
+        a = tl.load(gates + at_gate, mask=inside, other=0.0)
+        s = 1.0 / (1.0 + tl.exp(-a))
+        a_dot = a
+        if TANGENT:
+            a_dot = tl.load(gates_dot + at_gate, mask=inside, other=0.0)
+        if l == 0:
+            z = SILU * a * s
+            if TANGENT:
+                z = SILU * s * (1.0 + a * (1.0 - s)) * a_dot
+            tl.store(out + n * D * D * C + c, z, mask=inside)
+        else:
+            for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+                at = (n * D * D + m) * C + c
+                z = s * tl.load(y + at, mask=inside, other=0.0)
+                if TANGENT:
+                    z = z * (1.0 - s) * a_dot + s * tl.load(y_dot + at, mask=inside, other=0.0)
+                tl.store(out + at, SIGMOID * z, mask=inside)
+
+
+@triton.jit
+def gate_change_backward_kernel(grad, y, y_dot, gates, gates_dot, C, SILU, SIGMOID, D: tl.constexpr, BC: tl.constexpr):
+    """From grad, the gradient by gate_change_kernel's tangent. In place, all rows but row 0:
+
+    grad becomes the gradient by y_dot, y_dot that by y; gates and gates_dot become their own gradients.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < C
+    for l in tl.static_range(D):
+        at_gate = (n * D + l) * C + c
+        a = tl.load(gates + at_gate, mask=inside, other=0.0)
+        a_dot = tl.load(gates_dot + at_gate, mask=inside, other=0.0)
+        s = 1.0 / (1.0 + tl.exp(-a))
+        slope = s * (1.0 - s)
+        if l == 0:
+            g = SILU * tl.load(grad + n * D * D * C + c, mask=inside, other=0.0)
+            by_dot = g * (s + a * slope)
+            by_gate = g * slope * (2.0 + a * (1.0 - 2.0 * s)) * a_dot
+        else:
+            by_dot = tl.zeros([BC], dtype=grad.dtype.element_ty)
+            by_gate = tl.zeros([BC], dtype=grad.dtype.element_ty)
+            for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+                at = (n * D * D + m) * C + c
+                g = SIGMOID * tl.load(grad + at, mask=inside, other=0.0)
+                v = tl.load(y + at, mask=inside, other=0.0)
+                v_dot = tl.load(y_dot + at, mask=inside, other=0.0)
+                by_dot += g * slope * v
+                by_gate += g * slope * (v_dot + (1.0 - 2.0 * s) * a_dot * v)
+                tl.store(grad + at, g * s, mask=inside)
+                tl.store(y_dot + at, g * slope * a_dot, mask=inside)
+        tl.store(gates + at_gate, by_gate, mask=inside)
+        tl.store(gates_dot + at_gate, by_dot, mask=inside)

@@ -5,69 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.grouped_linear import apply_so3
-from e2former_kernels.common.step import node_plan, node_runs, run_step
-from e2former_kernels.common.tiles import next_power
-from e2former_kernels.feedforward.kernel import gate_backward_kernel, gate_kernel
-from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, gated_feedforward_reference
-from e2former_kernels.norm.op import launch_norm, launch_norm_backward
+from e2former_kernels.common.step import node_plan, run_step
+from e2former_kernels.feedforward.passes import Weights, gradients, value
+from e2former_kernels.feedforward.reference import gated_feedforward_reference
 
 
 @dataclass(frozen=True)
 class _FeedForward:
     plan: Plan
 
-    @staticmethod
-    def _first(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-        weight1, bias1, gate_weight, gate_bias = weights[:4]
-        y = apply_so3(x, weight1, False, torch.empty_like(x))
-        y[:, 0] += bias1
-        return y, torch.addmm(gate_bias, y[:, 0], gate_weight.t())
-
-    @staticmethod
-    def _grid(x: Tensor) -> tuple[tuple[int, int], dict]:
-        channels = x.shape[-1]
-        block = min(next_power(channels), 256)
-        return (x.shape[0], triton.cdiv(channels, block)), {"C": channels, "BC": block, "num_warps": 2}
-
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        x, norm_weight, norm_bias, *weights = tensors
-        weight2, bias2 = weights[4:]
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        if x.numel():
-            for run in node_runs(x.shape[0]):
-                y, gates = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
-                grid, constants = self._grid(y)
-                gate_kernel[grid](y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=weight2.shape[0], **constants)
-                apply_so3(y, weight2, False, out[run.nodes])
-            out[:, 0] += bias2
-        return out
+        return value(tensors[0].contiguous(), Weights(*tensors[1:]))
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        if any(n > 0 for n in wanted):
-            return list(self.plan.vjp(wanted, tensors).run([grad, *tensors]))
-        x, norm_weight, norm_bias, *weights = tensors
-        weight1, gate_weight, weight2 = weights[0], weights[2], weights[4]
-        x, grad = x.contiguous(), grad.contiguous()
-        out = torch.empty_like(x)
-        if x.numel():
-            for run in node_runs(x.shape[0]):
-                y, gates = self._first(launch_norm(x[run.nodes], norm_weight, norm_bias, None), weights)
-                part = torch.empty_like(y)
-                apply_so3(grad[run.nodes], weight2, True, part)
-                grid, constants = self._grid(y)
-                gate_backward_kernel[grid](
-                    part, y, gates, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=weight2.shape[0], **constants
-                )
-                torch.mm(gates, gate_weight, out=part[:, 0])
-                apply_so3(part, weight1, True, y)
-                launch_norm_backward(y, x[run.nodes], norm_weight, out[run.nodes])
-        return [out]
+        weights = Weights(*tensors[1:])
+        by_x, by_weights, _ = gradients(grad.contiguous(), tensors[0].contiguous(), None, weights, any(wanted))
+        found = [by_x, *(by_weights or ())]
+        return [found[n] for n in wanted]
+
+    def second(
+        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
+    ) -> list[Tensor] | None:
+        if wanted != [0]:
+            return None
+        x, x_dot = tensors[0].contiguous(), cotangents[0].contiguous()
+        by_weights = any(n > 1 for n in again)
+        by_x, by_weights, change = gradients(grad.contiguous(), x, x_dot, Weights(*tensors[1:]), by_weights)
+        found = [change, by_x, *(by_weights or ())]
+        return [found[n] for n in again]
 
 
 @torch.compiler.disable()

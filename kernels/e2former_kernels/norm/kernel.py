@@ -41,19 +41,76 @@ def norm_kernel(x, weight, bias, shift, out, M, C, L, EPS: tl.constexpr, BM: tl.
 
 
 @triton.jit
-def norm_backward_kernel(grad, x, weight, out, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """Gradient by x of one node."""
+def norm_tangent_kernel(
+    x, x_dot, weight, bias, shift, out, out_dot, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    VALUE: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """The norm's change along x_dot, and with VALUE the norm itself. SHIFT: [N, C], added to row 0 of the change."""
     n = tl.program_id(0).to(tl.int64)
     m, c = tl.arange(0, BM), tl.arange(0, BC)
     inside = (m[:, None] < M) & (c[None, :] < C)
     at = m[:, None] * C + c[None, :]
-    centred = _centre(tl.load(x + n * M * C + at, mask=inside, other=0.0), m, inside, C)
+    v = _centre(tl.load(x + n * M * C + at, mask=inside, other=0.0), m, inside, C)
+    w = _centre(tl.load(x_dot + n * M * C + at, mask=inside, other=0.0), m, inside, C)
     degree = _degree(m)
-    balance = 1.0 / ((2 * degree + 1) * L * C).to(centred.dtype)
-    variance = tl.sum(centred * centred * balance[:, None])
-    scale = 1.0 / tl.sqrt(variance + EPS)
+    balance = 1.0 / ((2 * degree + 1) * L * C).to(v.dtype)
+    scale = 1.0 / tl.sqrt(tl.sum(v * v * balance[:, None]) + EPS)
+    slope = -scale * scale * scale * tl.sum(v * w * balance[:, None])
     gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
-    g = tl.load(grad + n * M * C + at, mask=inside, other=0.0) * gamma
-    g = scale * g - (scale * scale * scale * tl.sum(g * centred)) * balance[:, None] * centred
-    g = _centre(g, m, inside, C)
-    tl.store(out + n * M * C + at, g, mask=inside)
+    y = (w * scale + v * slope) * gamma
+    if SHIFT:
+        y += tl.where(m[:, None] == 0, tl.load(shift + n * C + c, mask=c < C, other=0.0)[None, :], 0.0)
+    tl.store(out_dot + n * M * C + at, y, mask=inside)
+    if VALUE:
+        beta = tl.load(bias + c, mask=c < C, other=0.0)
+        y = v * scale * gamma + tl.where(m[:, None] == 0, beta[None, :], 0.0)
+        tl.store(out + n * M * C + at, y, mask=inside)
+
+
+@triton.jit
+def norm_reverse_kernel(
+    grad, grad_dot, x, x_dot, weight, out, sums, N, M, C, L, steps,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    VALUE: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Gradient by x of <grad, norm> (VALUE) + <grad_dot, change of the norm along x_dot> (TANGENT), ``steps`` nodes.
+
+    WEIGHTS: sums[program], [M, C]: the rows of the gradient by the norm's weight.
+    """
+    m, c = tl.arange(0, BM), tl.arange(0, BC)
+    inside = (m[:, None] < M) & (c[None, :] < C)
+    at = m[:, None] * C + c[None, :]
+    degree = _degree(m)
+    gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
+    balance = (1.0 / ((2 * degree + 1) * L * C).to(gamma.dtype))[:, None]
+    total = tl.zeros([BM, BC], dtype=gamma.dtype)
+    for k in range(steps):
+        n = tl.program_id(0).to(tl.int64) * steps + k
+        here = (m[:, None] < tl.where(n < N, M, 0)) & (c[None, :] < C)
+        row = n * M * C + at
+        v = _centre(tl.load(x + row, mask=here, other=0.0), m, inside, C)
+        scale = 1.0 / tl.sqrt(tl.sum(v * v * balance) + EPS)
+        by_v = tl.zeros([BM, BC], dtype=gamma.dtype)
+        by_scale = tl.sum(by_v)
+        if VALUE:
+            a = tl.load(grad + row, mask=here, other=0.0)
+            if WEIGHTS:
+                total += a * v * scale
+            a = a * gamma
+            by_v += a * scale
+            by_scale += tl.sum(a * v)
+        if TANGENT:
+            w = _centre(tl.load(x_dot + row, mask=here, other=0.0), m, inside, C)
+            cross = tl.sum(v * w * balance)
+            slope = -scale * scale * scale * cross
+            b = tl.load(grad_dot + row, mask=here, other=0.0)
+            if WEIGHTS:
+                total += b * (w * scale + v * slope)
+            b = b * gamma
+            by_slope = tl.sum(b * v)
+            by_v += b * slope - (scale * scale * scale * by_slope) * balance * w
+            by_scale += tl.sum(b * w) - 3.0 * scale * scale * cross * by_slope
+        by_v -= (scale * scale * scale * by_scale) * balance * v
+        tl.store(out + row, _centre(by_v, m, inside, C), mask=here)
+    if WEIGHTS:
+        tl.store(sums + tl.program_id(0).to(tl.int64) * M * C + at, total, mask=inside)

@@ -9,41 +9,14 @@ from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.step import node_plan, run_step
-from e2former_kernels.common.tiles import next_power
-from e2former_kernels.norm.kernel import norm_backward_kernel, norm_kernel
-from e2former_kernels.norm.reference import NORM_EPS, equivariant_rms_norm_reference
-
-
-def _constants(x: Tensor, weight: Tensor) -> dict:
-    _, rows, channels = x.shape
-    numbers = next_power(rows) * next_power(channels)
-    return {
-        "M": rows, "C": channels, "L": weight.shape[0], "EPS": NORM_EPS, "BM": next_power(rows),
-        "BC": next_power(channels), "num_warps": 8 if numbers > 4096 else 4,
-    }  # fmt: skip
-
-
-def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
-    """The norm, without a graph. x: [N, M, C], contiguous."""
-    out = torch.empty_like(x)
-    if x.numel():
-        norm_kernel[(x.shape[0],)](
-            x, weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous(), out,
-            SHIFT=shift is not None, **_constants(x, weight),
-        )  # fmt: skip
-    return out
-
-
-def launch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gradient of the norm by x. grad, x, out: [N, M, C], contiguous."""
-    out = torch.empty_like(x) if out is None else out
-    if x.numel():
-        norm_backward_kernel[(x.shape[0],)](grad, x, weight.contiguous(), out, **_constants(x, weight))
-    return out
+from e2former_kernels.norm.passes import launch_norm, launch_norm_reverse, launch_norm_tangent
+from e2former_kernels.norm.reference import equivariant_rms_norm_reference
 
 
 @dataclass(frozen=True)
 class _Norm:
+    """Tensors: x, the shift if there is one, weight, bias."""
+
     plan: Plan
     shifted: bool
 
@@ -53,13 +26,39 @@ class _Norm:
         return launch_norm(x.contiguous(), weight, bias, rest[0] if self.shifted else None)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        nodes = 2 if self.shifted else 1
-        if any(n >= nodes for n in wanted):
-            return list(self.plan.vjp(wanted, tensors).run([grad, *tensors]))
-        found = {1: grad[:, 0]}
-        if 0 in wanted:
-            found[0] = launch_norm_backward(grad.contiguous(), tensors[0].contiguous(), tensors[-2])
+        weight = len(tensors) - 2
+        found: dict[int, Tensor | None] = {}
+        if self.shifted:
+            found[1] = grad[:, 0]
+        if weight + 1 in wanted:
+            found[weight + 1] = grad[:, 0].sum(0)
+        if 0 in wanted or weight in wanted:
+            found[0], found[weight] = launch_norm_reverse(
+                tensors[0].contiguous(), tensors[weight], grad.contiguous(), by_weight=weight in wanted
+            )
         return [found[n] for n in wanted]
+
+    def second(
+        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
+    ) -> list[Tensor] | None:
+        weight = len(tensors) - 2
+        if any(n >= weight for n in wanted):
+            return None
+        given = dict(zip(wanted, cotangents, strict=True))
+        x, x_dot, shift = tensors[0].contiguous(), given.get(0), given.get(1)
+        found: dict[int, Tensor | None] = {}
+        if x_dot is None:  # the gradient by the shift is grad itself
+            found[0] = torch.zeros_like(x)
+            found[0][:, 0] = shift
+        else:
+            x_dot = x_dot.contiguous()
+            if 0 in again:
+                _, found[0] = launch_norm_tangent(x, x_dot, tensors[weight], None, shift)
+            if 1 in again or 1 + weight in again:
+                found[1], found[1 + weight] = launch_norm_reverse(
+                    x, tensors[weight], None, x_dot, grad.contiguous(), 1 + weight in again
+                )
+        return [torch.zeros_like(tensors[n - 1]) if found.get(n) is None else found[n] for n in again]
 
 
 def _function(*tensors: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+r"""The gated feed-forward network, its gradients and second derivatives without a graph, on runs of nodes.
+
+With c the cotangent of the gradient by x, the second derivative is that of <c, gradient> = <grad, change along c>: a
+forward pass with the change :math:`\dot y` along :math:`\dot x` = c, which is the derivative by ``grad``, then one
+reverse pass over value and change. Without a change the same reverse pass gives the first derivative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, sum_so3_outer
+from e2former_kernels.common.run_sums import RunSums
+from e2former_kernels.common.step import node_runs
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.feedforward.kernel import (
+    gate_backward_kernel,
+    gate_change_backward_kernel,
+    gate_change_kernel,
+    gate_kernel,
+)
+from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE
+from e2former_kernels.norm.passes import launch_norm, launch_norm_reverse, launch_norm_tangent
+
+
+class Weights(NamedTuple):
+    """In the order of the operation's arguments."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of <grad, value>, or of <grad, change> where there is one."""
+
+    by_x: Tensor
+    by_weights: Weights | None
+    change: Tensor | None
+
+
+def _gate(kernel, y: Tensor, weights: Weights, *tensors: Tensor, **constants: bool) -> None:
+    channels = y.shape[-1]
+    block = min(next_power(channels), 256)
+    kernel[y.shape[0], triton.cdiv(channels, block)](
+        *tensors, channels, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=weights.weight2.shape[0], BC=block, num_warps=2,
+        **constants,
+    )  # fmt: skip
+
+
+def _first(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """y = W1 x + b1 and the gates of it. x: normalised."""
+    y = apply_so3(x, weights.weight1, False, torch.empty_like(x))
+    y[:, 0] += weights.bias1
+    return y, torch.addmm(weights.gate_bias, y[:, 0], weights.gate_weight.t())
+
+
+def value(x: Tensor, weights: Weights) -> Tensor:
+    """The network. x: [N, M, C], contiguous."""
+    out = torch.empty_like(x)
+    if x.numel():
+        for run in node_runs(x.shape[0]):
+            y, gates = _first(launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None), weights)
+            _gate(gate_kernel, y, weights, y, gates)
+            apply_so3(y, weights.weight2, False, out[run.nodes])
+        out[:, 0] += weights.bias2
+    return out
+
+
+def gradients(grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, by_weights: bool) -> Gradients:
+    """Gradients of <grad, value at x>, or of <grad, change along x_dot>, by x and, where asked for, the weights.
+
+    grad, x, x_dot: [N, M, C], contiguous.
+    """
+    by_x = torch.empty_like(x)
+    change = None if x_dot is None else torch.empty_like(x)
+    sums = RunSums() if by_weights else None
+    for run in node_runs(x.shape[0]) if x.numel() else ():
+        nodes = run.nodes
+        if x_dot is None:
+            _first_derivative(grad[nodes], x[nodes], weights, by_x[nodes], sums)
+        else:
+            _second_derivative(grad[nodes], x[nodes], x_dot[nodes], weights, by_x[nodes], change[nodes], sums)
+    return Gradients(by_x, None if sums is None else _of_weights(sums, weights), change)
+
+
+def _first_derivative(grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: RunSums | None) -> None:
+    normal = launch_norm(x, weights.norm_weight, weights.norm_bias, None)
+    y, gates = _first(normal, weights)
+    if sums is not None:
+        z = torch.empty_like(y)
+        _gate(gate_change_kernel, y, weights, y, y, gates, gates, z, TANGENT=False)
+        add_so3_outer(sums, "weight2", grad, z)
+        sums.add("bias2", grad[:, 0].sum(0))
+        scalar = y[:, 0].clone()
+    part = apply_so3(grad, weights.weight2, True, torch.empty_like(y))
+    _gate(gate_backward_kernel, y, weights, part, y, gates)
+    torch.mm(gates, weights.gate_weight, out=part[:, 0])
+    if sums is not None:
+        sums.add_product("gate_weight", gates.t(), scalar)
+        sums.add("gate_bias", gates.sum(0))
+        add_so3_outer(sums, "weight1", part, normal)
+        sums.add("bias1", part[:, 0].sum(0))
+    _of_norm(apply_so3(part, weights.weight1, True, y), None, x, None, weights, by_x, sums)
+
+
+def _second_derivative(
+    grad: Tensor, x: Tensor, x_dot: Tensor, weights: Weights, by_x: Tensor, change: Tensor, sums: RunSums | None
+) -> None:
+    normal, normal_dot = launch_norm_tangent(x, x_dot, weights.norm_weight, weights.norm_bias)
+    y, gates = _first(normal, weights)
+    y_dot = apply_so3(normal_dot, weights.weight1, False, torch.empty_like(y))
+    gates_dot = y_dot[:, 0] @ weights.gate_weight.t()
+    z = torch.empty_like(y)
+    _gate(gate_change_kernel, y, weights, y, y_dot, gates, gates_dot, z, TANGENT=True)
+    apply_so3(z, weights.weight2, False, change)
+    if sums is not None:
+        add_so3_outer(sums, "weight2", grad, z)
+    part = apply_so3(grad, weights.weight2, True, z)
+    scalar_dot = y_dot[:, 0].clone()
+    _gate(gate_change_backward_kernel, y, weights, part, y, y_dot, gates, gates_dot)
+    if sums is not None:
+        sums.add_product("gate_weight", gates.t(), y[:, 0])
+        sums.add_product("gate_weight", gates_dot.t(), scalar_dot)
+        sums.add("gate_bias", gates.sum(0))
+    # part and y_dot hold the gradients by y_dot and y
+    torch.mm(gates_dot, weights.gate_weight, out=part[:, 0])
+    torch.mm(gates, weights.gate_weight, out=y_dot[:, 0])
+    if sums is not None:
+        add_so3_outer(sums, "weight1", y_dot, normal)
+        add_so3_outer(sums, "weight1", part, normal_dot)
+        sums.add("bias1", y_dot[:, 0].sum(0))
+    by_normal = apply_so3(y_dot, weights.weight1, True, y)
+    by_normal_dot = apply_so3(part, weights.weight1, True, normal_dot)
+    _of_norm(by_normal, by_normal_dot, x, x_dot, weights, by_x, sums)
+
+
+def _of_norm(
+    grad: Tensor,
+    grad_dot: Tensor | None,
+    x: Tensor,
+    x_dot: Tensor | None,
+    weights: Weights,
+    by_x: Tensor,
+    sums: RunSums | None,
+) -> None:
+    _, by_weight = launch_norm_reverse(x, weights.norm_weight, grad, x_dot, grad_dot, sums is not None, by_x)
+    if sums is not None:
+        sums.add("norm_weight", by_weight)
+        sums.add("norm_bias", grad[:, 0].sum(0))
+
+
+def _of_weights(sums: RunSums, weights: Weights) -> Weights:
+    degrees = weights.weight1.shape[0]
+    found = {name: sum_so3_outer(t, degrees) if name in ("weight1", "weight2") else t for name, t in sums.items()}
+    return Weights(*(found.get(name, torch.zeros_like(t)) for name, t in weights._asdict().items()))

@@ -1,0 +1,85 @@
+"""The norm with its change along a direction, and gradients of both, without a graph.
+
+With c the cotangent of the gradient by x, the second derivative is that of <c, gradient> = <grad, change along c>.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.norm.kernel import norm_kernel, norm_reverse_kernel, norm_tangent_kernel
+from e2former_kernels.norm.reference import NORM_EPS
+
+MAX_PROGRAMS = 1024  # programs that write partial sums of the gradient by the weight
+
+
+def _constants(x: Tensor, weight: Tensor) -> dict:
+    _, rows, channels = x.shape
+    numbers = next_power(rows) * next_power(channels)
+    return {
+        "M": rows, "C": channels, "L": weight.shape[0], "EPS": NORM_EPS, "BM": next_power(rows),
+        "BC": next_power(channels), "num_warps": 8 if numbers > 4096 else 4,
+    }  # fmt: skip
+
+
+def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
+    """The norm, without a graph. x: [N, M, C], contiguous."""
+    out = torch.empty_like(x)
+    if x.numel():
+        norm_kernel[(x.shape[0],)](
+            x, weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous(), out,
+            SHIFT=shift is not None, **_constants(x, weight),
+        )  # fmt: skip
+    return out
+
+
+def launch_norm_tangent(
+    x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The norm (where ``bias`` is given) and its change along x_dot, plus ``shift`` [N, C] in row 0 of the change.
+
+    x, x_dot: [N, M, C], contiguous.
+    """
+    out_dot = torch.empty_like(x)
+    out = out_dot if bias is None else torch.empty_like(x)
+    if x.numel():
+        norm_tangent_kernel[(x.shape[0],)](
+            x, x_dot, weight.contiguous(), weight if bias is None else bias.contiguous(),
+            x if shift is None else shift.contiguous(), out, out_dot, VALUE=bias is not None,
+            SHIFT=shift is not None, **_constants(x, weight),
+        )  # fmt: skip
+    return out, out_dot
+
+
+def launch_norm_reverse(
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor | None,
+    x_dot: Tensor | None = None,
+    grad_dot: Tensor | None = None,
+    by_weight: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of <grad, norm> + <grad_dot, change of the norm along x_dot> by x [N, M, C], and by the weight [L, C].
+
+    All contiguous; ``grad`` or the pair may be missing.
+    """
+    nodes = x.shape[0]
+    out = torch.empty_like(x) if out is None else out
+    steps = triton.cdiv(nodes, MAX_PROGRAMS) if by_weight else 1
+    programs = triton.cdiv(nodes, steps) if nodes else 0
+    sums = x.new_empty(programs, *x.shape[1:]) if by_weight else x
+    if programs:
+        norm_reverse_kernel[(programs,)](
+            x if grad is None else grad, x if grad_dot is None else grad_dot, x,
+            x if x_dot is None else x_dot,
+            weight.contiguous(), out, sums, N=nodes, steps=steps, VALUE=grad is not None, TANGENT=grad_dot is not None,
+            WEIGHTS=by_weight, **_constants(x, weight),
+        )  # fmt: skip
+    if not by_weight:
+        return out, None
+    by_row = sums.sum(0)
+    return out, torch.stack([by_row[l * l : (l + 1) ** 2].sum(0) for l in range(weight.shape[0])])

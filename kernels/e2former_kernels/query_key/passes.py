@@ -1,0 +1,164 @@
+r"""Queries and keys, their gradients and second derivatives without a graph, on runs of nodes.
+
+With c the cotangent of the gradient by h, the second derivative is that of L = <c, gradient> = <grad, J c>: a forward
+pass with the tangent :math:`\dot q` = J c along :math:`\dot h` = c, which is dL by ``grad``, then one reverse pass
+over value and tangent. Without a tangent the same reverse pass gives the first derivative. Products of size rows x 4 G
+(one of the value, one of the tangent) exist for a bounded run of nodes only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, sum_so3_outer
+from e2former_kernels.common.radial_second_kernel import second_pair_backward_kernel, second_pair_kernel
+from e2former_kernels.common.run_sums import RunSums
+from e2former_kernels.common.step import NodeRun, node_runs
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.query_key.kernel import invariants_backward_kernel, invariants_kernel
+from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
+
+RUN_NUMBERS = 1 << 26  # working memory of a run of nodes, in numbers: 256 MB in float32
+TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
+MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
+
+
+class Run(NamedTuple):
+    """What the forward pass makes for a run of n nodes. T = 1, or 2: value and tangent."""
+
+    both: Tensor  # P, [T, M, n, 4 G]
+    invariants: Tensor  # [2, T, n, (L+1) G]
+    middle: Tensor  # products of the hidden layer, [2, T, n, G]
+    hidden: Tensor  # results of the hidden layer, [2, T, n, G]
+
+
+class Gradients(NamedTuple):
+    """Gradients of <grad, value>, or of <grad, tangent> where there is one."""
+
+    by_h: Tensor
+    by_weights: QueryKeyWeights | None
+    tangent: Tensor | None  # [N, 2, O]
+
+
+def runs(h: Tensor, weights: QueryKeyWeights, parts: int) -> list[NodeRun]:
+    """Runs of nodes with products of bounded size. parts: T."""
+    size = max(RUN_NUMBERS // (parts * h.shape[1] * weights.weight.shape[1]), 16)
+    return node_runs(h.shape[0], size) if h.numel() else []
+
+
+def _invariants(kernel, both: Tensor, bias: Tensor, s: Tensor, **constants: bool) -> None:
+    parts, rows, nodes, _ = both.shape
+    width = bias.shape[0]
+    block = min(next_power(width), 1024)
+    degrees = round(rows**0.5)
+    kernel[nodes, triton.cdiv(width, block)](
+        both, bias, s, nodes, width, D=degrees, BG=block, TANGENT=parts == 2, **constants
+    )
+
+
+def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
+    """Grid and constants of the row kernels, and the tiles of one program."""
+    groups, parts, nodes, width = middle.shape
+    padded = next_power(width)
+    block = max(TILE_NUMBERS // padded, 1)
+    steps = triton.cdiv(triton.cdiv(nodes, block), MAX_PROGRAMS) if sums else 1
+    constants = {
+        "E": nodes, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": True,
+        "EDGE_MAJOR": False, "TANGENT": parts == 2, "num_warps": 4,
+    }  # fmt: skip
+    return (triton.cdiv(nodes, block * steps), groups), constants, steps
+
+
+def forward_run(h: Tensor, h_dot: Tensor | None, weights: QueryKeyWeights) -> Run:
+    """All but the last product, for the nodes of a run. h, h_dot: [n, M, C]."""
+    nodes, rows, _ = h.shape
+    given = [h] if h_dot is None else [h, h_dot]
+    parts = len(given)
+    both = h.new_empty(parts, rows, nodes, weights.weight.shape[1])
+    for x, products in zip(given, both, strict=True):
+        apply_so3(x, weights.weight, False, products.transpose(0, 1))
+    _, width, inputs = weights.hidden_weight.shape
+    s = h.new_empty(2, parts, nodes, inputs)
+    _invariants(invariants_kernel, both, weights.bias, s)
+    middle = torch.bmm(s.flatten(1, 2), weights.hidden_weight.transpose(1, 2)).view(2, parts, nodes, width)
+    hidden = torch.empty_like(middle)
+    grid, constants, _ = _launch(middle, False)
+    second_pair_kernel[grid](
+        middle, weights.hidden_bias, weights.norm_weight, weights.norm_bias, hidden, **constants
+    )  # fmt: skip
+    return Run(both, s, middle, hidden)
+
+
+def _reverse_run(
+    grad: Tensor,
+    h: Tensor,
+    h_dot: Tensor | None,
+    run: Run,
+    weights: QueryKeyWeights,
+    by_h: Tensor,
+    sums: RunSums | None,
+) -> None:
+    """Writes the gradient by h, and adds those by the weights to ``sums``. Uses up ``run``. grad: [2, n, O]."""
+    both, s, up, hidden = run
+    if sums is not None:
+        sums.add_product("out_weight", grad.transpose(1, 2), hidden[:, -1])
+        if h_dot is None:
+            sums.add("out_bias", grad.sum(1))
+    # nothing reads run.hidden any more: it becomes the gradient by itself, which is zero for a value beside its tangent
+    if h_dot is not None:
+        hidden[:, 0].zero_()
+    torch.bmm(grad, weights.out_weight, out=hidden[:, -1])
+    grid, constants, steps = _launch(up, sums is not None)
+    terms = up if sums is None else up.new_empty(grid[0], 3, *weights.hidden_bias.shape)
+    second_pair_backward_kernel[grid](
+        hidden, up, weights.hidden_bias, weights.norm_weight, weights.norm_bias, up, terms, steps=steps,
+        WEIGHTS=sums is not None, **constants,
+    )  # fmt: skip
+    if sums is not None:
+        sums.add("rows", terms.sum(0))
+        sums.add_product("hidden_weight", up.flatten(1, 2).transpose(1, 2), s.flatten(1, 2))
+    torch.bmm(up.flatten(1, 2), weights.hidden_weight, out=s.flatten(1, 2))
+    _invariants(invariants_backward_kernel, both, weights.bias, s, WEIGHTS=sums is not None)
+    apply_so3(both[0].transpose(0, 1), weights.weight, True, by_h)
+    if sums is not None:
+        sums.add("bias", both[0, 0, :, : weights.bias.shape[0]].sum(0))
+        for x, products in zip([h] if h_dot is None else [h, h_dot], both, strict=True):
+            add_so3_outer(sums, "weight", products.transpose(0, 1), x)
+
+
+def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, weights: QueryKeyWeights, by_weights: bool) -> Gradients:
+    """Gradients of <grad, value at h>, or of <grad, tangent along h_dot>, by h and, where asked for, the weights.
+
+    grad: [N, 2, O]; h, h_dot: [N, M, C]; all contiguous.
+    """
+    by_h = torch.empty_like(h)
+    tangent = None if h_dot is None else torch.empty_like(grad)
+    sums = RunSums() if by_weights else None
+    for nodes, *_ in runs(h, weights, 1 if h_dot is None else 2):
+        part_dot = None if h_dot is None else h_dot[nodes]
+        run = forward_run(h[nodes], part_dot, weights)
+        if tangent is not None:
+            to = tangent[nodes].transpose(0, 1)
+            torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=to)
+        _reverse_run(grad[nodes].transpose(0, 1), h[nodes], part_dot, run, weights, by_h[nodes], sums)
+    return Gradients(by_h, None if sums is None else _of_weights(sums, weights), tangent)
+
+
+def _of_weights(sums: RunSums, weights: QueryKeyWeights) -> QueryKeyWeights:
+    if not sums:  # no nodes
+        return QueryKeyWeights(*map(torch.zeros_like, weights))
+    by_norm_weight, by_norm_bias, by_hidden_bias = sums["rows"]
+    return QueryKeyWeights(
+        weight=sum_so3_outer(sums["weight"], weights.weight.shape[0]),
+        bias=sums["bias"],
+        hidden_weight=sums["hidden_weight"],
+        hidden_bias=by_hidden_bias,
+        norm_weight=by_norm_weight,
+        norm_bias=by_norm_bias,
+        out_weight=sums["out_weight"],
+        out_bias=sums.get("out_bias", torch.zeros_like(weights.out_bias)),
+    )
