@@ -18,6 +18,7 @@ from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_senders, check_shape
 from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import polynomial_envelope
+from e2former_kernels.common.grouped_linear import so3_linear
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_hidden
@@ -213,9 +214,6 @@ def edge_degree_embedding(
     further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
     step = dataclasses.replace(step, plan=further)
     sums = run_step(step, [t for _, t in arguments])
-    parts = []
-    for degree in range(lmax + 1):
-        rows = sums[:, degree * degree : (degree + 1) ** 2]
-        weight, bias = radial.out[degree], radial.out_bias[degree]
-        parts.append(F.linear(rows[..., :-PAD], weight).to(dtype) + rows[..., -PAD, None] * bias)
-    return torch.cat(parts, 1)
+    # the bias is the weight of the sum of y, which stands beside the sums of features
+    weight = torch.cat([radial.out, F.pad(radial.out_bias.unsqueeze(-1), (0, PAD - 1))], -1)
+    return so3_linear(sums, weight).to(dtype)
