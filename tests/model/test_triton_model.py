@@ -100,16 +100,19 @@ def test_stress_hessian_and_training(device: str, float64_default: None) -> None
     for key in ("energy", "forces", "stress", "hessian"):
         scale = expected[key][key].abs().max()
         assert (got[key][key] - expected[key][key]).abs().max() <= tolerance * scale, key
-    losses = [losses_of_training(model, crystal(dtype, device), 3 if interpreted else 20) for model in models]
+    # At 3e-3 the wide network's losses change by 2.6 % within 20 steps when its float32 weights change by 1e-7 of
+    # themselves (reference, CPU); at 3e-4 by 1.5e-4: a rate at which a wrong gradient can be told from rounding.
+    steps, rate = (3, 3e-3) if interpreted else (20, 1e-4)
+    losses = [losses_of_training(model, crystal(dtype, device), steps, rate) for model in models]
     assert losses[0][-1] < 0.9 * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-8 if interpreted else 1e-3)
 
 
-def losses_of_training(model: HydraModel, data: AtomicData, steps: int) -> list[float]:
+def losses_of_training(model: HydraModel, data: AtomicData, steps: int, rate: float) -> list[float]:
     """Losses before each step of Adam towards zero energy, forces and stress."""
     model.train()
     model.backbone.regress_config.hessian = False
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
     losses = []
     for _ in range(steps):
         out = model(data.clone())

@@ -45,14 +45,19 @@ def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
         return torch.tensor([l for l in range(degrees) for _ in range(2 * l + 1)], device=device)
 
 
+def so3_rows(weight: Tensor) -> Tensor:
+    """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several runs."""
+    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
+
+
 def apply_so3(x: Tensor, weight: Tensor, transpose: bool, out: Tensor) -> Tensor:
     """out[:, row] = weight of the row's degree times x[:, row], in one batched product. No gradient.
 
-    x: [N, (L+1)^2, I], out: [N, (L+1)^2, O], any strides that keep columns together; weight: [L+1, O, I]
-    (``transpose``: x has O columns, out I).
+    x: [N, (L+1)^2, I], out: [N, (L+1)^2, O], any strides that keep columns together; weight: [L+1, O, I], or of the
+    rows as :func:`so3_rows` makes it (``transpose``: x has O columns, out I).
     """
     if out.numel():
-        rows = weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
+        rows = weight if weight.shape[0] == x.shape[1] else so3_rows(weight)
         torch.bmm(x.transpose(0, 1), rows if transpose else rows.transpose(1, 2), out=out.transpose(0, 1))
     return out
 

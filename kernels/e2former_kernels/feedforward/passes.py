@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, sum_so3_outer
+from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows, sum_so3_outer
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import node_runs
 from e2former_kernels.common.tiles import next_power
@@ -48,11 +48,11 @@ class Gradients(NamedTuple):
     change: Tensor | None
 
 
-def _gate(kernel, y: Tensor, weights: Weights, *tensors: Tensor, **constants: bool) -> None:
-    channels = y.shape[-1]
+def _gate(kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:
+    _, rows, channels = y.shape
     block = min(next_power(channels), 256)
     kernel[y.shape[0], triton.cdiv(channels, block)](
-        *tensors, channels, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=weights.weight2.shape[0], BC=block, num_warps=2,
+        *tensors, channels, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=round(rows**0.5), BC=block, num_warps=2,
         **constants,
     )  # fmt: skip
 
@@ -64,13 +64,17 @@ def _first(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     return y, torch.addmm(weights.gate_bias, y[:, 0], weights.gate_weight.t())
 
 
+def _of_rows(weights: Weights) -> Weights:
+    return weights._replace(weight1=so3_rows(weights.weight1), weight2=so3_rows(weights.weight2))
+
+
 def value(x: Tensor, weights: Weights) -> Tensor:
     """The network. x: [N, M, C], contiguous."""
-    out = torch.empty_like(x)
+    out, weights = torch.empty_like(x), _of_rows(weights)
     if x.numel():
         for run in node_runs(x.shape[0]):
             y, gates = _first(launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None), weights)
-            _gate(gate_kernel, y, weights, y, gates)
+            _gate(gate_kernel, y, y, gates)
             apply_so3(y, weights.weight2, False, out[run.nodes])
         out[:, 0] += weights.bias2
     return out
@@ -84,12 +88,13 @@ def gradients(grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, b
     by_x = torch.empty_like(x)
     change = None if x_dot is None else torch.empty_like(x)
     sums = RunSums() if by_weights else None
+    rows = _of_rows(weights)
     for run in node_runs(x.shape[0]) if x.numel() else ():
         nodes = run.nodes
         if x_dot is None:
-            _first_derivative(grad[nodes], x[nodes], weights, by_x[nodes], sums)
+            _first_derivative(grad[nodes], x[nodes], rows, by_x[nodes], sums)
         else:
-            _second_derivative(grad[nodes], x[nodes], x_dot[nodes], weights, by_x[nodes], change[nodes], sums)
+            _second_derivative(grad[nodes], x[nodes], x_dot[nodes], rows, by_x[nodes], change[nodes], sums)
     return Gradients(by_x, None if sums is None else _of_weights(sums, weights), change)
 
 
@@ -98,12 +103,12 @@ def _first_derivative(grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, s
     y, gates = _first(normal, weights)
     if sums is not None:
         z = torch.empty_like(y)
-        _gate(gate_change_kernel, y, weights, y, y, gates, gates, z, TANGENT=False)
+        _gate(gate_change_kernel, y, y, y, gates, gates, z, TANGENT=False)
         add_so3_outer(sums, "weight2", grad, z)
         sums.add("bias2", grad[:, 0].sum(0))
         scalar = y[:, 0].clone()
     part = apply_so3(grad, weights.weight2, True, torch.empty_like(y))
-    _gate(gate_backward_kernel, y, weights, part, y, gates)
+    _gate(gate_backward_kernel, y, part, y, gates)
     torch.mm(gates, weights.gate_weight, out=part[:, 0])
     if sums is not None:
         sums.add_product("gate_weight", gates.t(), scalar)
@@ -121,13 +126,13 @@ def _second_derivative(
     y_dot = apply_so3(normal_dot, weights.weight1, False, torch.empty_like(y))
     gates_dot = y_dot[:, 0] @ weights.gate_weight.t()
     z = torch.empty_like(y)
-    _gate(gate_change_kernel, y, weights, y, y_dot, gates, gates_dot, z, TANGENT=True)
+    _gate(gate_change_kernel, y, y, y_dot, gates, gates_dot, z, TANGENT=True)
     apply_so3(z, weights.weight2, False, change)
     if sums is not None:
         add_so3_outer(sums, "weight2", grad, z)
     part = apply_so3(grad, weights.weight2, True, z)
     scalar_dot = y_dot[:, 0].clone()
-    _gate(gate_change_backward_kernel, y, weights, part, y, y_dot, gates, gates_dot)
+    _gate(gate_change_backward_kernel, y, part, y, y_dot, gates, gates_dot)
     if sums is not None:
         sums.add_product("gate_weight", gates.t(), y[:, 0])
         sums.add_product("gate_weight", gates_dot.t(), scalar_dot)

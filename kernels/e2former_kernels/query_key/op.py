@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
+from e2former_kernels.common.grouped_linear import so3_rows
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.query_key.passes import forward_run, gradients, runs
 from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
@@ -21,8 +22,9 @@ class _QueryKey:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
         out = h.new_empty(h.shape[0], 2, weights.out_weight.shape[1])
+        rows = weights._replace(weight=so3_rows(weights.weight))
         for run in runs(h, weights, 1):
-            hidden = forward_run(h[run.nodes], None, weights).hidden[:, 0]
+            hidden = forward_run(h[run.nodes], None, rows).hidden[:, 0]
             to = out[run.nodes].transpose(0, 1)
             torch.baddbmm(weights.out_bias.unsqueeze(1), hidden, weights.out_weight.transpose(1, 2), out=to)
         return out

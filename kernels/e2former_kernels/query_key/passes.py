@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, sum_so3_outer
+from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows, sum_so3_outer
 from e2former_kernels.common.radial_second_kernel import second_pair_backward_kernel, second_pair_kernel
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import NodeRun, node_runs
@@ -74,7 +74,7 @@ def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
 
 
 def forward_run(h: Tensor, h_dot: Tensor | None, weights: QueryKeyWeights) -> Run:
-    """All but the last product, for the nodes of a run. h, h_dot: [n, M, C]."""
+    """All but the last product, for the nodes of a run. h, h_dot: [n, M, C]. weights: with those of the rows."""
     nodes, rows, _ = h.shape
     given = [h] if h_dot is None else [h, h_dot]
     parts = len(given)
@@ -138,13 +138,14 @@ def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, weights: QueryKeyWe
     by_h = torch.empty_like(h)
     tangent = None if h_dot is None else torch.empty_like(grad)
     sums = RunSums() if by_weights else None
+    rows = weights._replace(weight=so3_rows(weights.weight))
     for nodes, *_ in runs(h, weights, 1 if h_dot is None else 2):
         part_dot = None if h_dot is None else h_dot[nodes]
-        run = forward_run(h[nodes], part_dot, weights)
+        run = forward_run(h[nodes], part_dot, rows)
         if tangent is not None:
             to = tangent[nodes].transpose(0, 1)
             torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=to)
-        _reverse_run(grad[nodes].transpose(0, 1), h[nodes], part_dot, run, weights, by_h[nodes], sums)
+        _reverse_run(grad[nodes].transpose(0, 1), h[nodes], part_dot, run, rows, by_h[nodes], sums)
     return Gradients(by_h, None if sums is None else _of_weights(sums, weights), tangent)
 
 
