@@ -1,14 +1,9 @@
-"""What the benchmarks share: systems, edges, models, timing, and where results go."""
+"""What the benchmarks share: systems, edges and the network; timing and results from the modules beside it."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +11,15 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT, ROOT / "kernels"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+from results import Results, common_arguments, save, table  # noqa: E402
+from timing import GIB, attempt, ceilings, free, measure, measure_graph  # noqa: E402
 
 from e2former_fairchem.config import E2FormerV2Config  # noqa: E402
 from e2former_fairchem.graph import Graph  # noqa: E402
@@ -27,11 +27,20 @@ from e2former_fairchem.model import E2FormerV2  # noqa: E402
 from e2former_fairchem.nn.output import EnergyMLP  # noqa: E402
 from e2former_fairchem.segments import gather_rows  # noqa: E402
 
-GIB = 1 << 30
+__all__ = [
+    "GIB", "PAPER", "TINY", "Network", "Results", "System", "attempt", "ceilings", "common_arguments", "edges_of",
+    "free", "measure", "measure_graph", "relative_error", "save", "table", "water_cluster",
+]  # fmt: skip
+
 #: The paper's network: 24.4 M parameters.
 PAPER = {
     "lmax": 2, "sphere_channels": 256, "num_layers": 4, "num_heads": 128, "head_dim": 8, "num_radial_basis": 256,
     "value_multiplicity": 2, "cutoff": 6.0,
+}  # fmt: skip
+#: Widths for trying a benchmark out on a CPU.
+TINY = {
+    "sphere_channels": 4, "num_layers": 1, "num_heads": 2, "head_dim": 2, "num_radial_basis": 8,
+    "value_multiplicity": None,
 }  # fmt: skip
 
 
@@ -63,19 +72,23 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def edges_of(positions: np.ndarray, cutoff: float, neighbours: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(source, target), by target then source: all atoms within the cutoff, or the nearest ``neighbours`` of them."""
-    tree = cKDTree(positions)
-    number = len(positions)
+    """(source, target), by target then source: all atoms within the cutoff, or the nearest ``neighbours`` of them.
+
+    No two atoms may be in one place. Seconds for a million atoms: the search runs on all cores, and no list of edges is
+    sorted by comparison of pairs.
+    """
+    number, tree = len(positions), cKDTree(positions)
     if neighbours is None:
         pairs = tree.query_pairs(cutoff, output_type="ndarray")
-        target, source = np.concatenate([pairs, pairs[:, ::-1]]).T
-    else:
-        distance, index = tree.query(positions, neighbours + 1, distance_upper_bound=cutoff, workers=-1)
-        keep = np.isfinite(distance)
-        keep[:, 0] = False
-        target, source = np.repeat(np.arange(number), neighbours + 1).reshape(index.shape)[keep], index[keep]
-    order = np.lexsort((source, target))
-    return source[order], target[order]
+        key = np.concatenate([pairs[:, 0] * number + pairs[:, 1], pairs[:, 1] * number + pairs[:, 0]])
+        key = torch.from_numpy(key)
+        key = (key.cuda() if torch.cuda.is_available() else key).sort().values.cpu().numpy()
+        return key % number, key // number
+    _, index = tree.query(positions, neighbours + 1, distance_upper_bound=cutoff, workers=-1)
+    index[:, 0] = number  # the atom itself; the search fills up with the same number
+    index.sort(axis=1)
+    found = index < number
+    return index[found], np.repeat(np.arange(number), found.sum(axis=1))
 
 
 class System:
@@ -136,56 +149,11 @@ class Network(torch.nn.Module):
         loss.backward()
         return loss
 
-
-def measure(function: Callable[[], object], repeats: int = 5, warmup: int = 2) -> dict:
-    """Median time and peak memory above what was there before. CUDA events on a GPU, a clock elsewhere."""
-    try:
-        for _ in range(warmup):
-            function()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(repeats):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop))
-        peak = torch.cuda.max_memory_allocated() - before
-        return {"ms": statistics.median(times), "min_ms": min(times), "GiB": peak / GIB}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"error": "out of memory"}
+    def forget(self) -> None:
+        """Drop captured CUDA graphs, whose memory would count as there before the next measurement."""
+        self.trunk._captured = type(self.trunk._captured)()
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference||."""
     return float((value.double() - reference.double()).norm() / reference.double().norm())
-
-
-def machine() -> dict:
-    """Where a result comes from: GPU, versions, commit."""
-    command = ["git", "rev-parse", "--verify", "-q", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": os.environ.get("E2FORMER_COMMIT") or commit.stdout.strip() or "unknown",
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def save(name: str, rows: dict, folder: str | None = None) -> None:
-    """Write ``rows`` with the machine and the command beside them to ``results/name.json``."""
-    path = Path(folder or Path(__file__).parent / "results")
-    path.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", f"kernels/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    (path / f"{name}.json").write_text(
-        json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n"
-    )

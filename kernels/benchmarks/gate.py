@@ -1,47 +1,106 @@
-"""The correctness gate of the benchmarks: a red gate prints no timing."""
+"""The correctness gate of the benchmarks: a red gate prints no timing.
+
+Triton kernels in float32 against the reference in float64 with the same weights, each score in strict float32 and TF32:
+energy, forces (also after repeated evaluations with frozen weights, which take radial networks from splines and
+replay CUDA graphs), gradients of the conserving loss (second derivatives) and of the direct one by all weights,
+and the same bits from two runs.
+
+python kernels/benchmarks/gate.py [--output FOLDER]
+"""
 
 from __future__ import annotations
 
 import sys
 
 import torch
-from common import Network, System, relative_error
+from common import TINY, Network, Results, System, common_arguments, free, relative_error
+from torch import Tensor
+
+#: Largest relative error in strict float32 and with TF32, of every figure but the energy's.
+TOLERANCE = {"highest": 1e-4, "high": 3e-2}
+#: (score, norm) of the networks checked.
+NETWORKS = (("qk", "smooth"), ("qk", "molfm_v1_5"), ("qk_dot", "smooth"), ("qk_dot_scalar", "smooth"))
+EVALUATIONS = 5
 
 
-def check_network(precision: str, tolerance: float, atoms: int = 96, **config) -> dict:
-    """Energy, forces and training gradients with Triton against the float64 reference on the same weights."""
-    torch.set_float32_matmul_precision(precision)
-    found = {}
-    model = Network(kernel_backend="triton", **config).cuda()
-    reference = Network(kernel_backend="reference", **config).double().cuda()
-    reference.load_state_dict(model.state_dict())
-    system, exact = System(atoms, 32, "cuda"), System(atoms, 32, "cuda", torch.float64)
-    energy, forces = model.energy_forces(system)
-    energy64, forces64 = reference.energy_forces(exact)
-    found["energy"] = abs(float(energy) / float(energy64) - 1)
-    found["forces"] = relative_error(forces, forces64)
-    again = model.energy_forces(system)
-    found["same_bits"] = bool((again[1] == forces).all())
-    model.training_step(system)
-    reference.training_step(exact)
-    pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True)]
-    pairs = [(p, q) for p, q in pairs if q is not None and float(q.norm()) > 0]
-    found["training"] = relative_error(
-        torch.cat([p.double().flatten() for p, _ in pairs]), torch.cat([q.flatten() for _, q in pairs])
-    )
-    found["ok"] = all(found[k] < tolerance for k in ("energy", "forces", "training")) and found["same_bits"]
+def gradients(model: Network, system: System, conserving: bool) -> list[Tensor | None]:
+    """Gradients of one training step by the weights, in order."""
+    model.training_step(system, conserving)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
     return found
 
 
-def gate() -> dict:
-    """Strict float32 and TF32; exits when a check is red."""
-    found = {}
-    for precision, tolerance in (("highest", 1e-4), ("high", 3e-2)):
-        for norm in ("smooth", "molfm_v1_5"):
-            found[f"{precision}/{norm}"] = check_network(precision, tolerance, attention_norm=norm)
-    for name, row in found.items():
-        print("gate", name, row, flush=True)
+def compare_gradients(found: list[Tensor | None], exact: list[Tensor | None]) -> tuple[float, float]:
+    """Relative error of all gradients as one vector, and the worst one of a weight that matters.
+
+    A weight matters when its gradient has at least a hundredth of the largest gradient's norm: smaller ones are
+    differences of large numbers.
+    """
+    pairs = [(p, q) for p, q in zip(found, exact, strict=True) if q is not None and float(q.norm()) > 0]
+    together = relative_error(
+        torch.cat([p.double().flatten() for p, _ in pairs]), torch.cat([q.flatten() for _, q in pairs])
+    )
+    largest = max(float(q.norm()) for _, q in pairs)
+    worst = max(relative_error(p, q) for p, q in pairs if float(q.norm()) > 1e-2 * largest)
+    return together, worst
+
+
+def check_network(precision: str, atoms: int = 96, device: str = "cuda", **config) -> dict:
+    """One network against the reference; see the module."""
+    torch.set_float32_matmul_precision(precision)
+    tolerance = TOLERANCE[precision]
+    model = Network(kernel_backend="triton", **config).to(device)
+    reference = Network(kernel_backend="reference", **config).double().to(device)
+    reference.load_state_dict(model.state_dict())
+    system, exact = System(atoms, 32, device), System(atoms, 32, device, torch.float64)
+    energy, forces = model.energy_forces(system)
+    energy64, forces64 = reference.energy_forces(exact)
+    found: dict = {"energy": relative_error(energy.detach(), energy64.detach())}
+    found["forces"] = relative_error(forces, forces64)
+    found["same_bits"] = bool((model.energy_forces(system)[1] == forces).all())
+    for name, conserving in (("training", True), ("training_direct", False)):
+        pair = compare_gradients(gradients(model, system, conserving), gradients(reference, exact, conserving))
+        found[name], found[f"{name}_worst"] = pair
+    model.requires_grad_(False)
+    for _ in range(EVALUATIONS):
+        _, frozen = model.energy_forces(system)
+    found["forces_frozen"] = relative_error(frozen, forces64)
+    limits = {k: 10 * tolerance if k.endswith("_worst") else tolerance for k in found if k != "same_bits"}
+    found["ok"] = all(found[k] < limit for k, limit in limits.items()) and found["same_bits"]
+    return found
+
+
+def gate(device: str = "cuda", tiny: bool = False, scores: tuple[str, ...] | None = None) -> dict:
+    """All networks, or those of the scores named; exits when a check is red. Leaves the precision as it was.
+
+    tiny: two molecules, strict float32, one network, which is what Triton's interpreter has time for.
+    """
+    before, found = torch.get_float32_matmul_precision(), {}
+    widths, atoms = (TINY, 6) if tiny else ({}, 96)
+    for precision in ("highest",) if tiny else TOLERANCE:
+        for score, norm in NETWORKS[:1] if tiny else NETWORKS:
+            if scores is not None and score not in scores:
+                continue
+            name = f"{precision}/{score}/{norm}"
+            row = check_network(precision, atoms, device, score=score, attention_norm=norm, **widths)
+            found[name] = row
+            figures = ", ".join(f"{k} {v:.1e}" for k, v in row.items() if isinstance(v, float))
+            print(f"gate {'ok ' if row['ok'] else 'RED'} {name}: {figures}, same bits {row['same_bits']}", flush=True)
+            free()
+    torch.set_float32_matmul_precision(before)
     if not all(row["ok"] for row in found.values()):
         print("gate: red, no timings", flush=True)
         sys.exit(1)
     return found
+
+
+def main() -> None:
+    args = common_arguments(__doc__, "gate").parse_args()
+    results = Results(args.name, args.output)
+    results.update(gate(args.device, args.tiny))
+    results.add("all", {"ok": True})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,117 +1,168 @@
-"""The attention alone and its convolution stage: our forms against the edge-materialised PyTorch implementation.
+"""The attention and its convolution stage alone: Triton kernels against the edge-materialised PyTorch implementation.
 
-python kernels/benchmarks/op_table.py [--atoms 1536 6144] [--output FOLDER]
+python kernels/benchmarks/op_table.py [--atoms 6144 24576] [--convolution 1536 6144 24576 98304] [--precision highest]
+
+Rows ``attention/SCORE/FORM/PASS/ATOMS``. FORM: ``triton``, which takes radial networks from splines where weights are
+frozen and the score has them, ``triton_network`` without splines, ``dense`` the baseline. PASS: forward,
+forward_backward (gradients of an evaluation of forces), second (training on forces). ms is eager, between CUDA events;
+graph_ms the replay of the same calls from a CUDA graph, what the GPU needs without the host. TFLOPs, GBs and floor_ms
+follow floor.py, from the replay where there is one. Rows ``convolution/FORM/ATOMS``: given the weights of the edges,
+everything up to the path rows, forward. A form that differs from the baseline is an error instead of a time.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
 
 import torch
-from common import Network, System, measure, save
+from attention_rows import AttentionCase
+from common import Results, attempt, ceilings, common_arguments, free, measure, measure_graph, relative_error, table
+from convolution_rows import ConvolutionCase
+from floor import attention_work
+from torch import Tensor
 
-from e2former_fairchem.nn.axis_aligned import eaas_tables
-from e2former_fairchem.so3 import path_table
-from e2former_kernels.eaas import axis_aligned_contraction, dense_contraction_reference
-from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
-from e2former_kernels.equivariant_attention.primitives import launch_aggregate, launch_contract
-from e2former_kernels.equivariant_attention.reference import aggregate
-
-
-def attention_table(atoms: int, rows: dict) -> None:
-    """Forward, and forward with the gradients of query, key, value and edge vectors, weights frozen."""
-    system = System(atoms, 32, "cuda")
-    layer = Network(num_layers=1).cuda().requires_grad_(False).trunk.blocks[0].attention
-    spec, heads = layer.spec, layer.spec.num_heads
-    query, key = (torch.randn(system.atoms, heads, 8, device="cuda").requires_grad_() for _ in range(2))
-    value = torch.randn(system.atoms, 9, 256, device="cuda").requires_grad_()
-    vec = system.graph(system.pos).vec.detach().requires_grad_()
-    radial = layer.radial(layer.target_embedding.weight, layer.source_embedding.weight)
-    arguments = (spec, query, key, value, None, vec, system.source, system.target, system.row_ptr, system.numbers)
-    arguments = (*arguments, radial, None, layer.coupling)
-    forms = {
-        "triton": lambda: equivariant_attention(*arguments, source_order=system.order, source_ptr=system.ptr),
-        "dense": lambda: equivariant_attention_reference(*arguments, form="dense", recompute=False),
-    }
-    exact = forms["dense"]()
-    error = float(((forms["triton"]() - exact).norm() / exact.norm()).detach())
-    del exact
-    if not error < 1e-2:
-        raise SystemExit(f"attention: relative difference {error} between the forms, no timings")
-    rows[f"attention/difference/{atoms}"] = error
-    for name, form in forms.items():
-
-        def forward(form=form) -> None:
-            with torch.no_grad():
-                form()
-
-        def both(form=form) -> None:
-            torch.autograd.grad(form().sum(), (query, key, value, vec))
-
-        rows[f"attention/{name}/forward/{atoms}"] = measure(forward, 5)
-        rows[f"attention/{name}/forward_backward/{atoms}"] = measure(both, 5)
+SCORES = ("qk", "qk_dot", "qk_dot_scalar")
+PASSES = ("forward", "forward_backward", "second")
+#: Atoms of the check before the timings.
+CHECK_ATOMS = 192
+#: Largest relative difference of a form from the baseline in float32, strict and with TF32.
+TOLERANCE = {"highest": 1e-4, "high": 2e-2}
 
 
-def convolution_table(atoms: int, rows: dict) -> None:
-    """Given the weights of the edges: everything up to the path rows, forward."""
-    system = System(atoms, 32, "cuda")
-    spec = Network(num_layers=1).trunk.blocks[0].attention.spec
-    tables = eaas_tables(path_table(2))
-    tables = tables._replace(coupling=tables.coupling.float().cuda())
-    n, heads = system.atoms, spec.num_heads
-    value = torch.randn(n, 9, 256, device="cuda")
-    vec = system.graph(system.pos).vec.detach()
-    distance = vec.norm(dim=-1)
-    weight = torch.randn(system.edges, heads, device="cuda")
-    scale = (1 / distance).unsqueeze(1).contiguous()
-    direction = vec * scale
-    pos = system.pos - system.pos.mean(0)
-    flat = tables.coupling.flatten(1)
+def difference(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest relative error of several tensors; those that should vanish are left out."""
+    pairs = [(a, b) for a, b in zip(found, exact, strict=True) if float(b.norm()) > 0]
+    return max(relative_error(a.detach(), b.detach()) for a, b in pairs)
 
-    def summed(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(n, s.shape[1], x[0].numel() // heads, heads)
-        launch_aggregate(weight, s, x.contiguous().view(n, -1, heads), system.source, system.row_ptr, out)
-        return out.view(n, -1, 256)
 
-    def factored(contract) -> torch.Tensor:
-        return contract(summed(value, scale), pos, tables) - summed(contract(value, pos, tables), scale)
+def check_attention(score: str, args) -> dict:
+    """The three passes of the Triton form against the baseline in float64; the baseline's own difference beside it."""
+    case = AttentionCase(6 if args.tiny else CHECK_ATOMS, score, args.device, args.tiny)
+    exact = AttentionCase(6 if args.tiny else CHECK_ATOMS, score, args.device, args.tiny)
+    exact.to_double()
+    found: dict = {}
+    tolerance = TOLERANCE[torch.get_float32_matmul_precision()]
+    for name in PASSES:
+        for c in (case, exact):
+            c.frozen(name != "second")
+        tables = (None, case.table()) if name != "second" else (None,)
+        wanted = as_list(exact.passes()[name]("dense"))
+        for spline in tables:
+            key = name if spline is None else f"{name}_spline"
+            found[key] = difference(as_list(case.passes()[name]("triton", spline)), wanted)
+        found[f"{name}_dense"] = difference(as_list(case.passes()[name]("dense")), wanted)
+    found["ok"] = all(v < tolerance for k, v in found.items() if not k.endswith("_dense"))
+    return found
 
-    def relative() -> torch.Tensor:
-        out = value.new_empty(n, flat.shape[0], 256)
-        launch_contract(flat, summed(value, direction), out)
-        return out
 
-    def dense() -> torch.Tensor:
-        return aggregate(spec, "dense", weight, distance, vec, value[system.source], system.target, n, tables.coupling)
+def as_list(x: Tensor | list[Tensor]) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else x
 
-    forms = {
-        "dense": dense,
-        "node_factored_dense": lambda: factored(dense_contraction_reference),
-        "eaas": lambda: factored(axis_aligned_contraction),
-        "on_the_fly": relative,
-    }
-    exact = relative()
-    for name, form in forms.items():
-        error = float((form() - exact).norm() / exact.norm())
-        if not error < 1e-2:
-            raise SystemExit(f"convolution {name}: relative difference {error}, no timings")
-        rows[f"convolution/{name}/{atoms}"] = measure(form, 5) | {"difference": error}
+
+def timed(call: Callable[[], object], args, work=None, limits: dict | None = None) -> dict:
+    """Row of one call, with rates where the work is known."""
+    row = measure(call, args.repeats, 1 if args.tiny else 3)
+    if "error" in row:
+        return row
+    if not args.no_graphs:
+        row |= measure_graph(call)
+    if work is not None:
+        row |= work.rates(row.get("graph_ms", row["ms"]))
+        if limits:
+            row["floor_ms"] = work.floor_ms(limits["product_TFLOPs"], limits["copy_TBs"])
+    return row
+
+
+def attention_table(atoms: int, score: str, args, results: Results, limits: dict) -> None:
+    """Rows of one score at one size; a case that does not fit is a row too."""
+    try:
+        case = AttentionCase(atoms, score, args.device, args.tiny)
+        spline = case.table()
+    except Exception as error:
+        results.add(f"attention/{score}/inputs/{atoms}", attempt(lambda e=error: _raise(e)))
+        return
+    forms = {"triton": ("triton", spline), "triton_network": ("triton", None), "dense": ("dense", None)}
+    if spline is None:
+        del forms["triton_network"]
+    for name in args.passes:
+        case.frozen(name != "second")
+        work = attention_work(case.shape, case.system.atoms, case.system.edges, name)
+        for form, (how, splines) in forms.items():
+            if name == "second" and form == "triton_network":
+                continue  # weights that are trained have no splines: the same call
+            chosen = None if name == "second" else splines
+            call = lambda n=name, h=how, s=chosen: case.passes()[n](h, s)  # noqa: E731
+            results.add(f"attention/{score}/{form}/{name}/{atoms}", timed(call, args, work, limits))
+        rows = {f: results.get(f"attention/{score}/{f}/{name}/{atoms}", {}) for f in ("triton", "dense")}
+        ratios = {
+            key.replace("ms", "speedup"): rows["dense"][key] / rows["triton"][key]
+            for key in ("ms", "graph_ms")
+            if all(key in row for row in rows.values())
+        }
+        if ratios:
+            results.add(f"attention/{score}/speedup/{name}/{atoms}", ratios)
+
+
+def _raise(error: Exception) -> dict:
+    raise error
+
+
+def convolution_table(atoms: int, args, results: Results) -> None:
+    """Rows of the convolution stage at one size."""
+    case = ConvolutionCase(atoms, args.device, args.tiny)
+    exact = case.on_the_fly()
+    tolerance = TOLERANCE[torch.get_float32_matmul_precision()]
+
+    def row(make: Callable[[], tuple[Callable, Callable]]) -> dict:
+        call, as_rows = make()
+        error = relative_error(as_rows(call()), exact)
+        if not error < tolerance:
+            return {"error": f"relative difference {error:.2e}, not timed"}
+        return timed(call, args) | {"difference": error}
+
+    def itself(x: Tensor) -> Tensor:
+        return x
+
+    makers = {name: (lambda f=form: (f, itself)) for name, form in case.forms().items()}
+    for name, make in (makers | {"dense_e3nn": case.e3nn}).items():
+        results.add(f"convolution/{name}/{atoms}", attempt(lambda m=make: row(m)))
+    rows = {n: results[f"convolution/{n}/{atoms}"] for n in ("dense", "on_the_fly", "eaas", "node_factored_dense")}
+    key = "graph_ms" if all("graph_ms" in r for r in rows.values() if "ms" in r) else "ms"
+    if key in rows["dense"]:
+        ratios = {n: rows["dense"][key] / row[key] for n, row in rows.items() if key in row and n != "dense"}
+        results.add(f"convolution/speedup/{atoms}", ratios)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--atoms", type=int, nargs="*", default=[1536, 6144])
-    parser.add_argument("--precision", default="high")
-    parser.add_argument("--output")
+    parser = common_arguments(__doc__, "operations")
+    parser.add_argument("--atoms", type=int, nargs="*", default=[6144, 24576], help="of the attention")
+    parser.add_argument("--convolution", type=int, nargs="*", default=[1536, 6144, 24576, 98304])
+    parser.add_argument("--scores", nargs="*", default=list(SCORES), choices=SCORES)
+    parser.add_argument("--passes", nargs="*", default=list(PASSES), choices=PASSES)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-graphs", action="store_true", help="eager times only")
     args = parser.parse_args()
     torch.set_float32_matmul_precision(args.precision)
-    rows: dict = {}
-    for atoms in args.atoms:
-        convolution_table(atoms, rows)
-        attention_table(atoms, rows)
-    for name, row in rows.items():
-        print(name, row, flush=True)
-    save("operations", rows, args.output)
+    results = Results(args.name, args.output)
+    limits = ceilings(args.device)
+    results.add("ceilings", limits)
+    if not args.no_gate:
+        red = []
+        for score in args.scores if args.atoms else ():
+            row = results.add(f"gate/{score}", check_attention(score, args))
+            red += [] if row["ok"] else [score]
+        if red:
+            raise SystemExit(f"gate: red for {red}, no timings")
+    for atoms in args.convolution:
+        failed = attempt(lambda n=atoms: convolution_table(n, args, results) or {})
+        if "error" in failed:
+            results.add(f"convolution/inputs/{atoms}", failed)
+    for score in args.scores:
+        for atoms in args.atoms:
+            attention_table(atoms, score, args, results, limits)
+            free()
+    columns = ("ms", "graph_ms", "GiB", "TFLOPs", "GBs", "floor_ms")
+    print(table({k: v for k, v in results.items() if "gate" not in k}, columns))
 
 
 if __name__ == "__main__":
