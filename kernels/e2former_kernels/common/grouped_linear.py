@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.degree_sums import degree_sums
 from e2former_kernels.common.run_sums import RunSums
 
 
@@ -63,13 +64,11 @@ def apply_so3(x: Tensor, weight: Tensor, transpose: bool, out: Tensor) -> Tensor
 
 
 def add_so3_outer(sums: RunSums, name: str, grad: Tensor, x: Tensor) -> None:
-    """Add the gradient by the weight of :func:`apply_so3` to a sum, still row by row. grad: [n, M, O]; x: [n, M, I]."""
+    """Add the gradient by the weight of :func:`apply_so3` to a sum, still row by row (``degree_sums`` adds rows up).
+
+    grad: [n, M, O]; x: [n, M, I].
+    """
     sums.add_product(name, grad.permute(1, 2, 0), x.transpose(0, 1))
-
-
-def sum_so3_outer(by_row: Tensor, degrees: int) -> Tensor:
-    """Gradient by the weight, [L+1, O, I], from the rows' [M, O, I]."""
-    return torch.stack([by_row[l * l : (l + 1) ** 2].sum(0) for l in range(degrees)])
 
 
 def _new(x: Tensor, width: int) -> Tensor:
@@ -174,11 +173,56 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bi
     return y if bias is None else _FirstRowBias.apply(y, bias)
 
 
+class _So3(torch.autograd.Function):
+    """(x, W) -> y of :func:`apply_so3`, or with ``transpose`` (g, W) -> gradient by x."""
+
+    @staticmethod
+    def forward(ctx, transpose: bool, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.transpose = transpose
+        x = x.contiguous()
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        width = weight.shape[2 if transpose else 1]
+        return apply_so3(x, weight, transpose, x.new_empty(*x.shape[:2], width))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        by_x = _So3.apply(not ctx.transpose, grad, weight) if need[1] else None
+        by_weight = None
+        if need[2]:
+            by_weight = _So3Outer.apply(x, grad) if ctx.transpose else _So3Outer.apply(grad, x)
+        return None, by_x, by_weight
+
+
+class _So3Outer(torch.autograd.Function):
+    """(g, x) -> gradient by W."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(grad, x)
+        return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
+
+    @staticmethod
+    def backward(ctx, by_weight: Tensor):
+        grad, x = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        return (
+            _So3.apply(False, x, by_weight) if need[0] else None,
+            _So3.apply(True, grad, by_weight) if need[1] else None,
+        )
+
+
 def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[l, m] = W_l x[l, m], plus the bias where l = 0.
 
-    x: [N, (L+1)^2, I]; weight: [L+1, O, I]; bias: [O]. Returns [N, (L+1)^2, O].
+    x: [N, (L+1)^2, I]; weight: [L+1, O, I]; bias: [O]. Returns [N, (L+1)^2, O]. Differentiable and under autocast as
+    :func:`grouped_linear`.
     """
-    degrees, outputs, _ = weight.shape
-    rows = [2 * l + 1 for l in range(degrees)]
-    return grouped_linear(x.flatten(1), weight.unbind(0), rows, bias).view(-1, degrees * degrees, outputs)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    y = _So3.apply(False, x, weight)
+    return y if bias is None else _FirstRowBias.apply(y.flatten(1), bias).view_as(y)

@@ -183,3 +183,25 @@ def edge_plan(
         with torch.no_grad():
             known[key] = _build(source, target, row_ptr, source_order, source_ptr, max_edges, senders)
     return known[key]
+
+
+# a run's targets -> (what it was made of, elements of receivers and of senders of the run's edges). The tensors it was
+# made of are kept, so that their addresses are nobody else's.
+_elements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def edge_elements(chunk: EdgeChunk, source: Tensor, species: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the element tables for receiver and sender of every edge of a run, [e] each; kept for the layers.
+
+    source: [E] of the whole graph, rows of ``species``.
+    """
+    made_of = (source.data_ptr(), source._version, species.data_ptr(), species._version, chunk.nodes.start)
+    known = _elements.get(chunk.target)
+    capturing = source.is_cuda and torch.cuda.is_current_stream_capturing()  # replays see other elements
+    if known is None or known[0] != made_of or capturing:
+        receivers = species[chunk.nodes].index_select(0, chunk.target)
+        senders = species.index_select(0, source[chunk.edges])
+        known = made_of, (receivers, senders), (source, species)
+        if not capturing:
+            _elements[chunk.target] = known
+    return known[1]

@@ -20,7 +20,7 @@ from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import polynomial_envelope
 from e2former_kernels.common.grouped_linear import so3_linear
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
+from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_elements, edge_plan, run_size
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_hidden
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
@@ -35,6 +35,7 @@ from e2former_kernels.edge_degree.spline import place_edges, spline_backward, sp
 
 # Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
+TRAINING_NUMBERS = 5 << 26
 RUN_NUMBERS = 1 << 30
 PAD = 4  # columns beside the sums of features
 
@@ -60,8 +61,7 @@ class _Embedding:
         return RadialWeights(*hidden, *self.radial[-2:])
 
     def elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
-        target = self.species[chunk.nodes].index_select(0, chunk.target)
-        return target, self.species.index_select(0, self.source[chunk.edges])
+        return edge_elements(chunk, self.source, self.species)
 
     def harmonics(self, vec: Tensor, distance: Tensor) -> Tensor:
         scale = polynomial_envelope(distance, self.cutoff, self.exponent) / AVERAGE_DEGREE
@@ -208,7 +208,8 @@ def edge_degree_embedding(
         per_edge += groups * 4 * hidden + 21 * (lmax + 1) ** 2
     else:
         check_table(table, radial.basis, groups * hidden, radial[:-2])
-    fused = plan(FUSED_NUMBERS, per_edge)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial)
+    fused = plan(TRAINING_NUMBERS if trained else FUSED_NUMBERS, per_edge)
     step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial, table=table)
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
     further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)

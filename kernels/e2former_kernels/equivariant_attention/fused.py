@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.common.plan import EdgeChunk, edge_elements
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
@@ -120,8 +120,7 @@ class FusedAttention:
         return Edges(vec, position, row, envelope, scale, source)
 
     def _elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
-        target = self.species[chunk.nodes].index_select(0, chunk.target)
-        return target, self.species.index_select(0, self.source[chunk.edges])
+        return edge_elements(chunk, self.source, self.species)
 
     def _scores(
         self, chunk: EdgeChunk, edges: Edges, query: Tensor, key: Tensor, features: Tensor, statistics: Statistics

@@ -31,10 +31,11 @@ from e2former_kernels.equivariant_attention.reference import DotWeights, Form, i
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
-# everything fits in one run (440 MB in float32) and where it does not, and of the differentiable pieces behind higher
-# derivatives (4 GB).
+# everything fits in one run (440 MB in float32) and where it does not, in training (1.3 GB, fewer launches), and of the
+# differentiable pieces behind higher derivatives (4 GB).
 SINGLE_NUMBERS = 13 << 23
 FUSED_NUMBERS = 1 << 26
+TRAINING_NUMBERS = 5 << 26
 RUN_NUMBERS = 1 << 30
 
 
@@ -323,7 +324,10 @@ def equivariant_attention(
     per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // 32
     if table is None:
         per_edge += 4 * spec.num_heads + 3 * hidden
-    fused_size = max_run_edges or run_size(source.numel(), per_edge, FUSED_NUMBERS, SINGLE_NUMBERS)
+    budget, single = FUSED_NUMBERS, SINGLE_NUMBERS
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial):
+        budget = single = TRAINING_NUMBERS
+    fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
     step = FusedAttention(
         spec=spec,
         directions=directions,

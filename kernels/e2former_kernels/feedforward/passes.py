@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows, sum_so3_outer
+from e2former_kernels.common.degree_sums import degree_sums
+from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import node_runs
 from e2former_kernels.common.tiles import next_power
@@ -165,6 +166,5 @@ def _of_norm(
 
 
 def _of_weights(sums: RunSums, weights: Weights) -> Weights:
-    degrees = weights.weight1.shape[0]
-    found = {name: sum_so3_outer(t, degrees) if name in ("weight1", "weight2") else t for name, t in sums.items()}
+    found = {name: degree_sums(t) if name in ("weight1", "weight2") else t for name, t in sums.items()}
     return Weights(*(found.get(name, torch.zeros_like(t)) for name, t in weights._asdict().items()))

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from e2former_kernels.common.degree_sums import degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.norm.kernel import norm_kernel, norm_reverse_kernel, norm_tangent_kernel
 from e2former_kernels.norm.reference import NORM_EPS
@@ -81,5 +82,4 @@ def launch_norm_reverse(
         )  # fmt: skip
     if not by_weight:
         return out, None
-    by_row = sums.sum(0)
-    return out, torch.stack([by_row[l * l : (l + 1) ** 2].sum(0) for l in range(weight.shape[0])])
+    return out, degree_sums(sums.sum(0))

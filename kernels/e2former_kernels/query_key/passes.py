@@ -14,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows, sum_so3_outer
+from e2former_kernels.common.degree_sums import degree_sums
+from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.common.radial_second_kernel import second_pair_backward_kernel, second_pair_kernel
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import NodeRun, node_runs
@@ -154,7 +155,7 @@ def _of_weights(sums: RunSums, weights: QueryKeyWeights) -> QueryKeyWeights:
         return QueryKeyWeights(*map(torch.zeros_like, weights))
     by_norm_weight, by_norm_bias, by_hidden_bias = sums["rows"]
     return QueryKeyWeights(
-        weight=sum_so3_outer(sums["weight"], weights.weight.shape[0]),
+        weight=degree_sums(sums["weight"]),
         bias=sums["bias"],
         hidden_weight=sums["hidden_weight"],
         hidden_bias=by_hidden_bias,
