@@ -271,3 +271,29 @@ def _single(arguments):
         return type(x)(*map(to, x)) if isinstance(x, tuple) else x
 
     return [to(x) for x in arguments]
+
+
+@pytest.mark.gpu
+def test_gpu_one_atom_or_edge(make) -> None:
+    """Triton makes constants of arguments that are 1: one atom, one edge, and the runs that leave one over."""
+    from e2former_kernels.common.radial_table import build_radial_table
+    from e2former_kernels.query_key import QueryKeyWeights, query_key
+
+    make.device, make.dtype = "cuda", torch.float32
+    arguments = list(make.attention(nodes=2, edges=1, heads=32, per_head=2))
+    out = equivariant_attention(*arguments)
+    first = torch.autograd.grad(out.square().sum(), arguments[1:4] + arguments[5:6], create_graph=True)
+    sum(g.square().sum() for g in first).backward()
+    for tensor in arguments[10]:
+        tensor.requires_grad_(False)
+    table = build_radial_table(arguments[10], 3.0, range(4), tolerance=1e-3)
+    again = equivariant_attention(*arguments, table=table)
+    (grad,) = torch.autograd.grad(again.square().sum(), arguments[5])
+    assert (again - out).abs().max() < 1e-2 * out.abs().max() and grad.isfinite().all()
+    weights = QueryKeyWeights(
+        *(make(*s) for s in [(3, 64, 8), (32,), (2, 16, 48), (2, 16), (2, 16), (2, 16), (2, 32, 16), (2, 32)])
+    )
+    h = make(1, 9, 8)
+    (grad,) = torch.autograd.grad(query_key(h, weights).square().sum(), h, create_graph=True)
+    grad.square().sum().backward()
+    assert h.grad.isfinite().all() and weights.weight.grad.isfinite().all()

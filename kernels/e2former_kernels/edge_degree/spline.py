@@ -62,7 +62,7 @@ def spline_sum_kernel(
             tl.store(at + K + p, 0.0 * count, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def spline_backward_kernel(
     harmonics, knots, row, position, grad, row_ptr, grad_harmonics, slope, E, knots_per_length,
     L: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,

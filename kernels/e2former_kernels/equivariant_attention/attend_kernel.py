@@ -156,7 +156,7 @@ def attend_kernel(
             tl.store(base + 2 * R * H + at_b, b2, mask=mask_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def attend_backward_kernel(
     query, key, features, row, position, envelope, scale, value, grad, source, row_ptr, top, total,
     pair, weight, grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,

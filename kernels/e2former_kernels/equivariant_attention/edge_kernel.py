@@ -86,7 +86,7 @@ def _total(parts, e, stride, inside, S: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def geometry_backward_kernel(
     vec, grad_distance, grad_parts, grad_vec, E, lower, upper,
     P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, S: tl.constexpr,

@@ -72,13 +72,16 @@ def launch_norm_reverse(
     out = torch.empty_like(x) if out is None else out
     steps = triton.cdiv(nodes, MAX_PROGRAMS) if by_weight else 1
     programs = triton.cdiv(nodes, steps) if nodes else 0
+    constants = _constants(x, weight)
+    if grad_dot is not None:
+        constants["num_warps"] = 8  # four spill: there are five tiles of [M, C] at a time
     sums = x.new_empty(programs, *x.shape[1:]) if by_weight else x
     if programs:
         norm_reverse_kernel[(programs,)](
             x if grad is None else grad, x if grad_dot is None else grad_dot, x,
             x if x_dot is None else x_dot,
             weight.contiguous(), out, sums, N=nodes, steps=steps, VALUE=grad is not None, TANGENT=grad_dot is not None,
-            WEIGHTS=by_weight, **_constants(x, weight),
+            WEIGHTS=by_weight, **constants,
         )  # fmt: skip
     if not by_weight:
         return out, None

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
 def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr):
     """s[n, l, g] = sum over m of degree l of (P[m, n, g] + delta_l0 b[g]) P[m, n, G + g], and its tangent.
 
@@ -45,7 +45,7 @@ def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, 
             tl.store(out + column + (N.to(tl.int64) * D + l) * width, total_dot, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
 def invariants_backward_kernel(
     both, bias, grad, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr
 ):
