@@ -40,15 +40,30 @@ def test_two_workers_train_as_one(
 
     A parameter without a gradient would stop fairchem's DistributedDataParallel at the second step.
     """
-    common = (repo / "configs" / "quickstart.yaml", *tiny, *SETTINGS, *fake_omol25, "batch_size=8")
-    launch(*common, "job.run_dir=one")
-    one, expected = outcome(elsewhere / "one")
+    common = (*tiny, *SETTINGS, *fake_omol25, "batch_size=8")
+    check(lambda *overrides: launch(repo / "configs" / "quickstart.yaml", *common, *overrides), elsewhere)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_as_one(
+    repo: Path, fairchem_process: Callable, tiny: Sequence[str], fake_omol25: Sequence[str], elsewhere: Path
+) -> None:
+    """By hand, on a machine with two GPUs: `pytest -m gpu tests/integration/test_ddp.py`."""
+    common = (*tiny, *SETTINGS, *fake_omol25, "batch_size=8", "job.device_type=CUDA")
+    check(lambda *overrides: fairchem_process(repo / "configs" / "quickstart.yaml", *common, *overrides), elsewhere)
+
+
+def check(run: Callable[..., None], folder: Path) -> None:
+    """Train with one worker and with two, data parallel and graph parallel, and compare."""
+    run("job.run_dir=one")
+    one, expected = outcome(folder / "one")
     assert [line["kind"] for line in one].count("train") == 6
     errors = [line["metrics"]["omol.val"]["omol_energy,per_atom_mae"] for line in one if line["kind"] == "evaluation"]
     assert abs(errors[-1] / errors[0] - 1) > 0.004  # the weights have moved
     for kind, overrides in KINDS.items():
-        launch(*common, f"job.run_dir={kind}", *overrides)
-        two, weights = outcome(elsewhere / kind)
+        run(f"job.run_dir={kind}", *overrides)
+        two, weights = outcome(folder / kind)
         assert [(line["kind"], line["step"]) for line in two] == [(line["kind"], line["step"]) for line in one]
         for first, second in zip(one, two, strict=True):
             assert numbers(second) == pytest.approx(numbers(first), rel=2e-4), (kind, first["step"])
