@@ -28,8 +28,8 @@ from e2former_fairchem.nn.output import EnergyMLP  # noqa: E402
 from e2former_fairchem.segments import gather_rows  # noqa: E402
 
 __all__ = [
-    "GIB", "PAPER", "TINY", "Network", "Results", "System", "attempt", "ceilings", "common_arguments", "edges_of",
-    "free", "measure", "measure_graph", "relative_error", "save", "table", "water_cluster",
+    "GIB", "PAPER", "ROOT", "TINY", "Network", "Results", "System", "attempt", "ceilings", "common_arguments",
+    "edges_of", "free", "measure", "measure_graph", "relative_error", "save", "table", "water_cluster",
 ]  # fmt: skip
 
 #: The paper's network: 24.4 M parameters.

@@ -36,7 +36,10 @@ def difference(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def check_attention(score: str, args) -> dict:
-    """The three passes of the Triton form against the baseline in float64; the baseline's own difference beside it."""
+    """The three passes of the Triton form against the baseline in float64: the worst tensor's relative error.
+
+    Beside it the error of the baseline in the same precision; twice that is allowed too, where the tolerance is less.
+    """
     case = AttentionCase(6 if args.tiny else CHECK_ATOMS, score, args.device, args.tiny)
     exact = AttentionCase(6 if args.tiny else CHECK_ATOMS, score, args.device, args.tiny)
     exact.to_double()
@@ -51,7 +54,8 @@ def check_attention(score: str, args) -> dict:
             key = name if spline is None else f"{name}_spline"
             found[key] = difference(as_list(case.passes()[name]("triton", spline)), wanted)
         found[f"{name}_dense"] = difference(as_list(case.passes()[name]("dense")), wanted)
-    found["ok"] = all(v < tolerance for k, v in found.items() if not k.endswith("_dense"))
+    limits = {k: max(tolerance, 2 * found[f"{k.removesuffix('_spline')}_dense"]) for k in found if "_dense" not in k}
+    found["ok"] = all(found[k] < limit for k, limit in limits.items())
     return found
 
 
