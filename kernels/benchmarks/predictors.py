@@ -127,12 +127,12 @@ def batch_of(system: System) -> Any:
 def cluster(atoms: int) -> Any:
     """The benchmarks' water cluster as ASE atoms, neutral singlet, with velocities of 300 K."""
     from ase import Atoms
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+    from ase.md.velocitydistribution import thermalize_momenta
 
     positions, numbers = water_cluster(atoms // 3)
     found = Atoms(numbers, positions)
     found.info.update(charge=0, spin=1)
-    MaxwellBoltzmannDistribution(found, temperature_K=300, rng=np.random.default_rng(0))
+    thermalize_momenta(found, 300, rng=np.random.default_rng(0))
     return found
 
 
