@@ -1,4 +1,4 @@
-"""What the benchmarks share: systems, edges and the network; timing and results from the modules beside it."""
+"""What the benchmarks share: systems, edges and the network; timing and records of results from the modules beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ for folder in (ROOT, ROOT / "kernels"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from results import Results, common_arguments, save, table  # noqa: E402
+from records import Results, common_arguments, save, table  # noqa: E402
 from timing import GIB, attempt, ceilings, free, measure, measure_graph  # noqa: E402
 
 from e2former_fairchem.config import E2FormerV2Config  # noqa: E402

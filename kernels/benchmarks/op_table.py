@@ -69,7 +69,7 @@ def timed(call: Callable[[], object], args, work=None, limits: dict | None = Non
     if "error" in row:
         return row
     if not args.no_graphs:
-        row |= measure_graph(call)
+        row |= measure_graph(call, gib=row.get("GiB", 0.0))
     if work is not None:
         row |= work.rates(row.get("graph_ms", row["ms"]))
         if limits:

@@ -97,14 +97,19 @@ def _once(function: Callable[[], object], gpu: bool) -> float:
     return start.elapsed_time(stop)
 
 
-def measure_graph(function: Callable[[], object], repeats: int = 10) -> dict:
+def measure_graph(function: Callable[[], object], repeats: int = 10, gib: float = 0.0) -> dict:
     """``graph_ms``: median time of replaying ``function`` from a CUDA graph, what the GPU needs without the host.
 
-    The call must not wait for the GPU. Where it does, or on a machine without a GPU, the row says so
-    (``graph_error``); it is then no statement about time.
+    The call must not wait for the GPU and must fit once more in the memory that is left (gib: its peak). Where it does
+    not, or on a machine without a GPU, the row says so (``graph_error``). Both are found out before a capture starts: a
+    capture that fails half way may leave the allocator unable to return memory, and later rows would run out of it.
     """
     if not torch.cuda.is_available():
         return {"graph_error": "no GPU"}
+    free()
+    left = torch.cuda.mem_get_info()[0] / GIB
+    if 1.1 * gib + 1.0 > left:
+        return {"graph_error": f"needs {gib:.1f} GiB, {left:.1f} are left"}
     row = attempt(lambda: _measure_graph(function, repeats))
     return {"graph_error": row["error"]} if "error" in row else row
 
@@ -112,9 +117,14 @@ def measure_graph(function: Callable[[], object], repeats: int = 10) -> dict:
 def _measure_graph(function: Callable[[], object], repeats: int) -> dict:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    before = torch.cuda.get_sync_debug_mode()
     with torch.cuda.stream(side):
-        for _ in range(2):
+        function()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
             function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # nothing cached is given back while a graph is captured

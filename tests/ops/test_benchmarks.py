@@ -75,7 +75,7 @@ def test_failures_are_rows(load) -> None:
 
 
 def test_rows_are_kept_when_a_run_is_cut_off(load, tmp_path: Path, capsys) -> None:
-    results = load("results").Results("cut", str(tmp_path))
+    results = load("records").Results("cut", str(tmp_path))
     results.add("first", {"ms": 1.5, "GiB": 2.0, "repeats": 5})
     results.add("second", {"error": "out of memory"})
     assert json.loads((tmp_path / "cut.json").read_text())["rows"] == dict(results)
