@@ -1,4 +1,4 @@
-"""What the benchmarks share: systems, edges and the network; timing and records of results from the modules beside it."""
+"""What the benchmarks share: systems, edges and the network; what times calls and keeps rows stands beside it."""
 
 from __future__ import annotations
 
