@@ -51,7 +51,7 @@ class QueryKey(nn.Module):
         both = torch.bmm(h.transpose(0, 1), weight.transpose(1, 2))  # [M, N, 4 G]
         both = both + F.pad(self.bias, (0, 2 * self.width)) * self.rows_of[0].view(-1, 1, 1)
         first, second = both.chunk(2, -1)
-        return torch.matmul(self.rows_of, (first * second).flatten(1)).view(-1, h.shape[0], 2 * self.width)
+        return torch.matmul(self.rows_of, (first * second).flatten(1)).view(self.lmax + 1, h.shape[0], 2 * self.width)
 
     def forward(self, h: Tensor, backend: str = "reference") -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]. Returns query and key, each [N, H, S]."""

@@ -180,9 +180,9 @@ def main(rank: int, store: str, results: str, device: str) -> None:
         torch.cuda.set_device(rank)
     alone = {name: evaluate(case, device) for name, case in CASES.items()} if rank == 0 else {}
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
+    # worker 1 waits while worker 0 evaluates everything alone, which on a GPU compiles all kernels
+    patience = timedelta(seconds=600 if device == "cuda" else 120)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience)
     gp_utils.setup_graph_parallel_groups(2, backend)
     index = gp_utils.get_gp_config()
     spatial = gp_utils.GraphParallelConfig(2, gp_utils.GPMode.ALL_TO_ALL, gp_utils.GPPartition.SPATIAL)
