@@ -71,6 +71,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         num_heads: int = 16,
         head_dim: int = 8,
         num_radial_basis: int = 128,
+        radial_width: int | None = None,
         value_multiplicity: int | None = None,
         edge_layer_norm: bool = True,
         inverse_distance: str = "v1_5",

@@ -59,6 +59,7 @@ class E2FormerV2Config:
 
     lmax: highest degree of node features, 1 to 4. sphere_channels: C. num_layers: blocks. num_heads: H, divides C.
     head_dim: S, width of a head's query and key (H * S even). num_radial_basis: Gaussians on [0, cutoff].
+    radial_width: hidden width of the radial networks (null: min(128, num_radial_basis // 2), the authors').
     value_multiplicity: channels per head after the order-1 contraction, before the output projection (null: C / H).
     edge_layer_norm: layer norms in the edge-degree embedding's radial networks.
     inverse_distance: ``v2`` 1/(d+1e-8), ``v1_5`` 1/max(d,1e-6). cutoff: Å.
@@ -81,6 +82,7 @@ class E2FormerV2Config:
     num_heads: int = 16
     head_dim: int = 8
     num_radial_basis: int = 128
+    radial_width: int | None = None
     value_multiplicity: int | None = None
     edge_layer_norm: bool = True
     inverse_distance: str = "v1_5"
@@ -113,8 +115,9 @@ class E2FormerV2Config:
             )
         if self.num_heads * self.head_dim % 2:
             raise ValueError(f"num_heads * head_dim: expected an even number, got {self.num_heads} * {self.head_dim}")
-        if self.value_multiplicity is not None:
-            _integer("value_multiplicity", self.value_multiplicity, 1)
+        for key in ("radial_width", "value_multiplicity"):
+            if getattr(self, key) is not None:
+                _integer(key, getattr(self, key), 1)
         if isinstance(self.cutoff, bool) or not isinstance(self.cutoff, (int, float)) or not 0 < self.cutoff < math.inf:
             raise ValueError(f"cutoff: expected a positive number of Å, got {self.cutoff!r}")
         _one_of("score", self.score, SCORES)
@@ -151,4 +154,4 @@ class E2FormerV2Config:
     @property
     def hidden_radial_width(self) -> int:
         """Hidden width of the radial networks (SPEC section 0)."""
-        return max(min(128, self.num_radial_basis // 2), 1)
+        return min(128, self.num_radial_basis // 2) if self.radial_width is None else self.radial_width

@@ -17,6 +17,7 @@ from e2former_fairchem.model import E2FormerV2
         ({"num_heads": 5}, ValueError, "sphere_channels: expected a multiple of num_heads = 5, got 16"),
         ({"lmax": 5}, ValueError, "lmax: expected an integer in 1..4, got 5"),
         ({"lmax": 0}, ValueError, "lmax: expected an integer in 1..4, got 0"),
+        ({"radial_width": 0}, ValueError, "radial_width: expected an integer at least 1, got 0"),
         ({"cutoff": -1.0}, ValueError, "cutoff: expected a positive"),
         ({"score": "softmax"}, ValueError, "score: expected one of qk, qk_dot, qk_dot_scalar, got 'softmax'"),
         ({"message_order": [1, 1, 1]}, ValueError, r"message_order: expected 2 entries \(num_layers\), got 3"),
