@@ -47,10 +47,13 @@ class RadialMLP(nn.Module):
     def forward(self, target_embedding: Tensor, source_embedding: Tensor) -> RadialWeights:
         """Fold the element embeddings [Z, species_width] into per-element rows of the first layer."""
         basis, target, source = self.weight0.split([self.num_basis, self.species_width, self.species_width], -1)
+        with torch.autocast(basis.device.type, enabled=False):  # weights stay in one dtype, also under autocast
+            target_table = torch.einsum("zs,ghs->zgh", target_embedding, target) + self.bias0
+            source_table = torch.einsum("zs,ghs->zgh", source_embedding, source)
         return RadialWeights(
             basis,
-            torch.einsum("zs,ghs->zgh", target_embedding, target) + self.bias0,
-            torch.einsum("zs,ghs->zgh", source_embedding, source),
+            target_table,
+            source_table,
             self.norm0_weight,
             self.norm0_bias,
             self.weight1,

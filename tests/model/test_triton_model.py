@@ -122,3 +122,20 @@ def losses_of_training(model: HydraModel, data: AtomicData, steps: int, rate: fl
         optimiser.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [{}, {"score": "qk_dot_scalar"}, {"convolution": "eaas"}, {"message_order": 0}])
+def test_training_under_autocast(device: str, config: dict) -> None:
+    """bfloat16 autocast, as fairchem's trainer sets it: one more dtype, the same function to its precision."""
+    found = []
+    for backend in ("reference", "triton"):
+        model = network(backend, device, **TOY, cutoff=3.2, **config).train()
+        data = crystal(torch.float32, device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            out = model(data)
+        sum(out[key][key].float().square().sum() for key in ("energy", "forces", "stress")).backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((out["energy"]["energy"].detach(), out["forces"]["forces"].detach(), gradients))
+    for expected, got in zip(*found, strict=True):
+        assert got.isfinite().all() and (got - expected).norm() < 0.1 * expected.norm()

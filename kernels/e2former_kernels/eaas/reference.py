@@ -12,6 +12,8 @@ respect to r is the contraction with the coefficients.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -83,6 +85,17 @@ def _frame(position: Tensor, tables: EAASTables) -> tuple[Tensor, list[Tensor]]:
     return length, wigner_blocks(axis_rotation(direction), tables)
 
 
+def _full_precision(function: Callable) -> Callable:
+    """Without autocast, which would take products of the frame's matrices in half precision and mix dtypes."""
+
+    @functools.wraps(function)
+    def run(ctx, x: Tensor, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(ctx, x, *args)
+
+    return run
+
+
 def _rotate_in(x: Tensor, blocks: list[Tensor], transpose: bool) -> Tensor:
     """Apply the block-diagonal Wigner matrix to rows [N, M, C]."""
     parts = []
@@ -109,6 +122,7 @@ class _Contract(torch.autograd.Function):
     """(v, r) -> T(r) v through the axis-aligned frame."""
 
     @staticmethod
+    @_full_precision
     def forward(ctx, value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
         ctx.tables = tables
         ctx.save_for_backward(value, position)
@@ -118,6 +132,7 @@ class _Contract(torch.autograd.Function):
         return _rotate_paths(aligned * scale.unsqueeze(-1), blocks, tables.row_paths, transpose=True)
 
     @staticmethod
+    @_full_precision
     def backward(ctx, grad: Tensor):
         value, position = ctx.saved_tensors
         grad_value = _Transposed.apply(grad, position, ctx.tables) if ctx.needs_input_grad[0] else None
@@ -129,6 +144,7 @@ class _Transposed(torch.autograd.Function):
     """(g, r) -> T(r)^T g, the transpose of :class:`_Contract` in its first argument."""
 
     @staticmethod
+    @_full_precision
     def forward(ctx, grad: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
         ctx.tables = tables
         ctx.save_for_backward(grad, position)
@@ -139,6 +155,7 @@ class _Transposed(torch.autograd.Function):
         return _rotate_in(rows.index_add(1, tables.aligned_index, aligned), blocks, transpose=True)
 
     @staticmethod
+    @_full_precision
     def backward(ctx, grad_out: Tensor):
         grad, position = ctx.saved_tensors
         first = _Contract.apply(grad_out, position, ctx.tables) if ctx.needs_input_grad[0] else None
@@ -160,7 +177,8 @@ def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: 
     value: [N, (lmax+1)^2, C]. position: [N, 3], any length unit; zero and the polar axis are allowed.
     Returns [N, P, C]. Differentiable to any order.
     """
-    return _Contract.apply(value, position, tables)
+    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+    return _Contract.apply(value.to(dtype), position.to(dtype), tables)
 
 
 def dense_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
