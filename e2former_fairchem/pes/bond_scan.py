@@ -40,7 +40,7 @@ class BondScanSettings:
     systems: tuple[str, ...] = ("H2", "N2", "HF", "CO", "CH3OH")
     shortest: float = 0.75
     longest: float = 2.5
-    points: int = 121
+    points: int = 241
     prominence: float = 1.0
     zooms: int = 2
     max_extra_extrema: float | None = 0.0
