@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "results" / "peers_energy_forces.json"
-RUNS = [HERE / "results" / "model_32_neighbours_tf32.json"]
+RUNS = [HERE / "results" / "model_32.json"]
 Rows = dict[int, dict[str, float]]
 
 
