@@ -10,7 +10,7 @@ activations have been overwritten by a later one) run without graphs and give th
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Atoms", "CapturedTrunk", "padded_capacity"]
 
-#: Evaluations of the same atoms before they are captured, which costs about as much as three evaluations.
+#: Evaluations of the same atoms in a row before they are captured, which costs as much as several evaluations: a sweep
+#: over many molecules never captures.
 EVALUATIONS_BEFORE = 3
 #: Captures kept, the least recently used goes first: each holds the memory of one evaluation.
 MAX_CAPTURES = 2
@@ -193,7 +194,9 @@ class CapturedTrunk:
 
     def __init__(self) -> None:
         self._captures: dict[tuple, _Capture] = {}
-        self._seen: Counter[tuple] = Counter()
+        self._last: tuple | None = None  # what was evaluated last, and how often in a row
+        self._times = 0
+        self._too_large: dict[tuple, int] = {}  # edges with which a capture was refused
         self._refused: str | None = None
 
     def __deepcopy__(self, memo: dict) -> CapturedTrunk:
@@ -233,17 +236,17 @@ class CapturedTrunk:
         capture = self._captures.pop(key, None)
         if capture is None or not capture.fits(graph.num_edges):
             del capture  # its memory serves the next one
-            if len(self._seen) > 64:
-                self._seen.clear()
-            self._seen[key] += 1
-            if self._seen[key] < EVALUATIONS_BEFORE:
+            self._times = self._times + 1 if key == self._last else 1
+            self._last = key
+            too_large = graph.num_edges > 0.9 * self._too_large.get(key, math.inf)
+            if self._times < EVALUATIONS_BEFORE or too_large:
                 return None
             while len(self._captures) >= MAX_CAPTURES:
                 self._captures.pop(next(iter(self._captures)))
             try:
                 capture = _Capture(trunk, atoms, graph, elements, gradient)
             except SeveralRuns:
-                self._seen[key] = -(1 << 62)  # too many edges for one run: launches do not matter there
+                self._too_large[key] = graph.num_edges  # launches do not matter there
                 return None
             except RuntimeError as error:
                 self._refused = str(error)

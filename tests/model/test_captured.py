@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -70,9 +71,9 @@ def test_padding_atoms_are_another_molecule(stretches: tuple[float, ...], float6
 
 def test_copies_start_without_captures() -> None:
     trunk = network(torch.float32)
-    trunk._captured._seen[("something",)] = 2
+    trunk._captured._times = 2
     for other in (copy.deepcopy(trunk), pickle.loads(pickle.dumps(trunk))):
-        assert isinstance(other._captured, CapturedTrunk) and not other._captured._seen
+        assert isinstance(other._captured, CapturedTrunk) and other._captured._times == 0
 
 
 def test_who_is_served() -> None:
@@ -80,6 +81,28 @@ def test_who_is_served() -> None:
     trunk = network(torch.float32)
     _, graph = inputs(torch.float32)
     assert not trunk._captured.serves(trunk, graph)
+
+
+def test_only_evaluations_in_a_row_are_captured(monkeypatch) -> None:
+    """A sweep over molecules captures nothing, however often each size comes up."""
+    import e2former_fairchem.captured as captured
+
+    made = []
+
+    def refuse(*arguments) -> None:
+        made.append(arguments)
+        raise captured.SeveralRuns
+
+    monkeypatch.setattr(captured, "_Capture", refuse)
+    trunk = network(torch.float32)
+    sets = [inputs(torch.float32), inputs(torch.float32)]
+    sets[1] = sets[1][0], dataclasses.replace(sets[1][1], num_nodes=13)
+    for n in (0, 1) * 5:
+        assert trunk._captured(trunk, *sets[n], (1, 6, 8)) is None
+    assert not made
+    for _ in range(6):
+        assert trunk._captured(trunk, *sets[0], (1, 6, 8)) is None
+    assert len(made) == 1  # found to be too large, and not tried again
 
 
 @pytest.mark.gpu
