@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import TINY, Network, System
 from floor import Shape
 from torch import Tensor
+from workload import TINY, Network, System
 
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_table import RadialTable, build_radial_table

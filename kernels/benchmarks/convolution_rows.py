@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import PAPER, TINY, System
 from torch import Tensor
+from workload import PAPER, TINY, System
 
 from e2former_fairchem.nn.axis_aligned import eaas_tables
 from e2former_fairchem.so3 import path_table

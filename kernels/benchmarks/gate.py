@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 
 import torch
-from common import TINY, Network, Results, System, common_arguments, free, relative_error
 from torch import Tensor
+from workload import TINY, Network, Results, System, common_arguments, free, relative_error
 
 #: Largest relative error in strict float32 and with TF32, of every figure but the energy's.
 TOLERANCE = {"highest": 1e-4, "high": 3e-2}

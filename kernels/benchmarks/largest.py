@@ -13,8 +13,8 @@ from __future__ import annotations
 import time
 
 import torch
-from common import TINY, Network, Results, System, attempt, common_arguments, free, measure
 from gate import gate
+from workload import TINY, Network, Results, System, attempt, common_arguments, free, measure
 
 #: Bisection ends when the limit is known to this share.
 RESOLUTION = 0.03

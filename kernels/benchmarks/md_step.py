@@ -26,10 +26,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import Results, attempt, common_arguments, free, table
 from gate import gate
 from predictors import cluster, escn, execution_mode, ours, parameters_of, predict_unit, quiet, settings_of
 from timing import synchronize
+from workload import Results, attempt, common_arguments, free, table
 
 TIMESTEP = 0.5  # fs
 MODELS = {

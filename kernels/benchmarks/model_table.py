@@ -16,8 +16,8 @@ fairchem's handling of the batch, a millisecond or so. --compile adds ``escn_NEI
 from __future__ import annotations
 
 import torch
-from common import TINY, Network, Results, System, attempt, common_arguments, free, measure, table
 from gate import gate
+from workload import TINY, Network, Results, System, attempt, common_arguments, free, measure, table
 
 REFERENCE_ATOMS = 6144  # from here on growth is measured
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import torch
 from attention_rows import AttentionCase
-from common import Results, attempt, ceilings, common_arguments, free, measure, measure_graph, relative_error, table
 from convolution_rows import ConvolutionCase
 from floor import attention_work
 from torch import Tensor
+from workload import Results, attempt, ceilings, common_arguments, free, measure, measure_graph, relative_error, table
 
 SCORES = ("qk", "qk_dot", "qk_dot_scalar")
 PASSES = ("forward", "forward_backward", "second")

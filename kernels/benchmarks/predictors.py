@@ -14,8 +14,8 @@ import hydra
 import numpy as np
 import torch
 import yaml
-from common import PAPER, ROOT, TINY, System, water_cluster
 from omegaconf import OmegaConf
+from workload import PAPER, ROOT, TINY, System, water_cluster
 
 BACKBONES = ROOT / "e2former_fairchem" / "configs" / "backbone"
 #: UMA-S's eSCN-MD without experts, conserving: 6.3 M parameters with its head.

@@ -10,8 +10,8 @@ import cProfile
 import pstats
 
 import torch
-from common import Network, System
 from torch.profiler import ProfilerActivity, profile
+from workload import Network, System
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ def test_shape_of_uma_s(load) -> None:
 
 def test_given_edges(load) -> None:
     """The predict unit takes the edges that the benchmark gives it: all of them is its own list, fewer is not."""
-    predictors, common = load("predictors"), load("common")
-    systems = {n: common.System(96, n, "cpu") for n in (None, 8)}
+    predictors, workload = load("predictors"), load("workload")
+    systems = {n: workload.System(96, n, "cpu") for n in (None, 8)}
     energies = {}
     for given in (False, True):
         unit = predictors.predict_unit(predictors.escn(tiny=True), "cpu", predictors.settings_of(given_edges=given))

@@ -43,8 +43,8 @@ def run(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
 
 @pytest.mark.parametrize("neighbours", [None, 8, 32])
 def test_edges(load, neighbours: int | None) -> None:
-    common = load("common")
-    positions, numbers = common.water_cluster(40)
+    workload = load("workload")
+    positions, numbers = workload.water_cluster(40)
     assert positions.shape == (120, 3) and (numbers[:3] == [8, 1, 1]).all()
     distance = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
     np.fill_diagonal(distance, np.inf)
@@ -52,7 +52,7 @@ def test_edges(load, neighbours: int | None) -> None:
     if neighbours is not None:
         expected &= distance <= np.sort(distance, 1)[:, neighbours - 1 : neighbours]
     target, source = np.nonzero(expected)
-    found = common.edges_of(positions, 6.0, neighbours)
+    found = workload.edges_of(positions, 6.0, neighbours)
     assert (found[0] == source).all() and (found[1] == target).all()
 
 
