@@ -207,7 +207,7 @@ class CapturedTrunk:
 
     @torch.compiler.disable
     def serves(self, trunk: E2FormerV2, graph: Graph) -> bool:
-        """Whether this evaluation is of the kind that is captured: kernels, frozen weights, no autocast."""
+        """Whether an evaluation with frozen weights is of the kind that is captured: kernels, no autocast."""
         config = trunk.config
         return (
             config.cuda_graph
@@ -221,7 +221,6 @@ class CapturedTrunk:
             and config.long_range is None
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
-            and not any(p.requires_grad for p in trunk.parameters())
         )
 
     @torch.compiler.disable

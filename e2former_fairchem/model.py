@@ -78,7 +78,7 @@ class E2FormerV2(nn.Module):
             raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
         atoms = Atoms(atomic_numbers, charge, spin, batch)
         elements = self._elements(graph.present(atomic_numbers))
-        if graph.vec.is_cuda and self._captured.serves(self, graph):
+        if elements is not None and graph.vec.is_cuda and self._captured.serves(self, graph):
             x = self._captured(self, atoms, graph, elements)
             if x is not None:
                 return x
