@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2former_fairchem.graph import Graph
 from e2former_kernels.common.plan import SeveralRuns, one_run_only
@@ -80,29 +81,32 @@ class PaddedInputs:
         self.row_ptr, self.source_ptr = integers(total + 1), integers(total + 1)
         self.vec = graph.vec.new_zeros(padding.edges, 3)
         self.edge_number = torch.arange(padding.edges, device=device)
-        self.atom_number = torch.arange(1, padding.atoms + 1, device=device)
-        self.rest = graph.vec.new_tensor([0.5 * graph.cutoff, 0.0, 0.0])
+        self.rest = graph.vec.new_tensor([0.5 * graph.cutoff, 0.0, 0.0]).repeat(padding.edges, 1)
 
     def fill(self, atoms: Atoms, graph: Graph) -> None:
-        """Copy a graph of at most the capacity; the padding atoms share out the remaining edges in order."""
+        """Copy a graph of at most the capacity; the padding atoms share out the remaining edges in order.
+
+        Three launches, however many pieces there are: the host's time counts here.
+        """
         nodes, edges = self.nodes, graph.num_edges
         free, padding_atoms = self.padding.edges - edges, self.padding.atoms
-        for mine, given in zip(self.atoms, atoms, strict=True):
-            mine[: given.shape[0]].copy_(given)
         # edge p of the free ones joins padding atom floor(p K / free) to itself
-        owner = self.edge_number[:free] * padding_atoms // max(free, 1) + nodes
-        last = (self.atom_number * free + padding_atoms - 1) // padding_atoms + edges
-        for mine, given, rest in (
+        owner = np.arange(free) * padding_atoms // max(free, 1) + nodes
+        last = -(-np.arange(1, padding_atoms + 1) * free // padding_atoms) + edges
+        rest = torch.from_numpy(np.concatenate([owner, last])).to(self.source.device)
+        owner, last = rest[:free], rest[free:]
+        integers = [(mine[: given.shape[0]], given) for mine, given in zip(self.atoms, atoms, strict=True)]
+        for mine, given, tail in (
             (self.source, graph.source, owner),
             (self.target, graph.target, owner),
             (self.order, graph.source_order, self.edge_number[edges:]),
-            (self.vec, graph.vec.detach(), self.rest),
         ):
-            mine[:edges].copy_(given)
-            mine[edges:] = rest
+            integers += [(mine[:edges], given), (mine[edges:], tail)]
         for mine, given in ((self.row_ptr, graph.row_ptr), (self.source_ptr, graph.source_ptr)):
-            mine[: nodes + 1].copy_(given)
-            mine[nodes + 1 :] = last
+            integers += [(mine[: nodes + 1], given), (mine[nodes + 1 :], last)]
+        vectors = [(self.vec[:edges], graph.vec.detach()), (self.vec[edges:], self.rest[edges:])]
+        for pieces in (integers, vectors):
+            torch._foreach_copy_(*map(list, zip(*pieces, strict=True)))
 
     def graph(self, vec: Tensor) -> Graph:
         """The padded graph, with the edge vectors given."""
@@ -229,7 +233,7 @@ class CapturedTrunk:
     ) -> Tensor | None:
         """Node features from a replay; None while these atoms have not come up often enough, or are too many."""
         gradient = graph.vec.requires_grad and torch.is_grad_enabled()
-        weights = tuple((p.data_ptr(), p._version) for p in trunk.parameters())
+        weights = tuple([(p.data_ptr(), p._version) for p in _parameters(trunk)])
         shape = (graph.num_nodes, atoms.charge.numel(), graph.vec.device)
         key = (*shape, elements, gradient, hash(weights), torch.get_float32_matmul_precision())
         capture = self._captures.pop(key, None)
@@ -257,3 +261,14 @@ class CapturedTrunk:
             return trunk.evaluate(atoms, graph.with_vec(vec), elements=elements)
 
         return _Replay.apply(capture, evaluate, atoms, graph, graph.vec)
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The module's parameters, in an order of their own: a walk without names, which takes most of the time."""
+    found, modules = [], [module]
+    while modules:
+        here = modules.pop()
+        if here is not None:
+            found += here._parameters.values()
+            modules += here._modules.values()
+    return [parameter for parameter in found if parameter is not None]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from e2former_fairchem.neighbors import find_neighbors
-from e2former_fairchem.segments import gather_rows
+from e2former_fairchem.neighbors import Candidates, Systems, choose_builder, find_neighbors, open_pairs, read_systems
+from e2former_fairchem.segments import gather_rows, row_differences
 
 if TYPE_CHECKING:
     from e2former_fairchem.parallel import Halo, Partition
@@ -53,6 +53,8 @@ class Graph:
     cutoff: float
     num_nodes: int
     halo: Halo | None = None
+    #: Whether every edge is there in both directions, so that receivers and senders have the same pointer.
+    _symmetric: bool = field(default=False, repr=False, compare=False)
     _source_order: Tensor | None = field(default=None, repr=False, compare=False)
     _source_ptr: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -86,15 +88,25 @@ class Graph:
     def source_order(self) -> Tensor:
         """[E] int64: permutation that sorts the edges by source, stable, so receivers ascend within a source."""
         if self._source_order is None:
-            self._source_order = torch.argsort(self.source, stable=True)
+            self._sort_by_source()
         return self._source_order
 
     @property
     def source_ptr(self) -> Tensor:
         """[num_senders + 1] int64: the edges of source j are ``source_order[source_ptr[j]:source_ptr[j + 1]]``."""
         if self._source_ptr is None:
-            self._source_ptr = _pointer(self.source[self.source_order], self.num_senders)
+            if self._symmetric:
+                self._source_ptr = self.row_ptr
+            elif self._source_order is None:
+                self._sort_by_source()
+            else:
+                self._source_ptr = _pointer(self.source[self._source_order], self.num_senders)
         return self._source_ptr
+
+    def _sort_by_source(self) -> None:
+        # 32 bits halve the passes of a radix sort
+        by_source, self._source_order = self.source.to(torch.int32).sort(stable=True)
+        self._source_ptr = self.row_ptr if self._symmetric else _pointer(by_source, self.num_senders)
 
     def by_target(self) -> tuple[None, Tensor]:
         """CSR of the receivers, in the form `e2former_fairchem.segments` takes."""
@@ -126,7 +138,8 @@ def build_graph(
 
     Edges are found on detached float64 copies, so which pairs are edges does not depend on the dtype, the device or the
     builder; ``vec`` is then taken from ``pos`` and ``cell`` (in float64, rounded once to the dtype of ``pos``), with a
-    deterministic gradient of any order. The cost is linear in the number of atoms.
+    deterministic gradient of any order. The cost is linear in the number of atoms; small
+    batches on CUDA, where the host's launches are the cost, measure all pairs instead.
 
     pos: [N, 3] Å, systems one after the other; need not be wrapped. cell: [B, 3, 3] Å, rows are lattice vectors.
     pbc: [B, 3] bool. batch: [N] int64, ascending. natoms: [B] int64.
@@ -145,53 +158,36 @@ def build_graph(
         raise ValueError(f"cutoff: expected a positive length in Å, got {cutoff}")
     if max_neighbors is not None and max_neighbors < 1:
         raise ValueError(f"max_neighbors: expected a positive integer or None, got {max_neighbors}")
-    num_nodes, halo = pos.shape[0], None
     with torch.autocast(pos.device.type, enabled=False):
+        wide = pos.double()
         with torch.no_grad():
-            pos64, cell64 = pos.detach().double(), cell.detach().double()
-            _check_finite(pos64, batch, natoms)
-            if edge_index is None:
-                source, target, offset = find_neighbors(pos64, cell64, pbc, natoms, cutoff, builder)
-            else:
-                source, target, offset = _given_edges(edge_index, cell_offsets, pbc, batch, num_nodes)
-            distance = _vectors(pos64, cell64, batch, source, target, offset).norm(dim=-1)
-            _check_coincident(distance, source, target, batch, natoms)
-            keep = distance <= cutoff
-            if lower > 0.0:
-                keep &= distance >= lower
-            if source_mask is not None:
-                keep &= source_mask[source]
-            source, target, distance = source[keep], target[keep], distance[keep]
-            offset = None if offset is None else offset[keep]
-            if partition is not None:
-                if edge_index is not None:  # on every worker alike
-                    order = _canonical_order(source, target, offset, num_nodes)
-                    _check_unique(source[order], target[order], None if offset is None else offset[order])
-                halo = partition.halo(source, target)
-                mine = partition.owner[target] == partition.rank
-                source, target, distance = source[mine], target[mine], distance[mine]
-                offset = None if offset is None else offset[mine]
-            order = _canonical_order(source, target, offset, num_nodes)
-            source, target = source[order], target[order]
-            offset = None if offset is None else offset[order]
+            pos64, cell64 = wide.detach(), cell.detach().double()
+            limits = {"lower": lower, "source_mask": source_mask, "max_neighbors": max_neighbors}
+            graph, candidates = None, None
             if edge_index is not None:
-                _check_unique(source, target, offset)
-            if halo is not None:
-                source, target, num_nodes = halo.row[source], halo.row[target], halo.own.shape[0]
-                batch = batch[halo.own]
-                natoms = torch.bincount(batch, minlength=natoms.shape[0])
-            row_ptr = _pointer(target, num_nodes)
-            if max_neighbors is not None:
-                nearest = _nearest(distance[order], target, row_ptr, max_neighbors)
-                source, target = source[nearest], target[nearest]
-                offset = None if offset is None else offset[nearest]
-                row_ptr = _pointer(target, num_nodes)
-        graph = Graph(source, target, pos, offset, None, row_ptr, float(cutoff), num_nodes, halo)
-        wide = graph.present(pos.double())
-        receivers = wide if halo is None else wide[:num_nodes]
-        vec = gather_rows(receivers, target, graph.by_target) - gather_rows(wide, source, graph.by_source)
-        if offset is not None:
-            shift = _shifts(cell.double(), offset, batch, natoms, graph)
+                _check_finite(bool(torch.isfinite(pos64).all()), pos64, batch, natoms)
+                candidates = _given_edges(edge_index, cell_offsets, pbc, batch, pos.shape[0])
+            else:
+                systems = read_systems(pos64, cell64, pbc, batch, natoms)
+                _check_finite(systems.finite, pos64, batch, natoms)
+                name = choose_builder(systems, cutoff, builder)
+                if name == "pairs" and partition is None:
+                    graph = _from_pairs(systems, cutoff, **limits)
+                if graph is None:
+                    candidates = find_neighbors(systems, cutoff, name)
+            if graph is None:
+                given = edge_index is not None
+                graph = _from_candidates(
+                    candidates, given, pos64, cell64, batch, natoms, cutoff, partition=partition, **limits
+                )
+        if graph.halo is None:
+            vec = row_differences(wide, graph.target, graph.source, graph.by_target, graph.by_source)
+        else:
+            wide = graph.present(wide)
+            receivers = gather_rows(wide[: graph.num_nodes], graph.target, graph.by_target)
+            vec = receivers - gather_rows(wide, graph.source, graph.by_source)
+        if graph.offset is not None:
+            shift = _shifts(cell.double(), batch, natoms, graph)
             vec = vec - shift
             graph.shift = shift.to(pos.dtype)
         elif cell.requires_grad:
@@ -200,8 +196,85 @@ def build_graph(
     return graph
 
 
+def _from_pairs(
+    systems: Systems, cutoff: float, lower: float, source_mask: Tensor | None, max_neighbors: int | None
+) -> Graph | None:
+    """The graph, still without vectors, from all distances at once; None where that does not serve."""
+    found = open_pairs(systems, cutoff, MIN_DISTANCE, lower, source_mask, max_neighbors)
+    if found is None:
+        return None
+    return Graph(
+        found.source, found.target, systems.pos, None, None, found.row_ptr, float(cutoff), systems.pos.shape[0],
+        _symmetric=found.source_order is not None, _source_order=found.source_order,
+    )  # fmt: skip
+
+
+def _from_candidates(
+    candidates: Candidates,
+    given: bool,
+    pos: Tensor,
+    cell: Tensor,
+    batch: Tensor,
+    natoms: Tensor,
+    cutoff: float,
+    lower: float,
+    source_mask: Tensor | None,
+    max_neighbors: int | None,
+    partition: Partition | None,
+) -> Graph:
+    """The graph, still without vectors: candidates are measured, checked, cut, and sorted where they are not.
+
+    given: whether they come from outside, so that edges may be listed twice and need not have a reverse.
+    """
+    source, target, offset, ordered = candidates
+    num_nodes, halo = pos.shape[0], None
+    distance = _vectors(pos, cell, batch, source, target, offset).norm(dim=-1)
+    keep = distance <= cutoff
+    if lower > 0.0:
+        keep &= distance >= lower
+    if source_mask is not None:
+        keep &= source_mask[source]
+    # the good path reads the device once: nothing coincides, nothing is cut, and offsets fit a key
+    facts = [(distance < MIN_DISTANCE).any(), ~keep.all()]
+    if offset is not None and offset.shape[0] and not ordered:
+        facts.append(offset.abs().max())
+    coincident, cut, *reach = torch.stack([fact.long() for fact in facts]).tolist()
+    if coincident:
+        _raise_coincident(distance, source, target, batch, natoms)
+    edges = source, target, distance, offset
+    if cut:
+        edges = _take(edges, keep)
+    if partition is not None:
+        if given:  # on every worker alike
+            source, target, _, offset = _take(edges, _canonical_order(edges[0], edges[1], edges[3], num_nodes, *reach))
+            _check_unique(source, target, offset)
+        halo = partition.halo(edges[0], edges[1])
+        edges = _take(edges, partition.owner[edges[1]] == partition.rank)
+    if not ordered:
+        edges = _take(edges, _canonical_order(edges[0], edges[1], edges[3], num_nodes, *reach))
+    source, target, distance, offset = edges
+    if given:
+        _check_unique(source, target, offset)
+    if halo is not None:
+        source, target, num_nodes = halo.row[source], halo.row[target], halo.own.shape[0]
+    row_ptr = _pointer(target, num_nodes)
+    if max_neighbors is not None:
+        nearest = _nearest(distance, target, row_ptr, max_neighbors)
+        source, target, _, offset = _take((source, target, None, offset), nearest)
+        row_ptr = _pointer(target, num_nodes)
+    graph = Graph(source, target, pos, offset, None, row_ptr, float(cutoff), num_nodes, halo)
+    graph._symmetric = not given and source_mask is None and max_neighbors is None and halo is None
+    return graph
+
+
+def _take(edges: tuple[Tensor | None, ...], which: Tensor) -> tuple[Tensor | None, ...]:
+    """Rows of each tensor by a mask (read once for all) or a permutation."""
+    index = which.nonzero().squeeze(1) if which.dtype == torch.bool else which
+    return tuple(None if values is None else values.index_select(0, index) for values in edges)
+
+
 def _pointer(ascending: Tensor, rows: int) -> Tensor:
-    return torch.searchsorted(ascending, torch.arange(rows + 1, device=ascending.device))
+    return torch.searchsorted(ascending, torch.arange(rows + 1, device=ascending.device, dtype=ascending.dtype))
 
 
 def _vectors(pos: Tensor, cell: Tensor, batch: Tensor, source: Tensor, target: Tensor, offset: Tensor | None) -> Tensor:
@@ -213,22 +286,28 @@ def _vectors(pos: Tensor, cell: Tensor, batch: Tensor, source: Tensor, target: T
     return vec - torch.einsum("ek,ekx->ex", offset.to(cell.dtype), cell[batch[target]])
 
 
-def _shifts(cell: Tensor, offset: Tensor, batch: Tensor, natoms: Tensor, graph: Graph) -> Tensor:
+def _shifts(cell: Tensor, batch: Tensor, natoms: Tensor, graph: Graph) -> Tensor:
     """``offset @ cell`` [E, 3] of each edge's system, with a deterministic gradient in the cells."""
+    offset = graph.offset
     if cell.shape[0] == 1:
         return offset.to(cell.dtype) @ cell[0]
+    if graph.halo is not None:
+        batch = batch[graph.halo.own]
+        natoms = torch.bincount(batch, minlength=natoms.shape[0])
     node_ptr = torch.cat([natoms.new_zeros(1), natoms.cumsum(0)])
     edge_ptr = graph.row_ptr[node_ptr]
     cells = gather_rows(cell.reshape(-1, 9), batch[graph.target], lambda: (None, edge_ptr)).reshape(-1, 3, 3)
     return (offset.to(cell.dtype).unsqueeze(-1) * cells).sum(dim=1)
 
 
-def _canonical_order(source: Tensor, target: Tensor, offset: Tensor | None, num_nodes: int) -> Tensor:
-    """Permutation that sorts by target, then source, then offset: the same for every builder."""
+def _canonical_order(source: Tensor, target: Tensor, offset: Tensor | None, num_nodes: int, reach: int = 0) -> Tensor:
+    """Permutation that sorts by target, then source, then offset: the same for every builder.
+
+    reach: no offset is larger.
+    """
     pair = target * max(num_nodes, 1) + source  # at most N^2, exact in int64 up to three billion atoms
     if offset is None or offset.shape[0] == 0:
         return torch.argsort(pair, stable=True)
-    reach = int(offset.abs().max())
     base = 2 * reach + 1
     code = ((offset[:, 0] + reach) * base + offset[:, 1] + reach) * base + offset[:, 2] + reach
     if base**3 < 2**62 // max(num_nodes, 1) ** 2:
@@ -242,7 +321,7 @@ def _canonical_order(source: Tensor, target: Tensor, offset: Tensor | None, num_
 def _nearest(distance: Tensor, target: Tensor, row_ptr: Tensor, max_neighbors: int) -> Tensor:
     """[E] bool: the ``max_neighbors`` shortest edges of each receiver; edges come in canonical order."""
     order = torch.argsort(distance, stable=True)
-    order = order[torch.argsort(target[order], stable=True)]
+    order = order[torch.argsort(target[order].to(torch.int32), stable=True)]  # half the passes of 64 bits
     rank = torch.arange(order.shape[0], device=order.device) - row_ptr[target[order]]
     keep = torch.empty_like(rank, dtype=torch.bool)
     keep[order] = rank < max_neighbors
@@ -251,34 +330,41 @@ def _nearest(distance: Tensor, target: Tensor, row_ptr: Tensor, max_neighbors: i
 
 def _given_edges(
     edge_index: Tensor, cell_offsets: Tensor | None, pbc: Tensor, batch: Tensor, num_nodes: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Candidates:
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index: expected shape [2, edges], got {tuple(edge_index.shape)}")
     source, target = edge_index[0].to(torch.int64), edge_index[1].to(torch.int64)
-    if source.numel() and (int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes):
-        raise ValueError(
-            f"edge_index: expected atoms 0 to {num_nodes - 1}, got {int(edge_index.min())} to {int(edge_index.max())}"
-        )
-    if bool((batch[source] != batch[target]).any()):
-        bad = int((batch[source] != batch[target]).nonzero()[0])
+    if source.numel():
+        low, high = torch.stack(torch.aminmax(edge_index)).tolist()  # before anything is looked up
+        if low < 0 or high >= num_nodes:
+            raise ValueError(f"edge_index: expected atoms 0 to {num_nodes - 1}, got {low} to {high}")
+    apart = batch[source] != batch[target]
+    facts = [apart.any(), pbc.any()]
+    offset, along_open = None, None
+    if cell_offsets is not None and tuple(cell_offsets.shape) == (source.shape[0], 3):
+        offset = (cell_offsets.round() if cell_offsets.is_floating_point() else cell_offsets).to(torch.int64)
+        along_open = (offset != 0) & ~pbc[batch[target]]
+        facts += [along_open.any(), offset.any()]
+    joins_structures, periodic, *of_offsets = torch.stack(facts).tolist()
+    if joins_structures:
+        bad = int(apart.nonzero()[0])
         raise ValueError(
             f"edge_index: edge {bad} joins atom {int(source[bad])} of structure {int(batch[source[bad]])} to atom "
             f"{int(target[bad])} of structure {int(batch[target[bad]])}; expected both in one structure"
         )
     if cell_offsets is None:
-        if bool(pbc.any()):
+        if periodic:
             raise ValueError("cell_offsets: expected [edges, 3] beside edge_index of a periodic system, got None")
-        return source, target, None
-    if tuple(cell_offsets.shape) != (source.shape[0], 3):
+        return Candidates(source, target, None)
+    if offset is None:
         raise ValueError(f"cell_offsets: expected shape {(source.shape[0], 3)}, got {tuple(cell_offsets.shape)}")
-    offset = cell_offsets.round().to(torch.int64) if cell_offsets.is_floating_point() else cell_offsets.to(torch.int64)
-    if bool(((offset != 0) & ~pbc[batch[target]]).any()):
-        bad = int(((offset != 0) & ~pbc[batch[target]]).any(dim=1).nonzero()[0])
+    if of_offsets[0]:
+        bad = int(along_open.any(dim=1).nonzero()[0])
         raise ValueError(
             f"cell_offsets: edge {bad} has offset {offset[bad].tolist()} in a system with pbc "
             f"{pbc[batch[target[bad]]].tolist()}; expected 0 along open directions"
         )
-    return source, target, offset if bool(offset.any()) else None
+    return Candidates(source, target, offset if of_offsets[1] else None)
 
 
 def _check_unique(source: Tensor, target: Tensor, offset: Tensor | None) -> None:
@@ -293,19 +379,17 @@ def _check_unique(source: Tensor, target: Tensor, offset: Tensor | None) -> None
         )
 
 
-def _check_finite(pos: Tensor, batch: Tensor, natoms: Tensor) -> None:
-    finite = torch.isfinite(pos).all(dim=1)
-    if bool(finite.all()):
+def _check_finite(good: bool, pos: Tensor, batch: Tensor, natoms: Tensor) -> None:
+    if good:
         return
+    finite = torch.isfinite(pos).all(dim=1)
     bad = (~finite).nonzero().squeeze(1)[:_NAMED].tolist()
     named = ", ".join(f"{_name(atom, batch, natoms)} at {pos[atom].tolist()}" for atom in bad)
     raise ValueError(f"positions that are not finite: {named}; {int((~finite).sum())} of {pos.shape[0]} atoms")
 
 
-def _check_coincident(distance: Tensor, source: Tensor, target: Tensor, batch: Tensor, natoms: Tensor) -> None:
+def _raise_coincident(distance: Tensor, source: Tensor, target: Tensor, batch: Tensor, natoms: Tensor) -> None:
     close = distance < MIN_DISTANCE
-    if not bool(close.any()):
-        return
     edges = (close & (source <= target)).nonzero().squeeze(1)
     edges = edges if edges.numel() else close.nonzero().squeeze(1)
     named = "; ".join(

@@ -190,6 +190,8 @@ def _energies(module: EnergyMLP, data: AtomicData, emb: dict[str, Tensor]) -> tu
 @torch.compiler.disable
 def _per_structure(values: Tensor, batch: Tensor, natoms: Tensor) -> Tensor:
     """Sum over the atoms of each structure in float64, in order: [N, ...] -> [B, ...]."""
+    if natoms.shape[0] == 1:
+        return values.double().sum(0, keepdim=True)  # what segment_sum comes down to
     pointer = torch.cat([natoms.new_zeros(1), natoms.cumsum(0)])
     return segment_sum(values.double(), batch, lambda: (None, pointer))
 

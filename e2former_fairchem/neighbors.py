@@ -5,50 +5,213 @@ module measures, filters and orders them. What the builders are given is made ha
 a direction is not periodic, a periodic direction that no edge can cross is treated as open (a molecule in the 240 Å box
 of ``molecule_cell_size`` costs what the molecule costs), and the builders that need it get wrapped positions, a
 right-handed cell and boxes no larger than the atoms.
+
+Small systems on CUDA are bound by the host, which launches kernels and waits for what they find: those take the
+distances of all pairs instead of cells and bins (``pairs``), in a few operations. Everything that the host must know of
+a batch is read once (`read_systems`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["BUILDERS", "find_neighbors"]
+__all__ = [
+    "BUILDERS", "MAX_PAIRS", "Candidates", "OpenPairs", "Systems", "choose_builder", "find_neighbors", "open_pairs",
+    "read_systems",
+]  # fmt: skip
 
-# (source [E], target [E], offset [E, 3] or None), all int64.
-Candidates = tuple[Tensor, Tensor, Tensor | None]
+#: Pairs of atoms and images that are measured at once; up to so many the dense search is chosen on CUDA. Near 60 bytes
+#: each at the peak.
+MAX_PAIRS = 4_000_000
+
+# (source [E], target [E], offset [E, 3]), all int64.
+_Found = tuple[Tensor, Tensor, Tensor]
 
 # Heights of a cell below this (Å) make it singular.
 _MIN_HEIGHT = 1e-3
 
 
-def find_neighbors(
-    pos: Tensor, cell: Tensor, pbc: Tensor, natoms: Tensor, cutoff: float, builder: str | None = None
-) -> Candidates:
-    """All pairs of atoms of the same system within ``cutoff``, once per periodic image, unordered and not yet exact.
+class Candidates(NamedTuple):
+    """Edges to be measured: source [E], target [E], offset [E, 3] or None, all int64.
+
+    ordered: whether they come by target, then source, then offset.
+    """
+
+    source: Tensor
+    target: Tensor
+    offset: Tensor | None
+    ordered: bool = False
+
+
+@dataclass
+class Systems:
+    """A batch as the builders take it: tensors on its device, and what the host knows of it.
+
+    pos: [N, 3] Å float64. batch: [N], natoms: [B] int64. given_cell: [B, 3, 3] Å, pbc: [B, 3], counts: atoms of each
+    system, spread: [B, 3] Å, extent of the positions along x, y and z (NaN or infinite where a position is). finite:
+    whether all positions are finite.
+    """
+
+    pos: Tensor
+    batch: Tensor
+    natoms: Tensor
+    given_cell: np.ndarray
+    pbc: np.ndarray
+    counts: list[int]
+    spread: np.ndarray
+    finite: bool
+
+    @cached_property
+    def cell(self) -> np.ndarray:
+        """Completed, invertible cells [B, 3, 3] Å. Raises ValueError for a singular cell or one that is not finite."""
+        return _complete_cells(self.given_cell, self.pbc)
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """Inverse cells [B, 3, 3] 1/Å; fractional coordinates are ``pos @ inverse``."""
+        return np.linalg.inv(self.cell)
+
+    def may_cross(self, cutoff: float) -> np.ndarray:
+        """[B, 3] periodic directions along which an edge may leave the cell, by an upper bound of the extents."""
+        if not self.cell[self.pbc].size:  # looks at the cells, which are checked where nothing is periodic too
+            return self.pbc
+        extent = np.einsum("bx,bxk->bk", self.spread, np.abs(self.inverse))
+        return _crossed(extent, self.inverse, self.pbc, cutoff)
+
+
+def read_systems(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor) -> Systems:
+    """What the host must know of a batch, read from the device in one synchronisation.
 
     pos: [N, 3] Å float64, systems one after the other, wrapped or not. cell: [B, 3, 3] Å float64, rows are lattice
-    vectors. pbc: [B, 3] bool. natoms: [B] int64. cutoff: Å.
-    builder: a name in `BUILDERS`, or None to choose: vesin on the CPU, fairchem's version 3 on CUDA where its library
-    is installed and its fixed buffer suffices, version 2 otherwise.
+    vectors. pbc: [B, 3] bool. batch: [N], natoms: [B] int64. Nothing is checked yet.
+    """
+    systems, one = natoms.shape[0], natoms.shape[0] == 1 and pos.shape[0] > 0
+    if one:
+        low, high = torch.aminmax(pos, dim=0)
+    else:
+        index = batch.unsqueeze(1).expand(-1, 3)
+        low = pos.new_full((systems, 3), torch.inf).scatter_reduce(0, index, pos, "amin")
+        high = pos.new_full((systems, 3), -torch.inf).scatter_reduce(0, index, pos, "amax")
+    parts = [low.reshape(-1), high.reshape(-1), cell.reshape(-1), pbc.reshape(-1), natoms]
+    if not one:
+        parts.append(torch.isfinite(pos).all().reshape(1))
+    values = torch.cat([part.to(torch.float64) for part in parts]).cpu().numpy()
+    low, high, cells, periodic, counts, *rest = np.split(values, np.cumsum([part.numel() for part in parts[:-1]]))
+    finite = bool(rest[0][0]) if rest else bool(np.isfinite(low).all() and np.isfinite(high).all())
+    with np.errstate(invalid="ignore"):
+        spread = np.where(low <= high, high - low, 0.0).reshape(systems, 3)  # 0 for a system without atoms
+    return Systems(
+        pos, batch, natoms, cells.reshape(systems, 3, 3), periodic.reshape(systems, 3) != 0,
+        [int(count) for count in counts], spread, finite,
+    )  # fmt: skip
+
+
+def choose_builder(systems: Systems, cutoff: float, builder: str | None = None) -> str:
+    """The builder's name, or the one for a batch: vesin on the CPU; on CUDA all pairs of a small batch, otherwise
+    fairchem's version 3, which falls back to version 2 without its library or where its fixed buffer does not suffice.
+
+    Raises ValueError for an unknown builder.
+    """
+    if builder is not None:
+        if builder not in BUILDERS:
+            raise ValueError(f"builder: expected one of {sorted(BUILDERS)}, got {builder!r}")
+        return builder
+    if not systems.pos.is_cuda:
+        return "vesin"
+    pairs = systems.pos.shape[0] ** 2
+    if pairs <= MAX_PAIRS:
+        crossed = systems.may_cross(_enlarged(cutoff))
+        if crossed.any():
+            pairs *= math.prod((2 * _reach(systems, crossed, _enlarged(cutoff)).max(axis=0) + 1).tolist())
+    return "pairs" if pairs <= MAX_PAIRS else "fairchem_v3"
+
+
+def find_neighbors(systems: Systems, cutoff: float, builder: str) -> Candidates:
+    """All pairs of atoms of the same system within ``cutoff``, once per periodic image, not yet exact.
+
+    cutoff: Å. builder: a name in `BUILDERS`.
     Returns source, target and offset such that pos[source] + offset @ cell is within the cutoff of pos[target]; offset
     is None when no direction is periodic in effect. Pairs beyond the cutoff may be included, none within is missing.
-    Raises ValueError for a singular cell and for an unknown builder.
+    Raises ValueError for a singular cell.
     """
-    if builder is not None and builder not in BUILDERS:
-        raise ValueError(f"builder: expected one of {sorted(BUILDERS)}, got {builder!r}")
-    counts = natoms.tolist()
-    complete = _complete_cells(cell.cpu().numpy(), pbc.cpu().numpy())
-    # Room for the rounding of a builder's own distances: the exact test is ours.
-    enlarged = cutoff * (1.0 + 1e-6) + 1e-6
-    name = builder or ("fairchem_v3" if pos.is_cuda else "vesin")
-    return BUILDERS[name](pos, complete, pbc, counts, enlarged)
+    if systems.pos.shape[0] == 0:
+        _, nothing = systems.cell, systems.batch.new_zeros(0, dtype=torch.int64)
+        return Candidates(nothing, nothing, None, True)
+    return BUILDERS[builder](systems, _enlarged(cutoff))
+
+
+def _enlarged(cutoff: float) -> float:
+    """Room for the rounding of a builder's own distances: the exact test is the graph's."""
+    return cutoff * (1.0 + 1e-6) + 1e-6
+
+
+class OpenPairs(NamedTuple):
+    """Edges of systems whose edges do not leave the cell, exact and in order of target, then source.
+
+    source, target: [E]; row_ptr: [N + 1]; source_order: [E], which sorts the edges by source, or None where the list
+    is not symmetric; all int64.
+    """
+
+    source: Tensor
+    target: Tensor
+    row_ptr: Tensor
+    source_order: Tensor | None
+
+
+def open_pairs(
+    systems: Systems, cutoff: float, closest: float, lower: float, source_mask: Tensor | None, max_neighbors: int | None
+) -> OpenPairs | None:
+    """The finished edges of a small batch without images, in one synchronisation.
+
+    None where atoms coincide, where edges may leave the cell and where the batch is too large: memory is quadratic in
+    the atoms. Distances are those that the graph measures, of differences of float64 positions.
+    cutoff, lower, source_mask, max_neighbors: as for `e2former_fairchem.graph.build_graph`.
+    closest: atoms nearer than this (Å) coincide.
+    """
+    atoms = systems.pos.shape[0]
+    if not 0 < atoms**2 <= MAX_PAIRS or systems.may_cross(_enlarged(cutoff)).any():
+        return None
+    apart = systems.pos.unsqueeze(1) - systems.pos
+    distance = apart.norm(dim=-1).fill_diagonal_(torch.inf)
+    if len(systems.counts) > 1:
+        distance.masked_fill_(systems.batch.unsqueeze(1) != systems.batch, torch.inf)
+    mask = distance <= cutoff
+    chosen = lower > 0.0 or source_mask is not None
+    if lower > 0.0:
+        mask &= distance >= lower
+    if source_mask is not None:
+        mask &= source_mask
+    if max_neighbors is not None:
+        # a stable sort along the row: of equal distances the lower source first
+        ranked = distance.masked_fill(~mask, torch.inf) if chosen else distance
+        nearest = ranked.sort(dim=1, stable=True).indices[:, :max_neighbors]
+        mask &= torch.zeros_like(mask).scatter_(1, nearest, True)
+    # rank[i, j]: edges up to and including the pair (i, j) in canonical order; tells all the rest
+    rank = mask.view(-1).cumsum(0)
+    edges, least = torch.cat([rank[-1:].to(distance.dtype), distance.amin().view(1)]).tolist()
+    if least < closest:
+        return None
+    pair = torch.searchsorted(rank, torch.arange(1, int(edges) + 1, device=rank.device))
+    target = pair.div(atoms, rounding_mode="floor")
+    source = pair - target * atoms
+    row_ptr = pad(rank[atoms - 1 :: atoms], (1, 0))
+    order = None
+    if not chosen and max_neighbors is None:
+        # The list is symmetric, so that its transpose lists the reversed edges in the same order.
+        order = rank.index_select(0, torch.add(target, source, alpha=atoms)) - 1
+    return OpenPairs(source, target, row_ptr, order)
 
 
 def _complete_cells(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
@@ -56,6 +219,8 @@ def _complete_cells(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     if not np.isfinite(cell).all():
         bad = int(np.flatnonzero(~np.isfinite(cell).all(axis=(1, 2)))[0])
         raise ValueError(f"cell of structure {bad}: expected finite lattice vectors, got {cell[bad].tolist()}")
+    if not pbc.any():
+        return np.broadcast_to(np.eye(3), cell.shape)
     complete = cell.copy()
     for b in np.flatnonzero(~pbc.all(axis=1)):
         rank = int(pbc[b].sum())
@@ -86,17 +251,60 @@ def _crossed(extent: np.ndarray, inverse: np.ndarray, pbc: np.ndarray, cutoff: f
     return pbc & ((1.0 - extent) * height <= cutoff)
 
 
-def _vesin(pos: Tensor, cell: np.ndarray, pbc: Tensor, counts: list[int], cutoff: float) -> Candidates:
+def _reach(systems: Systems, directions: np.ndarray, cutoff: float) -> np.ndarray:
+    """[B, 3] images to look at on either side along the directions that edges cross, of wrapped positions."""
+    height = 1.0 / np.linalg.norm(systems.inverse, axis=-2)
+    return np.where(directions, np.floor(1.0 + cutoff / height + 1e-9), 0.0).astype(np.int64)
+
+
+def _pairs(systems: Systems, cutoff: float) -> Candidates:
+    """Distances of all pairs and images, in blocks of receivers of at most `MAX_PAIRS`."""
+    pos, batch, atoms = systems.pos, systems.batch, systems.pos.shape[0]
+    directions, wrap, reach = systems.may_cross(cutoff), None, np.zeros((1, 3), dtype=np.int64)
+    if directions.any():
+        fractional, _, extent = _fractional(systems)
+        directions = _crossed(extent, systems.inverse, systems.pbc, cutoff)
+    if directions.any():
+        reach = _reach(systems, directions, cutoff)
+        wrap = torch.where(_on(pos, directions)[batch], fractional.floor(), 0.0)
+        pos = pos - torch.bmm(wrap.unsqueeze(1), _on(pos, systems.cell)[batch]).squeeze(1)
+        wrap = wrap.to(torch.int64)
+    # one table of images for all systems, each of which puts those that it does not have at infinity
+    images = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach.max(axis=0)), indexing="ij"), -1).reshape(-1, 3)
+    count = len(images)
+    shift = images @ systems.cell if wrap is not None else np.zeros((1, 1, 3))
+    if wrap is not None:
+        shift[(np.abs(images) > reach[:, None]).any(axis=2)] = np.inf
+    shift = _on(pos, shift)
+    found = []
+    rows = max(MAX_PAIRS // (atoms * count), 1)
+    for start in range(0, atoms, rows):
+        here = slice(start, start + rows)
+        apart = (pos[here].unsqueeze(1) - pos).unsqueeze(2)
+        distance = (apart - shift[batch[here]].unsqueeze(1) if wrap is not None else apart).norm(dim=-1)
+        distance[:, here, count // 2].fill_diagonal_(torch.inf)
+        mask = distance <= cutoff
+        if len(systems.counts) > 1:
+            mask &= (batch[here].unsqueeze(1) == batch).unsqueeze(2)
+        found.append(mask.nonzero() + mask.new_tensor([start, 0, 0], dtype=torch.int64) if start else mask.nonzero())
+    target, source, image = torch.cat(found).T.contiguous()
+    if wrap is None:
+        return Candidates(source, target, None, True)
+    return Candidates(source, target, _on(pos, images)[image] + wrap[target] - wrap[source], True)
+
+
+def _vesin(systems: Systems, cutoff: float) -> Candidates:
     from vesin import NeighborList
 
-    points, periodic = pos.cpu().numpy(), pbc.cpu().numpy()
+    pos, cell, counts = systems.pos, systems.cell, systems.counts
+    points, periodic = pos.cpu().numpy(), systems.pbc
     search = NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
     pairs, offsets, crossing, start = [], [], False, 0
     for b, count in enumerate(counts):
         here = points[start : start + count]
         directions = periodic[b]
         if count and directions.any():
-            inverse = np.linalg.inv(cell[b])
+            inverse = systems.inverse[b]
             fractional = here @ inverse
             extent = fractional.max(axis=0) - fractional.min(axis=0)
             directions = _crossed(extent, inverse, directions, cutoff)
@@ -109,25 +317,32 @@ def _vesin(pos: Tensor, cell: np.ndarray, pbc: Tensor, counts: list[int], cutoff
     pair = np.concatenate(pairs) if pairs else np.zeros((0, 2), dtype=np.int64)
     target, source = (torch.from_numpy(np.ascontiguousarray(pair[:, k])).to(pos.device) for k in (0, 1))
     if not crossing:
-        return source, target, None
-    return source, target, torch.from_numpy(np.concatenate(offsets).astype(np.int64)).to(pos.device)
+        return Candidates(source, target, None)
+    return Candidates(source, target, _on(pos, np.concatenate(offsets).astype(np.int64)))
 
 
-def _fairchem(
-    pos: Tensor, cell: np.ndarray, pbc: Tensor, counts: list[int], cutoff: float, run: Callable[..., Candidates]
-) -> Candidates:
-    """Give fairchem's builder a tight box: atoms inside, right-handed, open directions just wide enough."""
-    device, systems = pos.device, len(counts)
-    natoms = torch.tensor(counts, device=device)
-    batch = torch.repeat_interleave(torch.arange(systems, device=device), natoms, output_size=pos.shape[0])
-    inverse = np.linalg.inv(cell)
-    fractional = torch.bmm(pos.unsqueeze(1), torch.from_numpy(inverse).to(device)[batch]).squeeze(1)
+def _on(like: Tensor, values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
+
+
+def _fractional(systems: Systems) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Fractional coordinates [N, 3], the least of each system [B, 3] and, on the host, their extent [B, 3]."""
+    pos, batch, count = systems.pos, systems.batch, len(systems.counts)
+    inverse = _on(pos, systems.inverse)
+    fractional = torch.bmm(pos.unsqueeze(1), inverse[batch]).squeeze(1)
     index = batch.unsqueeze(1).expand(-1, 3)
-    low = fractional.new_full((systems, 3), torch.inf).scatter_reduce(0, index, fractional, "amin")
-    high = fractional.new_full((systems, 3), -torch.inf).scatter_reduce(0, index, fractional, "amax")
+    low = fractional.new_full((count, 3), torch.inf).scatter_reduce(0, index, fractional, "amin")
+    high = fractional.new_full((count, 3), -torch.inf).scatter_reduce(0, index, fractional, "amax")
     extent = (high - low).cpu().numpy()
     extent[~np.isfinite(extent)] = 0.0  # a system without atoms
-    directions = _crossed(extent, inverse, pbc.cpu().numpy(), cutoff)
+    return fractional, low, extent
+
+
+def _fairchem(systems: Systems, cutoff: float, run: Callable[..., _Found]) -> Candidates:
+    """Give fairchem's builder a tight box: atoms inside, right-handed, open directions just wide enough."""
+    cell, inverse, natoms, batch = systems.cell, systems.inverse, systems.natoms, systems.batch
+    fractional, low, extent = _fractional(systems)
+    directions = _crossed(extent, inverse, systems.pbc, cutoff)
 
     # Open directions: a box of the atoms' extent and a margin, so that no fractional coordinate leaves [0, 1).
     height = 1.0 / np.linalg.norm(inverse, axis=-2)
@@ -135,34 +350,32 @@ def _fairchem(
     box = cell * length[:, :, None]
     mirror = np.where(np.linalg.det(box) < 0, -1.0, 1.0)
     box[:, :, 0] *= mirror[:, None]
-    box = torch.from_numpy(box).to(device)
-    periodic = torch.from_numpy(directions).to(device)
+    box, periodic = _on(low, box), _on(low, directions)
     wrap = torch.where(periodic[batch], fractional.floor(), torch.zeros_like(fractional))
     inside = torch.where(periodic[batch], fractional - wrap, fractional - low[batch])
     rounded_up = periodic[batch] & (inside >= 1.0)  # a coordinate of -1e-17 wraps to 1.0
     wrap, inside = wrap + rounded_up, torch.where(rounded_up, torch.zeros_like(inside), inside)
-    inside = inside / torch.from_numpy(length).to(device)[batch]
+    inside = inside / _on(low, length)[batch]
     placed = torch.bmm(inside.unsqueeze(1), box[batch]).squeeze(1)
 
     source, target, offset = run(placed, box, periodic, batch, natoms, cutoff)
     if not directions.any():
-        return source, target, None
+        return Candidates(source, target, None)
     wrap = wrap.to(torch.int64)
-    return source, target, offset + wrap[target] - wrap[source]
+    return Candidates(source, target, offset + wrap[target] - wrap[source])
 
 
-def _fairchem_v2(pos: Tensor, cell: np.ndarray, pbc: Tensor, counts: list[int], cutoff: float) -> Candidates:
-    return _fairchem(pos, cell, pbc, counts, cutoff, _run_v2)
+def _fairchem_v2(systems: Systems, cutoff: float) -> Candidates:
+    return _fairchem(systems, cutoff, _run_v2)
 
 
-def _fairchem_v3(pos: Tensor, cell: np.ndarray, pbc: Tensor, counts: list[int], cutoff: float) -> Candidates:
+def _fairchem_v3(systems: Systems, cutoff: float) -> Candidates:
     from fairchem.core.graph.radius_graph_pbc_nvidia import nvalchemiops_installed
 
-    run = _run_v3 if nvalchemiops_installed() else _run_v2
-    return _fairchem(pos, cell, pbc, counts, cutoff, run)
+    return _fairchem(systems, cutoff, _run_v3 if nvalchemiops_installed() else _run_v2)
 
 
-def _run_v2(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor, cutoff: float) -> Candidates:
+def _run_v2(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor, cutoff: float) -> _Found:
     from fairchem.core.graph.radius_graph_pbc import radius_graph_pbc_v2
 
     data = SimpleNamespace(pos=pos, cell=cell, pbc=pbc, batch=batch, natoms=natoms)
@@ -179,7 +392,7 @@ def _run_v2(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tenso
     return source, target, offset
 
 
-def _run_v3(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor, cutoff: float) -> Candidates:
+def _run_v3(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor, cutoff: float) -> _Found:
     from fairchem.core.graph.radius_graph_pbc_nvidia import get_neighbors_nvidia
 
     # fairchem sizes the buffer by the cutoff alone; an atom that fills it may have lost neighbours.
@@ -213,7 +426,8 @@ def _log_once(message: str) -> None:
 
 
 #: Neighbour searches by name; all give the same graph.
-BUILDERS: dict[str, Callable[[Tensor, np.ndarray, Tensor, list[int], float], Candidates]] = {
+BUILDERS: dict[str, Callable[[Systems, float], Candidates]] = {
+    "pairs": _pairs,
     "vesin": _vesin,
     "fairchem_v2": _fairchem_v2,
     "fairchem_v3": _fairchem_v3,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from ase.neighborlist import primitive_neighbor_list
 
+import e2former_fairchem.neighbors as neighbors
 from e2former_fairchem.graph import Graph, build_graph
-from e2former_fairchem.neighbors import BUILDERS
+from e2former_fairchem.neighbors import BUILDERS, choose_builder, read_systems
 
 CUTOFF = 6.0
 # Cells, periodicity and number of atoms: cells down to half the cutoff, skew, left-handed, partly periodic, none.
@@ -94,16 +95,28 @@ def test_pairs_are_those_of_ase(builder: str, names: list[str]) -> None:
     torch.testing.assert_close(graph.vec, data["pos"][graph.target] - data["pos"][graph.source] - shift)
 
 
-def test_both_ends_of_the_range_are_included() -> None:
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+def test_both_ends_of_the_range_are_included(builder: str) -> None:
     data = one_system(torch.tensor([[0.0, 0, 0], [1e-4, 0, 0], [5.0, 0, 0]], dtype=torch.float64))
-    graph = build_graph(**data, cutoff=5.0)
+    graph = build_graph(**data, cutoff=5.0, builder=builder)
     assert list(zip(graph.source.tolist(), graph.target.tolist(), strict=True)) == [
         (source, target) for target in range(3) for source in range(3) if source != target
     ]
 
 
-def test_transposed_csr() -> None:
-    graph = build_graph(**batch_tensors(list(SYSTEMS)), cutoff=CUTOFF)
+#: A batch whose edges cross cells, and one of molecules whose edges do not.
+BATCHES = {"crossing": list(SYSTEMS), "open": ["molecule", "single_atom", "molecule_in_tight_box"]}
+
+
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+@pytest.mark.parametrize("names", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("max_neighbors", [None, 3])
+@pytest.mark.parametrize("pointer_first", [False, True])
+def test_transposed_csr(builder: str, names: list[str], max_neighbors: int | None, pointer_first: bool) -> None:
+    graph = build_graph(**batch_tensors(names), cutoff=CUTOFF, max_neighbors=max_neighbors, builder=builder)
+    if pointer_first:
+        graph.source_ptr  # noqa: B018  either may be asked for first
+    assert torch.equal(graph.source_order, torch.argsort(graph.source, stable=True))
     by_source = graph.source[graph.source_order]
     assert torch.equal(by_source, by_source.sort().values)
     assert torch.equal(graph.source_ptr.diff(), torch.bincount(graph.source, minlength=graph.num_nodes))
@@ -111,6 +124,72 @@ def test_transposed_csr() -> None:
     targets = graph.target[graph.source_order]
     assert bool((targets[1:] >= targets[:-1])[same].all())
     assert graph.source_order is graph.source_order, "sorted again on every access"
+
+
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+@pytest.mark.parametrize("names", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("max_neighbors", [None, 1, 4, 1000])
+@pytest.mark.parametrize("distant", [False, True])
+def test_builders_give_the_same_graph(builder: str, names: list[str], max_neighbors: int | None, distant: bool) -> None:
+    """To the last bit, whatever is asked for; and so do its gradients."""
+    data = batch_tensors(names)
+    options = {"cutoff": 9.0, "max_neighbors": max_neighbors}
+    if distant:
+        options |= {"lower": 4.0, "source_mask": torch.arange(data["pos"].shape[0]) % 3 != 0}
+    found = []
+    for name in (builder, "vesin"):
+        pos = data["pos"].clone().requires_grad_()
+        graph = build_graph(**{**data, "pos": pos}, **options, builder=name)
+        (slope,) = torch.autograd.grad(graph.vec.sin().sum(), pos)
+        found.append((graph, slope))
+    (graph, slope), (expected, expected_slope) = found
+    assert graph.num_edges > 0 and triples(graph) == triples(expected)
+    assert torch.equal(graph.vec, expected.vec) and torch.equal(graph.row_ptr, expected.row_ptr)
+    assert (graph.offset is None) == (expected.offset is None)
+    assert torch.equal(slope, expected_slope)
+
+
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+@pytest.mark.parametrize("counts", [[0], [0, 0], [0, 3, 0, 2, 0]])
+def test_systems_without_atoms(builder: str, counts: list[int]) -> None:
+    total = sum(counts)
+    data = {
+        "pos": torch.eye(5, 3, dtype=torch.float64)[:total] + torch.arange(total).unsqueeze(1),
+        "cell": torch.zeros(len(counts), 3, 3, dtype=torch.float64),
+        "pbc": torch.zeros(len(counts), 3, dtype=torch.bool),
+        "batch": torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
+        "natoms": torch.tensor(counts),
+    }
+    graph = build_graph(**data, cutoff=CUTOFF, builder=builder)
+    assert graph.num_edges == sum(count * (count - 1) for count in counts)
+    assert graph.row_ptr.shape == (total + 1,) and graph.source_ptr.shape == (total + 1,)
+
+
+@pytest.mark.parametrize("names", BATCHES.values(), ids=BATCHES)
+def test_pairs_in_blocks(names: list[str], monkeypatch) -> None:
+    """More pairs than are measured at once."""
+    data = batch_tensors(names)
+    expected = build_graph(**data, cutoff=CUTOFF, builder="vesin")
+    monkeypatch.setattr(neighbors, "MAX_PAIRS", 50)
+    assert triples(build_graph(**data, cutoff=CUTOFF, builder="pairs")) == triples(expected)
+
+
+def test_builder_by_device_and_size() -> None:
+    """All pairs of small batches on CUDA, images counted; nothing that is quadratic for large ones."""
+
+    def chosen(count: int, box: float | None, cuda: bool = True) -> str:
+        side = (count / 0.1) ** (1 / 3)
+        pos = torch.from_numpy(np.random.default_rng(0).uniform(0, side, (count, 3)))
+        data = one_system(pos) if box is None else one_system(pos, (side + box) * np.eye(3), (1, 1, 1))
+        systems = read_systems(**data)
+        if cuda:
+            systems.pos = type("OnCuda", (), {"is_cuda": True, "shape": pos.shape})()
+        return choose_builder(systems, CUTOFF)
+
+    assert chosen(1500, None) == "pairs" and chosen(1500, None, cuda=False) == "vesin"
+    assert chosen(2001, None) == "fairchem_v3"
+    assert chosen(1500, 100.0) == "pairs", "a box that no edge crosses"
+    assert chosen(1500, 0.0) == "fairchem_v3" and chosen(100, 0.0) == "pairs"
 
 
 def test_box_of_a_molecule_costs_nothing_and_changes_nothing() -> None:
@@ -210,10 +289,11 @@ def test_cell_of_a_molecule_has_a_zero_gradient() -> None:
     assert torch.equal(gradient, torch.zeros_like(cell))
 
 
-def test_max_neighbors_keeps_the_nearest() -> None:
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+def test_max_neighbors_keeps_the_nearest(builder: str) -> None:
     data = batch_tensors(["triclinic", "molecule"])
     full = build_graph(**data, cutoff=CUTOFF)
-    graph = build_graph(**data, cutoff=CUTOFF, max_neighbors=4)
+    graph = build_graph(**data, cutoff=CUTOFF, max_neighbors=4, builder=builder)
     assert int(graph.row_ptr.diff().max()) == 4
     kept = set(triples(graph))
     assert triples(graph) == [edge for edge in triples(full) if edge in kept]
@@ -223,9 +303,10 @@ def test_max_neighbors_keeps_the_nearest() -> None:
         torch.testing.assert_close(mine.sort().values, row.sort().values[:4])
 
 
-def test_max_neighbors_breaks_ties_by_order() -> None:
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+def test_max_neighbors_breaks_ties_by_order(builder: str) -> None:
     pos = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]], dtype=torch.float64)
-    graph = build_graph(**one_system(pos), cutoff=1.2, max_neighbors=2)
+    graph = build_graph(**one_system(pos), cutoff=1.2, max_neighbors=2, builder=builder)
     assert graph.source[: graph.row_ptr[1]].tolist() == [1, 2]
 
 
@@ -285,8 +366,9 @@ def test_given_edges_are_checked(edges: list, offsets: list | None, message: str
 
 @pytest.mark.parametrize("builder", sorted(BUILDERS))
 @pytest.mark.parametrize("apart", [0.0, 5e-5])
-def test_coincident_atoms_are_named(builder: str, apart: float) -> None:
-    data = batch_tensors(["molecule", "triclinic"])
+@pytest.mark.parametrize("name", ["triclinic", "molecule"])
+def test_coincident_atoms_are_named(builder: str, apart: float, name: str) -> None:
+    data = batch_tensors(["molecule", name])
     pos = data["pos"].clone()
     pos[9] = pos[7] + torch.tensor([apart, 0.0, 0.0])
     with pytest.raises(ValueError, match=r"atom 7 \(atom 1 of structure 1\) and atom 9 \(atom 3 of structure 1\)"):
@@ -301,13 +383,17 @@ def test_an_image_on_top_of_an_atom_is_coincident() -> None:
         build_graph(**{**data, "pos": pos}, cutoff=CUTOFF)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_positions_that_are_not_finite_are_named(value: float) -> None:
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_positions_that_are_not_finite_are_named(builder: str, value: float) -> None:
     data = batch_tensors(["molecule", "triclinic"])
     pos = data["pos"].clone()
     pos[8, 1] = value
     with pytest.raises(ValueError, match=r"not finite: atom 8 \(atom 2 of structure 1\)"):
-        build_graph(**{**data, "pos": pos}, cutoff=CUTOFF)
+        build_graph(**{**data, "pos": pos}, cutoff=CUTOFF, builder=builder)
+    alone = one_system(pos[6:], data["cell"][1], (1, 1, 1))
+    with pytest.raises(ValueError, match=r"not finite: atom 2 \(atom 2 of structure 0\)"):
+        build_graph(**alone, cutoff=CUTOFF, builder=builder)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +410,15 @@ def test_singular_periodic_cell_is_named(cell) -> None:
     }
     with pytest.raises(ValueError, match="cell of structure 1 is singular"):
         build_graph(**data, cutoff=CUTOFF)
+
+
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+@pytest.mark.parametrize("name", ["triclinic", "molecule", "molecule_in_tight_box"])
+def test_cell_that_is_not_finite_is_named(builder: str, name: str) -> None:
+    data = batch_tensors(["molecule", name])
+    data["cell"][1, 0, 2] = float("nan")
+    with pytest.raises(ValueError, match="cell of structure 1: expected finite lattice vectors"):
+        build_graph(**data, cutoff=CUTOFF, builder=builder)
 
 
 @pytest.mark.parametrize(("key", "value"), [("cutoff", 0.0), ("cutoff", -1.0), ("max_neighbors", 0)])
