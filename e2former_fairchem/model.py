@@ -110,7 +110,10 @@ class E2FormerV2(nn.Module):
         """
         atomic_numbers, charge, spin, batch = atoms
         convolution = choose_convolution(self.config, graph.source.numel(), self.charge_spin.mix.weight)
-        convolution = replace(with_geometry(convolution, self.config, graph), elements=elements)
+        # a checkpointed block keeps nothing anyway, and with weight gradients the features are needed once more
+        again = elements is not None and not self.config.activation_checkpointing and graph.halo is None
+        convolution = with_geometry(convolution, self.config, graph)
+        convolution = replace(convolution, elements=elements, compute_again=again)
         images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
         system = self.charge_spin(charge, spin).index_select(0, graph.own(batch))
         species = graph.present(atomic_numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -151,14 +152,21 @@ class EquivariantAttention(nn.Module):
         return EAASTables(self.coupling, self.aligned_index, self.aligned_value, recursion, self.row_paths)
 
     def forward(
-        self, h: Tensor, atomic_numbers: Tensor, graph: Graph, convolution: Convolution, images: ImageNodes | None
+        self,
+        h: Tensor,
+        atomic_numbers: Tensor,
+        graph: Graph,
+        convolution: Convolution,
+        images: ImageNodes | None,
+        h_again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """h: [N, (lmax+1)^2, C], normalised. atomic_numbers: of the graph's senders. images: for ``eaas``.
 
+        h_again: gives h once more, so that the backward pass need not keep what is made of it.
         Returns [N, (lmax+1)^2, C].
         """
         backend = convolution.backend
-        query, key = self.query_key(h, backend)
+        query, key = self.query_key(h, backend, h_again)
         key, value = graph.fetch(key, self.value(h, backend))
         target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
         radial = self.radial(target_table, source_table)
@@ -198,9 +206,10 @@ class EquivariantAttention(nn.Module):
             self.coupling,
         )
         if backend == "triton" and form != "dense":
-            rows = equivariant_attention(
-                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, table=table, **options
-            )
+            options |= {"source_order": graph.source_order, "source_ptr": graph.source_ptr, "table": table}
+            if h_again is not None:
+                options["value_again"] = lambda: self.value(h_again(), backend)
+            rows = equivariant_attention(*arguments, **options)
         else:
             rows = equivariant_attention_reference(
                 *arguments, recompute=convolution.recompute, geometry=convolution.geometry, **options

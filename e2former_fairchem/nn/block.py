@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -47,5 +48,8 @@ class TransformerBlock(nn.Module):
         """
         backend = convolution.backend
         h = self.norm1(x, system, backend=backend)
-        x = x + self.attention(h, atomic_numbers, graph, convolution, images)
+        again = None
+        if convolution.compute_again:
+            again = partial(self.norm1, x.detach(), system.detach(), backend=backend)
+        x = x + self.attention(h, atomic_numbers, graph, convolution, images, again)
         return x + self.feedforward.of_norm(x, self.norm2, backend)

@@ -27,6 +27,7 @@ class Convolution:
     backend: ``reference`` or ``triton``; the dense form, the standard implementation, is PyTorch's in both.
     geometry: of the edges, computed once for all layers where edge tensors are kept.
     elements: the atomic numbers there are, where radial networks may come from tables (frozen weights, kernels).
+    compute_again: of node features keep only what takes more than a norm and a matrix product to compute again.
     """
 
     form: str
@@ -35,6 +36,7 @@ class Convolution:
     backend: str = "reference"
     geometry: EdgeGeometry | None = None
     elements: tuple[int, ...] | None = None
+    compute_again: bool = False
 
 
 def choose_convolution(config: E2FormerV2Config, num_edges: int, like: Tensor) -> Convolution:

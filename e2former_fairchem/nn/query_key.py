@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,10 @@ class QueryKey(nn.Module):
         first, second = both.chunk(2, -1)
         return torch.matmul(self.rows_of, (first * second).flatten(1)).view(self.lmax + 1, h.shape[0], 2 * self.width)
 
-    def forward(self, h: Tensor, backend: str = "reference") -> tuple[Tensor, Tensor]:
-        """h: [N, (lmax+1)^2, C]. Returns query and key, each [N, H, S]."""
+    def forward(
+        self, h: Tensor, backend: str = "reference", h_again: Callable[[], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h: [N, (lmax+1)^2, C]; h_again: gives it once more. Returns query and key, each [N, H, S]."""
         if backend == "triton":
             weights = QueryKeyWeights(
                 self.weight,
@@ -66,7 +69,7 @@ class QueryKey(nn.Module):
                 self.out_weight,
                 self.out_bias,
             )
-            return query_key(h, weights).unflatten(-1, (self.num_heads, self.head_dim)).unbind(1)
+            return query_key(h, weights, h_again).unflatten(-1, (self.num_heads, self.head_dim)).unbind(1)
         nodes = h.shape[0]
         s = self.invariants(h).unflatten(-1, (2, self.width)).permute(2, 1, 0, 3).flatten(2)
         x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))

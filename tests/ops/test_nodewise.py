@@ -116,7 +116,7 @@ def short_runs(monkeypatch) -> None:
     from e2former_kernels.common.step import node_runs
 
     monkeypatch.setattr(feedforward, "node_runs", lambda number: node_runs(number, 3))
-    monkeypatch.setattr(qk, "runs", lambda h, weights, parts: node_runs(h.shape[0], 3))
+    monkeypatch.setattr(qk, "runs", lambda h, *rest: node_runs(h.shape[0], 3))
     monkeypatch.setattr(qk, "MAX_PROGRAMS", 2)
     monkeypatch.setattr(qk, "TILE_NUMBERS", 8)
     monkeypatch.setattr(norm, "MAX_PROGRAMS", 2)

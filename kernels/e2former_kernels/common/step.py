@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -20,8 +21,10 @@ class NodeRun(NamedTuple):
 
 
 def node_runs(number: int, size: int = MAX_RUN_NODES) -> list[NodeRun]:
-    """All nodes in runs of at most ``size``."""
-    return [NodeRun(slice(n, min(n + size, number))) for n in range(0, max(number, 1), size)]
+    """All nodes in as few runs of at most ``size`` as there can be, of equal length."""
+    runs = max(-(-number // size), 1)
+    bounds = [number * n // runs for n in range(runs + 1)]
+    return [NodeRun(slice(*pair)) for pair in itertools.pairwise(bounds)]
 
 
 def node_plan(function: Callable[..., Tensor], nodes: Sequence[Tensor], weights: Sequence[Tensor]) -> Plan:

@@ -9,19 +9,21 @@ the cases that they cover.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.backend import triton_problem
-from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_senders, check_shape
+from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
-from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.segments import expand_rows, segment_sum
 from e2former_kernels.common.step import run_step
@@ -76,6 +78,10 @@ class Pieces(NamedTuple):
             inner = None if inner is None else RadialWeights(*(take(t) for t in inner))
             dot_weights = DotWeights(inner, *(take(t) for t in self.dot_weights[1:]))
         return Pieces(*nodes, radial, dot_weights)
+
+    def outline(self) -> Pieces:
+        """The same structure with empty tensors, for functions that outlive the evaluation."""
+        return self.like([torch.empty(0)] * len(self.flat()))
 
 
 def envelope_of(spec: AttentionSpec, distance: Tensor) -> Tensor:
@@ -186,6 +192,23 @@ def attention_of_run(
         return torch.bmm(coupling.flatten(1).expand(outer.shape[0], -1, -1), outer)
 
 
+def check_dot_weights(spec: AttentionSpec, weights: DotWeights, width: int) -> None:
+    """Raise ValueError naming the tensor whose shape is not what the score needs. width: D of ``dot``."""
+    heads, columns = spec.num_heads, (spec.lmax + 1) * width
+    shapes = {"bias": (heads,)}
+    if spec.score == "qk_dot":
+        check_radial("dot_weights.radial", weights.radial, 1, spec.num_basis, columns)
+        shapes |= {"weight": (heads, columns)}
+    else:
+        if columns < heads:
+            raise ValueError(f"dot: expected (lmax+1) D of at least H = {heads}, got {columns}")
+        shapes |= {n: (heads, heads) for n in ("weight", "out")}
+        shapes |= {n: (heads,) for n in ("norm_weight", "norm_bias", "out_bias")}
+    for name, shape in shapes.items():
+        dims = "H" if len(shape) == 1 else "H, (lmax+1) D" if spec.score == "qk_dot" else "H, H"
+        check_shape(f"dot_weights.{name}", getattr(weights, name), dims, shape)
+
+
 def check_arguments(
     spec: AttentionSpec,
     pieces: Pieces,
@@ -200,13 +223,13 @@ def check_arguments(
     """Raise ValueError or TypeError naming the argument whose shape, dtype or device is not what it must be."""
     nodes, senders, edges = row_ptr.numel() - 1, species.numel(), source.numel()
     query, value = pieces.query, pieces.value
+    check_edge_list(pieces.vec, source, target, row_ptr, species)
     if query.dim() != 3:
         raise ValueError(f"query: expected [N, H, S], got {tuple(query.shape)}")
-    check_senders(species, nodes)
     check_shape("query", query, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
     check_shape("key", pieces.key, "N', H, S", (senders, *query.shape[1:]))
-    check_shape("vec", pieces.vec, "E, 3", (edges, 3))
-    check_shape("target", target, "E", (edges,))
+    if value.dim() != 3:
+        raise ValueError(f"value: expected [N', (lmax+1)^2, C], got {tuple(value.shape)}")
     check_shape("value", value, "N', (lmax+1)^2, C", (senders, spec.num_rows, value.shape[-1]))
     if value.shape[-1] % spec.num_heads:
         raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
@@ -214,6 +237,7 @@ def check_arguments(
         if pieces.dot is None or pieces.dot_weights is None:
             raise ValueError(f"dot, dot_weights: score {spec.score!r} needs both, got None")
         check_shape("dot", pieces.dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, pieces.dot.shape[-1]))
+        check_dot_weights(spec, pieces.dot_weights, pieces.dot.shape[-1])
     if form not in ("relative", "sum"):
         raise ValueError(f"form: the kernels compute 'relative' and 'sum', got {form!r}")
     if spec.order == 1 and form == "relative":
@@ -224,15 +248,18 @@ def check_arguments(
         if image is None:
             raise ValueError("image: image_rows needs the row of every edge, got None")
         check_shape("image", image, "E", (edges,))
-    for name, index in (("source", source), ("target", target), ("row_ptr", row_ptr), ("species", species)):
-        if index.dtype != torch.int64:
-            raise TypeError(f"{name}: expected dtype torch.int64, got {index.dtype}")
+        rows = pieces.image_rows.shape[1:2]
+        check_shape("image_rows", pieces.image_rows, "I, R, C", (len(pieces.image_rows), *rows, value.shape[-1]))
     width = spec.num_heads if spec.score == "qk_dot" else 2 * spec.num_heads
-    check_shape("radial.out", pieces.radial.out, "1, K, h", (1, width, pieces.radial.hidden.shape[-1]))
+    check_radial("radial", pieces.radial, 1, spec.num_basis, width)
     check_same_device("value", value, source=source, target=target, row_ptr=row_ptr, species=species)
     named = {"query": query, "key": pieces.key, "vec": pieces.vec, "dot": pieces.dot, "coupling": coupling}
     named |= {"image_rows": pieces.image_rows}
     named |= {f"radial.{n}": t for n, t in pieces.radial._asdict().items()}
+    if pieces.dot_weights is not None:
+        inner, *rest = pieces.dot_weights
+        named |= {f"dot_weights.{n}": t for n, t in zip(DotWeights._fields[1:], rest, strict=True)}
+        named |= {} if inner is None else {f"dot_weights.radial.{n}": t for n, t in inner._asdict().items()}
     check_same_device("value", value, **named)
     check_same_dtype("value", value, **named)
     if value.dtype not in (torch.float32, torch.float64):
@@ -264,6 +291,7 @@ def equivariant_attention(
     image_rows: Tensor | None = None,
     max_run_edges: int | None = None,
     table: RadialTable | None = None,
+    value_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
@@ -272,6 +300,7 @@ def equivariant_attention(
     fixed amount of working memory, whatever the number of edges). table: splines of the radial network
     (:func:`e2former_kernels.common.radial_table.build_radial_table`), for score ``qk`` and weights that need no
     gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
+    value_again: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.again`).
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
@@ -290,17 +319,19 @@ def equivariant_attention(
     if coupling is not None:
         coupling = coupling.to(dtype)
     check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form, image)
+    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
     hidden, per_row = radial.hidden.shape[-1], value.shape[-1] * spec.num_rows
     numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
     if spec.score == "qk_dot":
         numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
     size = max_run_edges or run_size(source.numel(), numbers + per_row, RUN_NUMBERS)
-    senders = species.numel()
+    senders, images = species.numel(), None if image_rows is None else image_rows.shape[0]
+    outline = pieces.outline()
 
     def runs() -> list[EdgeChunk]:
         chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders)
-        if image_rows is not None:
-            nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=image_rows.shape[0])
+        if images is not None:
+            nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=images)
             chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
         return chunks
 
@@ -309,13 +340,14 @@ def equivariant_attention(
     def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
         target_species = species[chunk.nodes].index_select(0, chunk.target)
         source_species = species.index_select(0, source[chunk.edges])
-        return attention_of_run(spec, form, chunk, pieces.like(list(tensors)), target_species, source_species, coupling)
+        return attention_of_run(spec, form, chunk, outline.like(list(tensors)), target_species, source_species, coupling)
 
     arguments = pieces.flat()
     if spec.score != "qk" or image_rows is not None:
         if table is not None:
             raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
-        return chunked(function, chunks, arguments)
+        with computed_again((pieces.value, value_again)):
+            return chunked(function, chunks, arguments)
     if table is not None:
         check_table(table, value, 2 * spec.num_heads, radial)
     relative = spec.order == 1 and form == "relative"
@@ -339,4 +371,5 @@ def equivariant_attention(
         plan=plan_of(function, chunks, arguments),
         table=table,
     )
-    return run_step(step, [t for _, t in arguments])
+    with computed_again((pieces.value, value_again)):
+        return run_step(step, [t for _, t in arguments])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.grouped_linear import so3_rows
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.query_key.passes import forward_run, gradients, runs
-from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
+from e2former_kernels.query_key.reference import QueryKeyWeights, check_query_key, query_key_reference
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class _QueryKey:
 
 
 @torch.compiler.disable()
-def query_key(h: Tensor, weights: QueryKeyWeights) -> Tensor:
-    """The function of :func:`query_key_reference` with Triton kernels; differentiable to any order."""
+def query_key(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None = None) -> Tensor:
+    """The function of :func:`query_key_reference` with Triton kernels; differentiable to any order.
+
+    h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.again`).
+    """
+    check_query_key(h, weights)
     step = _QueryKey(node_plan(lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)), [h], list(weights)))
-    return run_step(step, [h, *weights])
+    with computed_again((h, h_again)):
+        return run_step(step, [h, *weights])

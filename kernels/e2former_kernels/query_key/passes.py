@@ -23,7 +23,9 @@ from e2former_kernels.common.tiles import next_power
 from e2former_kernels.query_key.kernel import invariants_backward_kernel, invariants_kernel
 from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 
-RUN_NUMBERS = 1 << 26  # working memory of a run of nodes, in numbers: 256 MB in float32
+# Working memory of a run of nodes, in numbers: 128 MB in float32, and twice that in training, for fewer launches.
+RUN_NUMBERS = 1 << 25
+TRAINING_NUMBERS = 1 << 26
 TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
 MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
 
@@ -45,9 +47,9 @@ class Gradients(NamedTuple):
     tangent: Tensor | None  # [N, 2, O]
 
 
-def runs(h: Tensor, weights: QueryKeyWeights, parts: int) -> list[NodeRun]:
+def runs(h: Tensor, weights: QueryKeyWeights, parts: int, numbers: int = RUN_NUMBERS) -> list[NodeRun]:
     """Runs of nodes with products of bounded size. parts: T."""
-    size = max(RUN_NUMBERS // (parts * h.shape[1] * weights.weight.shape[1]), 16)
+    size = max(numbers // (parts * h.shape[1] * weights.weight.shape[1]), 16)
     return node_runs(h.shape[0], size) if h.numel() else []
 
 
@@ -140,7 +142,8 @@ def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, weights: QueryKeyWe
     tangent = None if h_dot is None else torch.empty_like(grad)
     sums = RunSums() if by_weights else None
     rows = weights._replace(weight=so3_rows(weights.weight))
-    for nodes, *_ in runs(h, weights, 1 if h_dot is None else 2):
+    numbers = TRAINING_NUMBERS if by_weights else RUN_NUMBERS
+    for nodes, *_ in runs(h, weights, 1 if h_dot is None else 2, numbers):
         part_dot = None if h_dot is None else h_dot[nodes]
         run = forward_run(h[nodes], part_dot, rows)
         if tangent is not None:
