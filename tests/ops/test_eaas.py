@@ -1,4 +1,4 @@
-"""The EAAS layer: kernel, axis-aligned frame and dense contraction are one function."""
+"""The EAAS layer: kernels, axis-aligned frame and dense contraction are one function."""
 
 from __future__ import annotations
 
@@ -16,43 +16,129 @@ from e2former_kernels.eaas import (
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
 )
+KERNELS = ("dense", "aligned", "sparse")
+FORMS = [("dense", "product"), ("aligned", "product"), ("sparse", "rows")]
 
 
-def tables(lmax: int) -> EAASTables:
+def tables(lmax: int, reflection_equivariant: bool = False) -> EAASTables:
     from e2former_fairchem.nn.axis_aligned import eaas_tables
     from e2former_fairchem.so3 import path_table
 
-    return eaas_tables(path_table(lmax))
+    return eaas_tables(path_table(lmax, reflection_equivariant))
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch):
+    """Take another form of the layer for this test."""
+
+    def take(kernel: str, slope: str) -> None:
+        from e2former_kernels.eaas import op
+
+        monkeypatch.setattr(op, "FORM", op.Form(kernel, slope))
+
+    return take
 
 
 @pytest.fixture
 def positions() -> torch.Tensor:
-    """On the polar axis, near it, at the origin, anywhere."""
-    special = [[0, 2, 0], [0, -2, 0], [1e-9, -1, 0], [0, 0, 0], [0.3, 0.1, -0.7]]
+    """On the polar axis and on the frame's two others, near them, at the origin and next to it, anywhere."""
+    special = [
+        [0, 2, 0], [0, -2, 0], [1e-9, -1, 0], [0, 0, 0], [0.3, 0.1, -0.7], [-2, 0, 0], [0, 0, -3], [1e-170, 1, -1e-170],
+        [1e-12, 0, 1e-12], [0, -0.0, 1e-9],
+    ]  # fmt: skip
     return torch.tensor(special, dtype=torch.float64, requires_grad=True)
 
 
 @interpreted
+@pytest.mark.parametrize("reflection_equivariant", [False, True])
 @pytest.mark.parametrize("lmax", [1, 2, 3, 4])
-def test_kernel_frame_and_dense_agree(make, compare, positions, lmax: int) -> None:
-    constants = tables(lmax)
-    value = make(5, (lmax + 1) ** 2, 3)
-    for function in (axis_aligned_contraction, axis_aligned_contraction_reference):
-        dense = dense_contraction_reference(value, positions, constants)
-        compare(function(value, positions, constants), dense, [value, positions])
+def test_frame_and_dense_agree(make, compare, positions, lmax: int, reflection_equivariant: bool) -> None:
+    constants = tables(lmax, reflection_equivariant)
+    value = make(len(positions), (lmax + 1) ** 2, 3)
+    dense = dense_contraction_reference(value, positions, constants)
+    compare(axis_aligned_contraction_reference(value, positions, constants), dense, [value, positions])
 
 
 @interpreted
-def test_gradgradcheck_at_singular_directions(make, positions) -> None:
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("reflection_equivariant", [False, True])
+@pytest.mark.parametrize("lmax", [1, 2, 3, 4])
+def test_kernels_and_dense_agree(
+    make, compare, choose, positions, lmax: int, reflection_equivariant: bool, form: tuple[str, str]
+) -> None:
+    """Value, gradients (the transpose, the slope in the position) and second derivatives."""
+    choose(*form)
+    constants = tables(lmax, reflection_equivariant)
+    value = make(len(positions), (lmax + 1) ** 2, 3)
+    dense = dense_contraction_reference(value, positions, constants)
+    compare(axis_aligned_contraction(value, positions, constants), dense, [value, positions])
+
+
+@interpreted
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_gradgradcheck_at_singular_directions(make, choose, positions, form: tuple[str, str]) -> None:
+    choose(*form)
     constants = tables(2)
-    value = make(5, 9, 2)
+    value = make(len(positions), 9, 2)
     function = lambda v, r: axis_aligned_contraction(v, r, constants)  # noqa: E731
     assert torch.autograd.gradgradcheck(function, (value, positions), fast_mode=True)
 
 
 @interpreted
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("nodes, channels", [(0, 5), (1, 1), (9, 24), (17, 37), (3, 300)])
+def test_sizes_and_strides(make, compare, choose, nodes: int, channels: int, form: tuple[str, str]) -> None:
+    """No atoms, channels that are no power of two or take several programs, inputs that are views."""
+    choose(*form)
+    constants = tables(2)
+    base, pos = make(9, nodes, channels), make(3, nodes)
+    value, position = base.transpose(0, 1), pos.T
+    dense = dense_contraction_reference(value, position, constants)
+    compare(axis_aligned_contraction(value, position, constants), dense, [base, pos])
+
+
+@interpreted
+@pytest.mark.parametrize("lmax, nodes, channels", [(1, 10, 5), (2, 10, 300), (3, 9, 1), (4, 10, 3), (2, 0, 4)])
+def test_fused_gradients(make, choose, positions, lmax: int, nodes: int, channels: int) -> None:
+    """Where nothing differentiates through the gradients, one pass makes both."""
+    constants = tables(lmax)
+    value, position = make(nodes, (lmax + 1) ** 2, channels), positions[:nodes]
+    choose("sparse", "fused")
+    outputs = [f(value, position, constants) for f in (axis_aligned_contraction, dense_contraction_reference)]
+    cotangent = torch.randn_like(outputs[0])
+    found, expected = (torch.autograd.grad(out, [value, positions], cotangent) for out in outputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tiny_positions_in_float32(choose, kernel: str) -> None:
+    """Squares of such numbers vanish or lose their digits in float32: the frame stays a rotation."""
+    choose(kernel, "product")
+    constants = tables(2)
+    position = torch.tensor([[1e-22, 1e-3, 1e-22], [3e-23, 4e-23, 0], [1e-30, -1.0, 1e-20]])
+    value = torch.randn(3, 9, 4)
+    found = axis_aligned_contraction(value, position, constants)
+    exact = dense_contraction_reference(value.double(), position.double(), constants)
+    error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert error.max() < 2e-6, error
+
+
+@interpreted
+def test_constants_follow_the_coefficients(choose, positions, make) -> None:
+    """Read once from a tensor, and again when it has changed."""
+    choose("sparse", "rows")
+    constants, value = tables(1), make(len(positions), 4, 2)
+    first = axis_aligned_contraction(value, positions, constants)
+    constants.coupling.mul_(2)
+    torch.testing.assert_close(axis_aligned_contraction(value, positions, constants), 2 * first)
+
+
+@interpreted
 def test_wrong_arguments_are_named(make, positions) -> None:
+    nodes = len(positions)
     with pytest.raises(ValueError, match="value"):
-        axis_aligned_contraction(make(5, 8, 3), positions, tables(2))
+        axis_aligned_contraction(make(nodes, 8, 3), positions, tables(2))
     with pytest.raises(ValueError, match="position"):
-        axis_aligned_contraction(make(4, 9, 3), positions, tables(2))
+        axis_aligned_contraction(make(nodes - 1, 9, 3), positions, tables(2))

@@ -1,64 +1,71 @@
-"""The EAAS layer's function in one pass over an atom's features.
+"""The EAAS layer's function in one pass over an atom's features, in three ways that can be timed against each other.
 
-The tensor product with a node's own position is a matrix of at most a few hundred numbers that depends linearly on the
-position. A program builds it in registers from the coefficients and multiplies: no Wigner matrix is needed, none is
-stored, and no direction is special. The function is bilinear, so all derivatives are the same kernel, its transpose and
-one small product.
+``dense``: the tensor product with a node's own position is a matrix of at most a few hundred numbers, linear in the
+position; a program builds it in registers and multiplies. ``aligned``: a program rotates the rows into a frame along
+the position, picks and scales them, and rotates back. ``sparse``: a program adds up the matrix's nonzeros. No Wigner
+matrix is stored by any, and no direction is special. The function is bilinear, so all derivatives are the same kernel,
+its transpose and one sum over path rows and rows.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.checks import check_same_device, check_shape
-from e2former_kernels.common.radial_kernel import dot_precision
-from e2former_kernels.common.tiles import next_power
-from e2former_kernels.eaas.kernel import position_kernel
+from e2former_kernels.eaas import launch
+from e2former_kernels.eaas.launch import Form
 from e2former_kernels.eaas.reference import EAASTables
 
-
-def _launch(coupling: Tensor, position: Tensor, x: Tensor, transpose: bool) -> Tensor:
-    paths, _, rows = coupling.shape
-    nodes, _, channels = x.shape
-    out = x.new_empty(nodes, rows if transpose else paths, channels)
-    if out.numel():
-        block = min(max(next_power(channels), 16), 128)
-        position_kernel[nodes, triton.cdiv(channels, block)](
-            coupling, position.contiguous(), x.contiguous(), out, paths, rows, channels, TRANSPOSE=transpose,
-            PP=max(next_power(paths), 16), MP=max(next_power(rows), 16), BC=block, PRECISION=dot_precision(x.dtype),
-            num_warps=4,
-        )  # fmt: skip
-    return out
-
-
-def _bilinear(paths: Tensor, rows: Tensor, coupling: Tensor) -> Tensor:
-    """sum_{p,m,c} C[p,b,m] paths[n,p,c] rows[n,m,c] -> [N, 3]."""
-    pair = torch.bmm(paths, rows.mT)
-    return pair.flatten(1) @ coupling.transpose(1, 2).reshape(-1, 3)
+#: What :func:`axis_aligned_contraction` takes; ``kernels/benchmarks/eaas_table.py`` times the choices.
+FORM = Form()
 
 
 class _Contract(torch.autograd.Function):
     """(v, r) -> T(r) v, or T(r)^T v."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, position: Tensor, coupling: Tensor, transpose: bool) -> Tensor:
-        ctx.transpose = transpose
-        ctx.save_for_backward(x, position, coupling)
-        return _launch(coupling, position, x, transpose)
+    def forward(ctx, x: Tensor, position: Tensor, tables: EAASTables, transpose: bool, form: Form) -> Tensor:
+        ctx.tables, ctx.transpose, ctx.form = tables, transpose, form
+        ctx.save_for_backward(x, position)
+        return launch.contract(form, tables, position, x, transpose)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, position, coupling = ctx.saved_tensors
+        x, position = ctx.saved_tensors
+        tables, transpose, form = ctx.tables, ctx.transpose, ctx.form
+        both = all(ctx.needs_input_grad[:2]) and not transpose and not torch.is_grad_enabled()
+        if both and form.slope == "fused" and launch.fits(tables):
+            return *launch.pullback(tables, position, grad, x), None, None, None
         grad_x = grad_position = None
         if ctx.needs_input_grad[0]:
-            grad_x = _Contract.apply(grad, position, coupling, not ctx.transpose)
+            grad_x = _Contract.apply(grad, position, tables, not transpose, form)
         if ctx.needs_input_grad[1]:
-            pair = (x, grad) if ctx.transpose else (grad, x)
-            grad_position = _bilinear(*pair, coupling)
-        return grad_x, grad_position, None, None
+            pair = (x, grad) if transpose else (grad, x)
+            known = form.slope == "product"
+            grad_position = launch.slope_product(tables, *pair) if known else _Slope.apply(*pair, tables, form)
+        return grad_x, grad_position, None, None, None
+
+
+class _Slope(torch.autograd.Function):
+    """(path rows g, rows v) -> the vector s with w . s = g . T(w) v for every w."""
+
+    @staticmethod
+    def forward(ctx, paths: Tensor, rows: Tensor, tables: EAASTables, form: Form) -> Tensor:
+        ctx.tables, ctx.form = tables, form
+        ctx.save_for_backward(paths, rows)
+        return launch.slope(tables, paths, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        paths, rows = ctx.saved_tensors
+        grad_paths = grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_paths = _Contract.apply(rows, grad, ctx.tables, False, ctx.form)
+        if ctx.needs_input_grad[1]:
+            grad_rows = _Contract.apply(paths, grad, ctx.tables, True, ctx.form)
+        return grad_paths, grad_rows, None, None
 
 
 @torch.compiler.disable()
@@ -75,5 +82,4 @@ def axis_aligned_contraction(value: Tensor, position: Tensor, tables: EAASTables
     check_shape("position", position, "N, 3", (value.shape[0], 3))
     check_same_device("value", value, position=position, coupling=tables.coupling)
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    coupling = tables.coupling.to(dtype).contiguous()
-    return _Contract.apply(value.to(dtype), position.to(dtype), coupling, False)
+    return _Contract.apply(value.to(dtype), position.to(dtype), tables, False, FORM)
