@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.degree_sums import degree_sums
 from e2former_kernels.common.run_sums import RunSums
 
@@ -157,6 +158,15 @@ class _FirstRowBias(torch.autograd.Function):
         return grad, grad[:, : ctx.width].sum(0) if ctx.needs_input_grad[1] else None
 
 
+def _check_weight(name: str, weight: Tensor | None, dims: str, shape: tuple[int, ...], x: Tensor) -> None:
+    """Autocast takes care of dtypes where it is on."""
+    if weight is not None:
+        check_shape(name, weight, dims, shape)
+        check_same_device("x", x, **{name: weight})
+        if not torch.is_autocast_enabled(x.device.type):
+            check_same_dtype("x", x, **{name: weight})
+
+
 def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias: Tensor | None = None) -> Tensor:
     """y[n] = for every group g and each of its rows, W_g x[n, g, row].
 
@@ -164,6 +174,11 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bi
     [N, sum_g rows_g * O]. Differentiable to any order. Under autocast it computes in autocast's dtype, as a linear
     layer does.
     """
+    width = sum(r * w.shape[1] for r, w in zip(rows, weights, strict=True))
+    check_shape("x", x, "N, sum of rows times inputs", (x.shape[0], width))
+    for n, weight in enumerate(weights):
+        _check_weight(f"weights[{n}]", weight, "O, I", (weights[0].shape[0], weight.shape[1]), x)
+    _check_weight("bias", bias, "O", (weights[0].shape[0],), x)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -219,6 +234,10 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x: [N, (L+1)^2, I]; weight: [L+1, O, I]; bias: [O]. Returns [N, (L+1)^2, O]. Differentiable and under autocast as
     :func:`grouped_linear`.
     """
+    degrees, outputs = weight.shape[0], weight.shape[1]
+    check_shape("x", x, "N, (lmax+1)^2, I", (x.shape[0], degrees**2, x.shape[-1]))
+    _check_weight("weight", weight, "lmax+1, O, I", (degrees, outputs, x.shape[-1]), x)
+    _check_weight("bias", bias, "O", (outputs,), x)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

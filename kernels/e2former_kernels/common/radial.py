@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.common.checks import check_shape
 from e2former_kernels.common.tables import table_rows
 
 LAYER_NORM_EPS = 1e-5
@@ -32,6 +33,23 @@ class RadialWeights(NamedTuple):
     norm1_bias: Tensor | None
     out: Tensor  # [G, K, h]
     out_bias: Tensor  # [G, K]
+
+
+def check_radial(name: str, weights: RadialWeights, groups: int, num_basis: int, outputs: int | None = None) -> None:
+    """Raise ValueError naming the first tensor whose shape is not that of ``groups`` networks; ``outputs``: K."""
+    if weights.basis.dim() != 3 or weights.out.dim() != 3:
+        shapes = tuple(weights.basis.shape), tuple(weights.out.shape)
+        raise ValueError(f"{name}: expected basis [G, h, n_b] and out [G, K, h], got {shapes[0]} and {shapes[1]}")
+    hidden, elements = weights.basis.shape[1], weights.target_table.shape[0]
+    outputs = weights.out.shape[1] if outputs is None else outputs
+    row, table = ("G, h", (groups, hidden)), ("Z, G, h", (elements, groups, hidden))
+    expected = RadialWeights(
+        ("G, h, n_b", (groups, hidden, num_basis)), table, table, row, row, ("G, h, h", (groups, hidden, hidden)), row,
+        row, row, ("G, K, h", (groups, outputs, hidden)), ("G, K", (groups, outputs)),
+    )  # fmt: skip
+    for field, tensor, (dims, shape) in zip(RadialWeights._fields, weights, expected, strict=True):
+        if tensor is not None:
+            check_shape(f"{name}.{field}", tensor, dims, shape)
 
 
 def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:

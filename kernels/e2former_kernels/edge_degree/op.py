@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.backend import triton_problem
-from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_senders, check_shape
+from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype
 from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import polynomial_envelope
 from e2former_kernels.common.grouped_linear import so3_linear
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_elements, edge_plan, run_size
-from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_hidden
+from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_hidden
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.radial_table import RadialTable, check_table
@@ -181,12 +181,9 @@ def edge_degree_embedding(
     problem = triton_problem(radial.basis.device)
     if problem is not None:
         raise RuntimeError(f"edge_degree_embedding: {problem}; use edge_degree_embedding_reference")
-    nodes, edges = row_ptr.numel() - 1, source.numel()
-    check_shape("vec", vec, "E, 3", (edges, 3))
-    check_shape("target", target, "E", (edges,))
-    check_senders(species, nodes)
-    if radial.out.shape[0] != lmax + 1:
-        raise ValueError(f"radial: expected lmax + 1 = {lmax + 1} networks, got {radial.out.shape[0]}")
+    edges = source.numel()
+    check_edge_list(vec, source, target, row_ptr, species)
+    check_radial("radial", radial, lmax + 1, num_basis)
     dtype = radial.basis.dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"radial.basis: expected float32 or float64, got {dtype}")
@@ -194,8 +191,10 @@ def edge_degree_embedding(
         raise TypeError("radial.basis: float64 on a GPU goes through edge_degree_embedding_reference")
     named = {f"radial.{n}": t for n, t in radial._asdict().items()}
     check_same_dtype("radial.basis", radial.basis, **named)
-    check_same_device("radial.basis", radial.basis, vec=vec, source=source, row_ptr=row_ptr, species=species, **named)
+    check_same_device("radial.basis", radial.basis, vec=vec, source=source, target=target, **named)
+    check_same_device("radial.basis", radial.basis, row_ptr=row_ptr, species=species)
     vec = vec.to(dtype)
+    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
     groups, _, hidden = radial.out.shape
     numbers = groups * (26 * hidden) + 4 * num_basis
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.feedforward.passes import Weights, gradients, value
@@ -50,7 +51,19 @@ def gated_feedforward(
     weight2: Tensor,
     bias2: Tensor,
 ) -> Tensor:
-    """The function of :func:`gated_feedforward_reference` with Triton kernels; differentiable to any order."""
+    """The function of :func:`gated_feedforward_reference` with Triton kernels; differentiable to any order.
+
+    Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    """
+    degrees, channels = norm_weight.shape[0], x.shape[-1]
+    gates, square = degrees * channels, ("lmax+1, C, C", (degrees, channels, channels))
+    check_node_operation(
+        "gated_feedforward", "x", x, degrees,
+        norm_weight=(norm_weight, "lmax+1, C", (degrees, channels)), norm_bias=(norm_bias, "C", (channels,)),
+        weight1=(weight1, *square), bias1=(bias1, "C", (channels,)),
+        gate_weight=(gate_weight, "(lmax+1) C, C", (gates, channels)), gate_bias=(gate_bias, "(lmax+1) C", (gates,)),
+        weight2=(weight2, *square), bias2=(bias2, "C", (channels,)),
+    )  # fmt: skip
     weights = [norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2]
     step = _FeedForward(node_plan(gated_feedforward_reference, [x], weights))
     return run_step(step, [x, *weights])

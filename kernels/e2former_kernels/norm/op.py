@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.norm.passes import launch_norm, launch_norm_reverse, launch_norm_tangent
@@ -68,7 +69,16 @@ def _function(*tensors: Tensor) -> Tensor:
 
 @torch.compiler.disable()
 def equivariant_rms_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
-    """The function of :func:`equivariant_rms_norm_reference` with Triton kernels; differentiable to any order."""
+    """The function of :func:`equivariant_rms_norm_reference` with Triton kernels; differentiable to any order.
+
+    Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    """
+    nodes, channels, degrees = x.shape[0], x.shape[-1], weight.shape[0]
+    check_node_operation(
+        "equivariant_rms_norm", "x", x, degrees,
+        weight=(weight, "lmax+1, C", (degrees, channels)), bias=(bias, "C", (channels,)),
+        shift=(shift, "N, C", (nodes, channels)),
+    )  # fmt: skip
     nodes = [x] if shift is None else [x, shift]
     weights = [weight, bias]
     step = _Norm(node_plan(_function, nodes, weights), shift is not None)
