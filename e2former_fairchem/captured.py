@@ -24,7 +24,7 @@ from e2former_kernels.common.plan import SeveralRuns, one_run_only
 if TYPE_CHECKING:
     from e2former_fairchem.model import E2FormerV2
 
-__all__ = ["Atoms", "CapturedTrunk", "padded_capacity"]
+__all__ = ["Atoms", "CapturedTrunk", "padded_capacity", "parameters_of"]
 
 #: Evaluations of the same atoms in a row before they are captured, which costs as much as several evaluations: a sweep
 #: over many molecules never captures.
@@ -93,7 +93,7 @@ class PaddedInputs:
         # edge p of the free ones joins padding atom floor(p K / free) to itself
         owner = np.arange(free) * padding_atoms // max(free, 1) + nodes
         last = -(-np.arange(1, padding_atoms + 1) * free // padding_atoms) + edges
-        rest = torch.from_numpy(np.concatenate([owner, last])).to(self.source.device)
+        rest = torch.from_numpy(np.concatenate([owner, last])).to(self.source.device, non_blocking=True)
         owner, last = rest[:free], rest[free:]
         integers = [(mine[: given.shape[0]], given) for mine, given in zip(self.atoms, atoms, strict=True)]
         for mine, given, tail in (
@@ -233,7 +233,7 @@ class CapturedTrunk:
     ) -> Tensor | None:
         """Node features from a replay; None while these atoms have not come up often enough, or are too many."""
         gradient = graph.vec.requires_grad and torch.is_grad_enabled()
-        weights = tuple([(p.data_ptr(), p._version) for p in _parameters(trunk)])
+        weights = tuple([(p.data_ptr(), p._version) for p in parameters_of(trunk)])
         shape = (graph.num_nodes, atoms.charge.numel(), graph.vec.device)
         key = (*shape, elements, gradient, hash(weights), torch.get_float32_matmul_precision())
         capture = self._captures.pop(key, None)
@@ -263,7 +263,7 @@ class CapturedTrunk:
         return _Replay.apply(capture, evaluate, atoms, graph, graph.vec)
 
 
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """The module's parameters, in an order of their own: a walk without names, which takes most of the time."""
     found, modules = [], [module]
     while modules:

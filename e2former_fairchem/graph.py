@@ -104,8 +104,9 @@ class Graph:
         return self._source_ptr
 
     def _sort_by_source(self) -> None:
-        # 32 bits halve the passes of a radix sort
-        by_source, self._source_order = self.source.to(torch.int32).sort(stable=True)
+        # a radix sort passes over the bits
+        narrow = torch.int16 if self.num_senders < 2**15 else torch.int32
+        by_source, self._source_order = self.source.to(narrow).sort(stable=True)
         self._source_ptr = self.row_ptr if self._symmetric else _pointer(by_source, self.num_senders)
 
     def by_target(self) -> tuple[None, Tensor]:

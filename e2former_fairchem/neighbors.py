@@ -32,8 +32,8 @@ __all__ = [
     "read_systems",
 ]  # fmt: skip
 
-#: Pairs of atoms and images that are measured at once; up to so many the dense search is chosen on CUDA. Near 60 bytes
-#: each at the peak.
+#: Pairs of atoms and images that are measured at once; up to so many the dense search is chosen on CUDA. Near 100
+#: bytes each at the peak.
 MAX_PAIRS = 4_000_000
 
 # (source [E], target [E], offset [E, 3]), all int64.
@@ -252,45 +252,61 @@ def _crossed(extent: np.ndarray, inverse: np.ndarray, pbc: np.ndarray, cutoff: f
 
 
 def _reach(systems: Systems, directions: np.ndarray, cutoff: float) -> np.ndarray:
-    """[B, 3] images to look at on either side along the directions that edges cross, of wrapped positions."""
+    """[B, 3] images to look at on either side along the directions that edges cross, of wrapped positions.
+
+    None along heights above twice the cutoff, where only the nearest image of a pair can be within it: any other is
+    half a cell or more away.
+    """
     height = 1.0 / np.linalg.norm(systems.inverse, axis=-2)
-    return np.where(directions, np.floor(1.0 + cutoff / height + 1e-9), 0.0).astype(np.int64)
+    several = directions & (height <= 2.0 * cutoff)
+    return np.where(several, np.floor(1.0 + cutoff / height + 1e-9), 0.0).astype(np.int64)
 
 
 def _pairs(systems: Systems, cutoff: float) -> Candidates:
     """Distances of all pairs and images, in blocks of receivers of at most `MAX_PAIRS`."""
-    pos, batch, atoms = systems.pos, systems.batch, systems.pos.shape[0]
-    directions, wrap, reach = systems.may_cross(cutoff), None, np.zeros((1, 3), dtype=np.int64)
-    if directions.any():
+    batch, atoms, several = systems.batch, systems.pos.shape[0], len(systems.counts) > 1
+    crossed = systems.may_cross(cutoff)
+    if crossed.any():
         fractional, _, extent = _fractional(systems)
-        directions = _crossed(extent, systems.inverse, systems.pbc, cutoff)
-    if directions.any():
-        reach = _reach(systems, directions, cutoff)
-        wrap = torch.where(_on(pos, directions)[batch], fractional.floor(), 0.0)
-        pos = pos - torch.bmm(wrap.unsqueeze(1), _on(pos, systems.cell)[batch]).squeeze(1)
-        wrap = wrap.to(torch.int64)
-    # one table of images for all systems, each of which puts those that it does not have at infinity
-    images = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach.max(axis=0)), indexing="ij"), -1).reshape(-1, 3)
-    count = len(images)
-    shift = images @ systems.cell if wrap is not None else np.zeros((1, 1, 3))
-    if wrap is not None:
-        shift[(np.abs(images) > reach[:, None]).any(axis=2)] = np.inf
-    shift = _on(pos, shift)
+        crossed = _crossed(extent, systems.inverse, systems.pbc, cutoff)
+    periodic = bool(crossed.any())
+    images = np.zeros((1, 3), dtype=np.int64)
+    if periodic:
+        reach = _reach(systems, crossed, cutoff)
+        # one table of images for all systems, some of which have fewer
+        most = reach.max(axis=0)
+        images = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in most), indexing="ij"), -1).reshape(-1, 3)
+        allowed = _on(batch, (np.abs(images) <= reach[:, None]).all(axis=2))
+        nearest = _on(fractional, crossed & (reach == 0))[batch].unsqueeze(1)  # directions of one image
+        wrap = torch.where(_on(batch, reach > 0)[batch], fractional.floor(), 0.0)
+        inside, cell = fractional - wrap, _on(fractional, systems.cell)[batch]
+        images = _on(fractional, images)
     found = []
-    rows = max(MAX_PAIRS // (atoms * count), 1)
+    rows = max(MAX_PAIRS // (atoms * len(images)), 1)
     for start in range(0, atoms, rows):
         here = slice(start, start + rows)
-        apart = (pos[here].unsqueeze(1) - pos).unsqueeze(2)
-        distance = (apart - shift[batch[here]].unsqueeze(1) if wrap is not None else apart).norm(dim=-1)
-        distance[:, here, count // 2].fill_diagonal_(torch.inf)
+        if periodic:
+            apart = inside[here].unsqueeze(1) - inside
+            apart -= apart.round() * nearest[here]
+            apart = (apart.unsqueeze(2) - images).reshape(apart.shape[0], -1, 3).bmm(cell[here])
+        else:
+            apart = systems.pos[here].unsqueeze(1) - systems.pos
+        distance = apart.norm(dim=-1).view(-1, atoms, len(images))
+        distance[:, here, len(images) // 2].fill_diagonal_(torch.inf)
         mask = distance <= cutoff
-        if len(systems.counts) > 1:
+        if several:
             mask &= (batch[here].unsqueeze(1) == batch).unsqueeze(2)
-        found.append(mask.nonzero() + mask.new_tensor([start, 0, 0], dtype=torch.int64) if start else mask.nonzero())
+            if periodic:
+                mask &= allowed[batch[here]].unsqueeze(1)
+        pairs = mask.nonzero()
+        pairs[:, 0] += start
+        found.append(pairs)
     target, source, image = torch.cat(found).T.contiguous()
-    if wrap is None:
+    if not periodic:
         return Candidates(source, target, None, True)
-    return Candidates(source, target, _on(pos, images)[image] + wrap[target] - wrap[source], True)
+    offset = images[image] + (wrap[target] - wrap[source]).to(torch.int64)
+    offset += ((inside[target] - inside[source]).round() * nearest.squeeze(1)[target]).to(torch.int64)
+    return Candidates(source, target, offset, True)
 
 
 def _vesin(systems: Systems, cutoff: float) -> Candidates:
@@ -322,7 +338,7 @@ def _vesin(systems: Systems, cutoff: float) -> Candidates:
 
 
 def _on(like: Tensor, values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).to(like.device)
+    return torch.from_numpy(values).to(like.device, non_blocking=True)
 
 
 def _fractional(systems: Systems) -> tuple[Tensor, Tensor, np.ndarray]:

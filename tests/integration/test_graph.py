@@ -165,6 +165,27 @@ def test_systems_without_atoms(builder: str, counts: list[int]) -> None:
     assert graph.row_ptr.shape == (total + 1,) and graph.source_ptr.shape == (total + 1,)
 
 
+@pytest.mark.parametrize("width", [11.9, 12.0, 12.00001, 12.1, 17.0])
+@pytest.mark.parametrize("skew", [0.0, 9.0])
+def test_pairs_around_twice_the_cutoff(width: float, skew: float) -> None:
+    """Where several images of a pair may be edges, and where one alone may; mixed along directions and structures."""
+    rng = np.random.default_rng(5)
+    cells = torch.tensor(
+        [[[width, 0, 0], [skew, 14.0, 0], [0, skew, 5.0]], [[5.0, 0, 0], [0, width, 0], [skew, 0, 13]]]
+    )
+    data = {
+        "pos": torch.from_numpy(rng.uniform(-30, 30, (60, 3))),
+        "cell": cells.double(),
+        "pbc": torch.tensor([[True] * 3, [True, True, False]]),
+        "batch": torch.repeat_interleave(torch.arange(2), 30),
+        "natoms": torch.tensor([30, 30]),
+    }
+    data["pos"][1] = data["pos"][0] + torch.tensor([0.5 * width, 0.0, 0.0], dtype=torch.float64)
+    for cutoff in (CUTOFF, 0.5 * width):
+        found, expected = (build_graph(**data, cutoff=cutoff, builder=name) for name in ("pairs", "vesin"))
+        assert triples(found) == triples(expected) and torch.equal(found.vec, expected.vec)
+
+
 @pytest.mark.parametrize("names", BATCHES.values(), ids=BATCHES)
 def test_pairs_in_blocks(names: list[str], monkeypatch) -> None:
     """More pairs than are measured at once."""
@@ -189,7 +210,8 @@ def test_builder_by_device_and_size() -> None:
     assert chosen(1500, None) == "pairs" and chosen(1500, None, cuda=False) == "vesin"
     assert chosen(2001, None) == "fairchem_v3"
     assert chosen(1500, 100.0) == "pairs", "a box that no edge crosses"
-    assert chosen(1500, 0.0) == "fairchem_v3" and chosen(100, 0.0) == "pairs"
+    assert chosen(1500, 0.0) == "pairs", "a box of two cutoffs or more: the nearest image is enough"
+    assert chosen(140, 0.0) == "pairs" and chosen(600, -7.0) == "fairchem_v3", "27 images of 140 and 600 atoms"
 
 
 def test_box_of_a_molecule_costs_nothing_and_changes_nothing() -> None:
