@@ -71,7 +71,8 @@ def _function(*tensors: Tensor) -> Tensor:
 def equivariant_rms_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
     """The function of :func:`equivariant_rms_norm_reference` with Triton kernels; differentiable to any order.
 
-    A shift in half precision (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    A shift in half precision (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for
+    arguments that do not fit or a device without Triton.
     """
     if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
         shift = shift.to(x.dtype)
