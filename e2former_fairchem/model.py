@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from e2former_fairchem.captured import Atoms, CapturedTrunk
+from e2former_fairchem.captured import Atoms, CapturedTrunk, parameters_of
 from e2former_fairchem.config import E2FormerV2Config, LongRange
 from e2former_fairchem.nn.block import TransformerBlock
 from e2former_fairchem.nn.convolution import choose_convolution, image_nodes, with_geometry
@@ -90,11 +90,11 @@ class E2FormerV2(nn.Module):
         backend = self.config.kernel_backend
         if backend == "reference" or (backend == "auto" and not atomic_numbers.is_cuda):
             return None
-        if any(p.requires_grad for p in self.parameters()):
+        if any(p.requires_grad for p in parameters_of(self)):
             return None
         present = torch.zeros(self.config.max_num_elements + 1, dtype=torch.bool, device=atomic_numbers.device)
-        present[atomic_numbers] = True
-        return tuple(present.nonzero().flatten().tolist())
+        present.index_fill_(0, atomic_numbers, True)
+        return tuple(number for number, there in enumerate(present.tolist()) if there)  # one read
 
     def evaluate(
         self,

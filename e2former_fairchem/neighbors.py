@@ -106,10 +106,11 @@ def read_systems(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: 
         high = pos.new_full((systems, 3), -torch.inf).scatter_reduce(0, index, pos, "amax")
     parts = [low.reshape(-1), high.reshape(-1), cell.reshape(-1), pbc.reshape(-1), natoms]
     if not one:
-        parts.append(torch.isfinite(pos).all().reshape(1))
+        # a minimum over scattered rows need not keep a NaN
+        parts += [torch.stack(torch.aminmax(pos))] if pos.shape[0] else [pos.new_zeros(2)]
     values = torch.cat([part.to(torch.float64) for part in parts]).cpu().numpy()
     low, high, cells, periodic, counts, *rest = np.split(values, np.cumsum([part.numel() for part in parts[:-1]]))
-    finite = bool(rest[0][0]) if rest else bool(np.isfinite(low).all() and np.isfinite(high).all())
+    finite = bool(np.isfinite(rest[0] if rest else values[:6]).all())
     with np.errstate(invalid="ignore"):
         spread = np.where(low <= high, high - low, 0.0).reshape(systems, 3)  # 0 for a system without atoms
     return Systems(
