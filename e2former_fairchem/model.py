@@ -17,6 +17,7 @@ from e2former_fairchem.nn.embedding import AtomEmbedding, ChargeSpinEmbedding, E
 from e2former_fairchem.nn.linear import SO3Linear
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_fairchem.nn.radial import SpeciesEmbedding
+from e2former_fairchem.spatial_order import SpatialOrder, spatial_order
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
@@ -78,17 +79,31 @@ class E2FormerV2(nn.Module):
             raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
         atoms = Atoms(atomic_numbers, charge, spin, batch)
         elements = self._elements(graph.present(atomic_numbers))
+        order = self._order(pos, batch, graph)
+        if order is not None:
+            atoms = atoms._replace(atomic_numbers=order.atoms(atomic_numbers), batch=order.atoms(batch))
+            graph = order.graph(graph)
+        x = None
         if elements is not None and graph.vec.is_cuda and self._captured.serves(self, graph):
             x = self._captured(self, atoms, graph, elements)
-            if x is not None:
-                return x
-        return self.evaluate(atoms, graph, long_graph, pos, elements)
+        if x is None:
+            x = self.evaluate(atoms, graph, long_graph, pos, elements)
+        return x if order is None else order.back(x)
+
+    def _runs_kernels(self, device: torch.device) -> bool:
+        backend = self.config.kernel_backend
+        return backend == "triton" or (backend == "auto" and device.type == "cuda")
+
+    @torch.compiler.disable
+    def _order(self, pos: Tensor, batch: Tensor, graph: Graph) -> SpatialOrder | None:
+        """Another order of the atoms, where the kernels are faster in it; edges carry all that they read."""
+        edges_only = self.long_range is None and self.config.convolution in ("auto", "on_the_fly")
+        return spatial_order(pos, batch, graph) if edges_only and self._runs_kernels(pos.device) else None
 
     @torch.compiler.disable
     def _elements(self, atomic_numbers: Tensor) -> tuple[int, ...] | None:
         """The atomic numbers there are, where kernels may take radial networks with frozen weights from tables."""
-        backend = self.config.kernel_backend
-        if backend == "reference" or (backend == "auto" and not atomic_numbers.is_cuda):
+        if not self._runs_kernels(atomic_numbers.device):
             return None
         if any(p.requires_grad for p in parameters_of(self)):
             return None

@@ -189,25 +189,28 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bi
 
 
 class _So3(torch.autograd.Function):
-    """(x, W) -> y of :func:`apply_so3`, or with ``transpose`` (g, W) -> gradient by x."""
+    """(x, W, b) -> y of :func:`apply_so3`, b added where l = 0, or with ``transpose`` (g, W) -> gradient by x."""
 
     @staticmethod
-    def forward(ctx, transpose: bool, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, transpose: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.transpose = transpose
         x = x.contiguous()
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
         width = weight.shape[2 if transpose else 1]
-        return apply_so3(x, weight, transpose, x.new_empty(*x.shape[:2], width))
+        y = apply_so3(x, weight, transpose, x.new_empty(*x.shape[:2], width))
+        if bias is not None:
+            y[:, 0] += bias
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need = ctx.needs_input_grad
-        by_x = _So3.apply(not ctx.transpose, grad, weight) if need[1] else None
+        by_x = _So3.apply(not ctx.transpose, grad, weight, None) if need[1] else None
         by_weight = None
         if need[2]:
             by_weight = _So3Outer.apply(x, grad) if ctx.transpose else _So3Outer.apply(grad, x)
-        return None, by_x, by_weight
+        return None, by_x, by_weight, grad[:, 0].sum(0) if need[3] else None
 
 
 class _So3Outer(torch.autograd.Function):
@@ -223,8 +226,8 @@ class _So3Outer(torch.autograd.Function):
         grad, x = ctx.saved_tensors
         need = ctx.needs_input_grad
         return (
-            _So3.apply(False, x, by_weight) if need[0] else None,
-            _So3.apply(True, grad, by_weight) if need[1] else None,
+            _So3.apply(False, x, by_weight, None) if need[0] else None,
+            _So3.apply(True, grad, by_weight, None) if need[1] else None,
         )
 
 
@@ -243,5 +246,4 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    y = _So3.apply(False, x, weight)
-    return y if bias is None else _FirstRowBias.apply(y.flatten(1), bias).view_as(y)
+    return _So3.apply(False, x, weight, bias)

@@ -33,10 +33,10 @@ from e2former_kernels.equivariant_attention.reference import DotWeights, Form, i
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
-# everything fits in one run (440 MB in float32) and where it does not, in training (1.3 GB, fewer launches), and of the
-# differentiable pieces behind higher derivatives (4 GB).
+# everything fits in one run (440 MB in float32) and where it does not (540 MB), in training (1.3 GB, fewer launches),
+# and of the differentiable pieces behind higher derivatives (4 GB).
 SINGLE_NUMBERS = 13 << 23
-FUSED_NUMBERS = 1 << 26
+FUSED_NUMBERS = 1 << 27
 TRAINING_NUMBERS = 5 << 26
 RUN_NUMBERS = 1 << 30
 
@@ -202,8 +202,8 @@ def check_dot_weights(spec: AttentionSpec, weights: DotWeights, width: int) -> N
     else:
         if columns < heads:
             raise ValueError(f"dot: expected (lmax+1) D of at least H = {heads}, got {columns}")
-        shapes |= {n: (heads, heads) for n in ("weight", "out")}
-        shapes |= {n: (heads,) for n in ("norm_weight", "norm_bias", "out_bias")}
+        shapes |= dict.fromkeys(("weight", "out"), (heads, heads))
+        shapes |= dict.fromkeys(("norm_weight", "norm_bias", "out_bias"), (heads,))
     for name, shape in shapes.items():
         dims = "H" if len(shape) == 1 else "H, (lmax+1) D" if spec.score == "qk_dot" else "H, H"
         check_shape(f"dot_weights.{name}", getattr(weights, name), dims, shape)
@@ -340,7 +340,8 @@ def equivariant_attention(
     def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
         target_species = species[chunk.nodes].index_select(0, chunk.target)
         source_species = species.index_select(0, source[chunk.edges])
-        return attention_of_run(spec, form, chunk, outline.like(list(tensors)), target_species, source_species, coupling)
+        given = outline.like(list(tensors))
+        return attention_of_run(spec, form, chunk, given, target_species, source_species, coupling)
 
     arguments = pieces.flat()
     if spec.score != "qk" or image_rows is not None:

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.grouped_linear import so3_rows
+from e2former_kernels.common.half import half_products
 from e2former_kernels.common.step import node_plan, run_step
-from e2former_kernels.query_key.passes import forward_run, gradients, runs
+from e2former_kernels.query_key.passes import forward_run, gradients, outputs, row_weights, runs
 from e2former_kernels.query_key.reference import QueryKeyWeights, check_query_key, query_key_reference
+
+
+def _half(h: Tensor, weights: QueryKeyWeights) -> bool:
+    return half_products(h) and not any(w.requires_grad for w in weights)
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,15 @@ class _QueryKey:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
         out = h.new_empty(h.shape[0], 2, weights.out_weight.shape[1])
-        rows = weights._replace(weight=so3_rows(weights.weight))
-        for run in runs(h, weights, 1):
-            hidden = forward_run(h[run.nodes], None, rows).hidden[:, 0]
-            to = out[run.nodes].transpose(0, 1)
-            torch.baddbmm(weights.out_bias.unsqueeze(1), hidden, weights.out_weight.transpose(1, 2), out=to)
+        rows = row_weights(weights, _half(h, weights))
+        for run in runs(h, rows, 1):
+            outputs(forward_run(h[run.nodes], None, rows).hidden[:, 0], rows, out[run.nodes].transpose(0, 1))
         return out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         h, *rest = (t.contiguous() for t in tensors)
-        by_h, by_weights, _ = gradients(grad.contiguous(), h, None, QueryKeyWeights(*rest), any(wanted))
+        weights = QueryKeyWeights(*rest)
+        by_h, by_weights, _ = gradients(grad.contiguous(), h, None, weights, any(wanted), _half(h, weights))
         found = [by_h, *(by_weights or ())]
         return [found[n] for n in wanted]
 

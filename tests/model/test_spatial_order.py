@@ -1,0 +1,85 @@
+"""Atoms in the order of a space-filling curve: the same network, and the caller's order back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from e2former_fairchem import spatial_order as module
+from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.graph import Graph, build_graph
+from e2former_fairchem.model import E2FormerV2
+from e2former_fairchem.testing import atomic_data
+from e2former_kernels.common.backend import triton_installed
+
+
+def systems(seed: int = 0) -> list[Atoms]:
+    """Two clusters on lattices, their atoms in random order."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for side in (4, 3):
+        sites = 3.0 * np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
+        sites = rng.permutation(sites + rng.normal(0, 0.2, sites.shape))
+        found.append(Atoms(rng.choice([1, 6, 8], len(sites)), sites))
+    return found
+
+
+def graph_of(data, pos: torch.Tensor) -> Graph:
+    return build_graph(pos, data.cell, data.pbc, data.batch, data.natoms, 5.0)
+
+
+def edges(graph: Graph, place: torch.Tensor | None = None) -> set[tuple]:
+    """(source, target, vector) of every edge; place: where each atom of the graph stands in the caller's list."""
+    number = torch.arange(graph.num_nodes) if place is None else place
+    rows = zip(number[graph.source].tolist(), number[graph.target].tolist(), graph.vec.tolist(), strict=True)
+    return {(i, j, tuple(vec)) for i, j, vec in rows}
+
+
+def test_graph_in_another_order(monkeypatch) -> None:
+    monkeypatch.setattr(module, "MIN_ATOMS", 2)
+    data = atomic_data(systems(), torch.float64)
+    graph = graph_of(data, data.pos)
+    order = module.spatial_order(data.pos, data.batch, graph)
+    assert torch.equal(order.order[order.place], torch.arange(graph.num_nodes))
+    assert torch.equal(order.atoms(data.batch), data.batch), "systems stay together"
+    ordered = order.graph(graph)
+    assert edges(ordered, order.order) == edges(graph)
+    assert torch.equal(ordered.target, ordered.target.sort().values)
+    assert torch.equal(ordered.row_ptr, torch.searchsorted(ordered.target, torch.arange(graph.num_nodes + 1)))
+    before, after = ((g.source - g.target).abs().double().mean() for g in (graph, ordered))
+    assert after < 0.7 * before
+    monkeypatch.setattr(module, "MIN_SPREAD", float(before + after) / 2 / graph.num_nodes)
+    assert module.spatial_order(data.pos, data.batch, graph) is not None
+    assert module.spatial_order(order.atoms(data.pos), data.batch, ordered) is None, "good enough already"
+
+
+def test_small_systems_keep_their_order() -> None:
+    data = atomic_data(systems(), torch.float64)
+    assert module.spatial_order(data.pos, data.batch, graph_of(data, data.pos)) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_network_does_not_show_it(frozen: bool, monkeypatch) -> None:
+    torch.manual_seed(0)
+    config = E2FormerV2Config(
+        lmax=1, sphere_channels=8, num_layers=1, num_heads=4, head_dim=2, num_radial_basis=8, max_num_elements=10,
+        kernel_backend="triton", cutoff=5.0,
+    )  # fmt: skip
+    model = E2FormerV2(config).double().requires_grad_(not frozen)
+    data = atomic_data(systems()[1:], torch.float64)
+    zeros = torch.zeros(1, dtype=torch.long)
+    found = []
+    for least in (10**6, 2, 10**6):  # with frozen weights the second evaluation makes splines
+        monkeypatch.setattr(module, "MIN_ATOMS", least)
+        pos = data.pos.clone().requires_grad_()
+        graph = graph_of(data, pos)
+        assert (model._order(pos, data.batch, graph) is None) == (least > 2)
+        x = model(data.atomic_numbers, zeros, zeros, data.batch, pos, graph)
+        weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+        (forces,) = torch.autograd.grad((weight * x).sum(), pos)
+        found.append((x.detach(), forces))
+    for mine, expected in zip(*found[1:], strict=True):
+        assert float((mine - expected).abs().max()) < 1e-12 * float(expected.abs().max())

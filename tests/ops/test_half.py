@@ -1,0 +1,98 @@
+"""float16 rows with a factor, where TF32 is allowed: as exact as TF32 for rows of any size; frozen weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.half import half_product, half_rows, half_weight
+from e2former_kernels.query_key import QueryKeyWeights, query_key
+from e2former_kernels.query_key import op as query_key_op
+from e2former_kernels.query_key.reference import query_key_reference
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
+)
+SIZES = (1.0, 0.0, 1e-30, 1e-9, 1e6, 1e30)  # of rows
+ROUNDING = 2.0**-11
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_rows_of_any_size() -> None:
+    x = torch.randn(len(SIZES), 5, 7) * torch.tensor(SIZES).view(-1, 1, 1)
+    rows, factor = half_rows(x)
+    assert rows.dtype == torch.float16 and float(rows.abs().max()) <= 1.0
+    back = rows.double() * factor.double().view(-1, 1, 1)
+    top = x.flatten(1).abs().amax(1).double().view(-1, 1, 1)
+    assert bool(((back - x.double()).abs() <= ROUNDING * x.double().abs() + 2.0**-24 * top).all())
+
+
+@pytest.mark.parametrize("nodes_first", [False, True])
+def test_product(nodes_first: bool) -> None:
+    x = torch.randn(2, 6, 9) * torch.tensor(SIZES).clamp(1e-15, 1e15).view(1, -1, 1)
+    if nodes_first:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    weight, bias = 0.1 * torch.randn(2, 9, 4), torch.randn(2, 4)
+    out = half_product(x, *half_weight(weight), torch.empty(2, 6, 4))
+    terms = torch.bmm(x.double().abs(), weight.double().abs())
+    error = (out.double() - torch.bmm(x.double(), weight.double())).abs()
+    assert bool((error <= 4 * ROUNDING * terms).all())
+    biased = half_product(x, *half_weight(weight), torch.empty(2, 6, 4), bias)
+    torch.testing.assert_close(biased, out + bias.unsqueeze(1))
+
+
+def weights(degrees: int, channels: int, width: int, outputs: int) -> QueryKeyWeights:
+    def make(*shape: int, scale: float = 0.2) -> torch.Tensor:
+        return scale * torch.randn(*shape, dtype=torch.float64)
+
+    return QueryKeyWeights(
+        make(degrees, 4 * width, channels, scale=channels**-0.5),
+        make(2 * width),
+        make(2, width, degrees * width),
+        make(2, width),
+        1.0 + make(2, width),
+        make(2, width),
+        make(2, outputs, width),
+        make(2, outputs),
+    )
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 37])
+def test_query_key(nodes: int, tf32) -> None:
+    """Each atom's query, key and gradient within a few roundings of float64, however large its features are."""
+    given = weights(3, 32, 16, 24)
+    h = torch.randn(nodes, 9, 32, dtype=torch.float64)
+    h *= torch.tensor([1.0, 1e-9, 1e6, 0.0] * 10, dtype=torch.float64)[:nodes].view(-1, 1, 1)
+    grad = torch.randn(nodes, 2, 24, dtype=torch.float64)
+    found = []
+    for function, dtype in ((query_key, torch.float32), (query_key_reference, torch.float64)):
+        x = h.to(dtype).requires_grad_()
+        y = function(x, QueryKeyWeights(*(w.to(dtype) for w in given)))
+        (by_h,) = torch.autograd.grad(y, x, grad.to(dtype))
+        found.append((y.detach().double(), by_h.double()))
+    for mine, expected in zip(*found, strict=True):
+        error = (mine - expected).flatten(1).norm(dim=1)
+        assert bool((error <= 8 * ROUNDING * expected.flatten(1).norm(dim=1)).all())
+
+
+@pytest.mark.parametrize(
+    ("precision", "trained", "half"), [("high", False, True), ("high", True, False), ("highest", False, False)]
+)
+def test_who_gets_it(precision: str, trained: bool, half: bool, tf32, monkeypatch) -> None:
+    torch.set_float32_matmul_precision(precision)
+    asked = []
+    rows = query_key_op.row_weights
+    monkeypatch.setattr(query_key_op, "row_weights", lambda w, half: asked.append(half) or rows(w, half))
+    given = QueryKeyWeights(*(w.float().requires_grad_(trained) for w in weights(2, 8, 4, 8)))
+    query_key(torch.randn(3, 4, 8), given)
+    assert asked == [half]
