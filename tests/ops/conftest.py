@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -160,3 +161,167 @@ def compare() -> Callable[..., None]:
             assert relative(a, b) < tolerance, f"second derivative of input {n}"
 
     return run
+
+
+@dataclass
+class Operation:
+    """An operation, its reference and its arguments by name; ``run`` and ``reference`` take such a mapping.
+
+    moving: the inputs by whose gradients forces come about.
+    """
+
+    run: Callable[[dict[str, Tensor]], Tensor]
+    reference: Callable[[dict[str, Tensor]], Tensor]
+    tensors: dict[str, Tensor]
+    moving: tuple[str, ...]
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors that have gradients."""
+        return {n: t for n, t in self.tensors.items() if t.is_floating_point() and n != "coupling"}
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The tensors after ``function``; those with gradients are leaves again."""
+        inputs = self.inputs()
+        return {n: function(t.detach()).requires_grad_(n in inputs) for n, t in self.tensors.items()}
+
+
+def _named(prefix: str, weights: RadialWeights) -> dict[str, Tensor]:
+    return {f"{prefix}.{n}": t for n, t in weights._asdict().items() if t is not None}
+
+
+def _radial(tensors: dict[str, Tensor], prefix: str = "radial") -> RadialWeights:
+    return RadialWeights(*(tensors.get(f"{prefix}.{n}") for n in RadialWeights._fields))
+
+
+def _dot_weights(tensors: dict[str, Tensor]) -> DotWeights | None:
+    if "dot" not in tensors:
+        return None
+    radial = _radial(tensors, "dot_weights.radial") if "dot_weights.radial.basis" in tensors else None
+    return DotWeights(radial, *(tensors.get(f"dot_weights.{n}") for n in DotWeights._fields[1:]))
+
+
+def attention_operation(make: Make, size: int = 7, nodes: int = 4, score: str = "qk", **sizes) -> Operation:
+    from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+
+    runs = {"max_run_edges": sizes.pop("run", None)}
+    spec, *given = make.attention(score, edges=size, nodes=nodes, **sizes)
+    names = ("query", "key", "value", "dot", "vec", "source", "target", "row_ptr", "species")
+    tensors = {n: t for n, t in zip(names, given, strict=False) if t is not None}
+    tensors |= _named("radial", given[9]) | ({} if given[11] is None else {"coupling": given[11]})
+    if given[10] is not None:
+        tensors |= {f"dot_weights.{n}": t for n, t in given[10]._asdict().items() if isinstance(t, Tensor)}
+        tensors |= {} if given[10].radial is None else _named("dot_weights.radial", given[10].radial)
+
+    def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
+        return lambda t: function(
+            spec, *(t.get(n) for n in names), _radial(t), _dot_weights(t), t.get("coupling"), **options
+        )
+
+    run, reference = call(equivariant_attention, **runs), call(equivariant_attention_reference)
+    return Operation(run, reference, tensors, ("vec", "query", "key", "value"))
+
+
+def edge_degree_operation(make: Make, size: int = 7, nodes: int = 4, lmax: int = 2, **sizes) -> Operation:
+    from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+
+    run = sizes.pop("run", None)
+    width, hidden, basis = sizes.get("width", 6), sizes.get("hidden", 4), sizes.get("basis", 5)
+    names = ("vec", "source", "target", "row_ptr", "species")
+    tensors = dict(zip(names, make.edges(nodes, size), strict=True))
+    tensors |= _named("radial", make.radial(lmax + 1, width, hidden, basis))
+
+    def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
+        return lambda t: function(lmax, 3.0, basis, 5, *(t[n] for n in names), _radial(t), **options)
+
+    reference = call(edge_degree_embedding_reference)
+    return Operation(call(edge_degree_embedding, max_run_edges=run), reference, tensors, ("vec",))
+
+
+def norm_operation(make: Make, size: int = 7, channels: int = 6, lmax: int = 2) -> Operation:
+    from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
+
+    shapes = {"x": (size, (lmax + 1) ** 2, channels), "weight": (lmax + 1, channels), "bias": (channels,)}
+    tensors = {n: make(*s) for n, s in (shapes | {"shift": (size, channels)}).items()}
+    return Operation(
+        lambda t: equivariant_rms_norm(**t), lambda t: equivariant_rms_norm_reference(**t), tensors, ("x", "shift")
+    )
+
+
+def feedforward_operation(make: Make, size: int = 7, channels: int = 6, lmax: int = 2) -> Operation:
+    from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
+
+    degrees, c = lmax + 1, channels
+    shapes = {
+        "x": (size, degrees**2, c), "norm_weight": (degrees, c), "norm_bias": (c,), "weight1": (degrees, c, c),
+        "bias1": (c,), "gate_weight": (degrees * c, c), "gate_bias": (degrees * c,), "weight2": (degrees, c, c),
+        "bias2": (c,),
+    }  # fmt: skip
+    tensors = {n: make(*s) for n, s in shapes.items()}
+    return Operation(lambda t: gated_feedforward(**t), lambda t: gated_feedforward_reference(**t), tensors, ("x",))
+
+
+def query_key_operation(make: Make, size: int = 7, channels: int = 6, lmax: int = 2, width: int = 5) -> Operation:
+    from e2former_kernels.query_key import QueryKeyWeights, query_key, query_key_reference
+
+    degrees, g, outputs = lmax + 1, width, 8
+    shapes = {
+        "weight": (degrees, 4 * g, channels), "bias": (2 * g,), "hidden_weight": (2, g, degrees * g),
+        "hidden_bias": (2, g), "norm_weight": (2, g), "norm_bias": (2, g), "out_weight": (2, outputs, g),
+        "out_bias": (2, outputs),
+    }  # fmt: skip
+    tensors = {"h": make(size, degrees**2, channels)} | {n: make(*s) for n, s in shapes.items()}
+
+    def call(function: Callable) -> Callable[[dict[str, Tensor]], Tensor]:
+        return lambda t: function(t["h"], QueryKeyWeights(*(t[n] for n in shapes)))
+
+    return Operation(call(query_key), call(query_key_reference), tensors, ("h",))
+
+
+def grouped_operation(make: Make, size: int = 7) -> Operation:
+    from e2former_kernels.common.grouped_linear import grouped_linear
+
+    rows, inputs = (1, 3, 5), (2, 4, 3)
+    widths = [r * i for r, i in zip(rows, inputs, strict=True)]
+    tensors = {"x": make(size, sum(widths)), "bias": make(3)}
+    tensors |= {f"weights[{n}]": make(3, i) for n, i in enumerate(inputs)}
+
+    def run(t: dict[str, Tensor]) -> Tensor:
+        return grouped_linear(t["x"], [t[f"weights[{n}]"] for n in range(3)], rows, t["bias"])
+
+    def reference(t: dict[str, Tensor]) -> Tensor:
+        parts = zip(t["x"].split(widths, 1), rows, (t[f"weights[{n}]"] for n in range(3)), strict=True)
+        y = torch.cat([(p.reshape(-1, r, w.shape[1]) @ w.t()).flatten(1) for p, r, w in parts], 1)
+        return torch.cat([y[:, :3] + t["bias"], y[:, 3:]], 1)
+
+    return Operation(run, reference, tensors, ("x",))
+
+
+def so3_operation(make: Make, size: int = 7) -> Operation:
+    from e2former_kernels.common.grouped_linear import so3_linear
+
+    def reference(t: dict[str, Tensor]) -> Tensor:
+        degree = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2], device=t["x"].device)
+        y = torch.einsum("nmi,moi->nmo", t["x"], t["weight"][degree])
+        return torch.cat([y[:, :1] + t["bias"], y[:, 1:]], 1)
+
+    tensors = {"x": make(size, 9, 6), "weight": make(3, 8, 6), "bias": make(8)}
+    return Operation(lambda t: so3_linear(**t), reference, tensors, ("x",))
+
+
+OPERATIONS = {
+    "attention": attention_operation,
+    "attention_dot": functools.partial(attention_operation, score="qk_dot"),
+    "attention_dot_scalar": functools.partial(attention_operation, score="qk_dot_scalar"),
+    "edge_degree": edge_degree_operation,
+    "norm": norm_operation,
+    "feedforward": feedforward_operation,
+    "query_key": query_key_operation,
+    "grouped_linear": grouped_operation,
+    "so3_linear": so3_operation,
+}
+
+
+@pytest.fixture
+def operation(make: Make, request: pytest.FixtureRequest) -> Callable[..., Operation]:
+    """Build the operation of a name at given sizes."""
+    return lambda name, **sizes: OPERATIONS[name](make, **sizes)

@@ -49,36 +49,3 @@ def test_gradgradcheck(make) -> None:
     radial = make.radial(2, 3, 4, 5)
     function = lambda v: edge_degree_embedding(1, 3.0, 5, 5, v, *graph, radial)  # noqa: E731
     assert torch.autograd.gradgradcheck(function, (vec,), fast_mode=True)
-
-
-@interpreted
-def test_wrong_arguments_are_named(make) -> None:
-    vec, *graph = make.edges(3, 3)
-    radial = make.radial(2, 3, 4, 5)
-    with pytest.raises(ValueError, match="vec"):
-        edge_degree_embedding(1, 3.0, 5, 5, vec[:, :2], *graph, radial)
-    with pytest.raises(ValueError, match="radial"):
-        edge_degree_embedding(2, 3.0, 5, 5, vec, *graph, radial)
-    with pytest.raises(TypeError, match="radial"):
-        edge_degree_embedding(1, 3.0, 5, 5, vec, *graph, radial._replace(hidden=radial.hidden.float()))
-
-
-@pytest.mark.gpu
-def test_gpu(make) -> None:
-    torch.set_float32_matmul_precision("highest")
-    make.device = "cuda"
-    vec, *graph = make.edges(50, 700)
-    radial = make.radial(3, 32, 16, 32)
-    exact = edge_degree_embedding_reference(2, 3.0, 32, 5, vec, *graph, radial)
-    cotangent = torch.randn_like(exact)
-    (exact_grad,) = torch.autograd.grad(exact, vec, cotangent)
-    single = type(radial)(*(t.detach().float() for t in radial))
-    vec32 = vec.detach().float().requires_grad_()
-    errors = []
-    for function in (edge_degree_embedding_reference, edge_degree_embedding):
-        out = function(2, 3.0, 32, 5, vec32, *graph, single)
-        (grad,) = torch.autograd.grad(out, vec32, cotangent.float())
-        errors.append(
-            [float((out - exact).norm() / exact.norm()), float((grad - exact_grad).norm() / exact_grad.norm())]
-        )
-    assert all(error <= 2 * budget + 2e-6 for budget, error in zip(*errors, strict=True))
