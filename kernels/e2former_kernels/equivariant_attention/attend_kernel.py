@@ -7,6 +7,9 @@ Features of an edge are the gate g (columns 0 to H) and the head's input p (colu
 array [E, 2H], or with TABLE a spline (``common/radial_table.py``) at row ``row[e]``, position ``position[e]``.
 Scores are a = g <q, k> / sqrt(S); weights w = z u p / t with z = exp(a - m) for the softmax norms (NORM 0 smooth,
 1 molfm), w = f(a) u p for 2 softplus and 3 sigmoid.
+
+With HALF the rows that programs gather are float16 (``common/half.py``); what is called *_factor has a number for each
+of their atoms.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ def _softplus(a):
 
 @triton.jit
 def score_kernel(
-    query, key, features, row, position, envelope, source, row_ptr, score, top, total, inverse_root, eps,
-    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
+    query, key, key_factor, features, row, position, envelope, source, row_ptr, score, top, total, inverse_root, eps,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
     BH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """score[e, h] = a for the edges of one receiver, and the softmax's shift and sum, top and total [n, H].
@@ -58,7 +61,9 @@ def score_kernel(
         k = tl.load(
             key + j[:, None, None] * (H * S) + at[None, :, :], mask=here[:, None, None] & mask[None, :, :], other=0.0
         )
-        a = tl.sum(q[None, :, :] * k, axis=2) * inverse_root
+        a = tl.sum(q[None, :, :] * k.to(dtype), axis=2) * inverse_root
+        if HALF:
+            a *= tl.load(key_factor + j, mask=here, other=0.0)[:, None]
         if TABLE:
             at_row = features + tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None] * (4 * H) + h[None, :]
             f = tl.load(position + e, mask=here, other=0.0)[:, None]
@@ -87,8 +92,8 @@ def score_kernel(
 
 @triton.jit
 def attend_kernel(
-    score, features, row, position, envelope, scale, value, source, row_ptr, top, total, out,
-    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, B: tl.constexpr,
+    score, features, row, position, envelope, scale, value, value_factor, source, row_ptr, top, total, out,
+    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
     RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[i, b, r, h] = sum over the edges e of i of w[e, h] scale[e, b] value[source(e), r, h], [n, B, R, H]."""
@@ -130,7 +135,9 @@ def attend_kernel(
             w = w * _softplus(a)
         else:
             w = w * _sigmoid(a)
-        x = x * w[None, :]
+        if HALF:
+            w *= tl.load(value_factor + j)
+        x = x.to(dtype) * w[None, :]
         s0 = tl.load(scale + e * B)
         a0 += s0 * x
         if B == 3:
@@ -139,7 +146,7 @@ def attend_kernel(
             a1 += s1 * x
             a2 += s2 * x
         if RB > 0:
-            y = y * w[None, :]
+            y = y.to(dtype) * w[None, :]
             b0 += s0 * y
             if B == 3:
                 b1 += s1 * y
@@ -158,10 +165,10 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def attend_backward_kernel(
-    query, key, features, row, position, envelope, scale, value, grad, source, row_ptr, top, total,
-    pair, weight, grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
-    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, B: tl.constexpr,
-    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
+    query, key, key_factor, features, row, position, envelope, scale, value, value_factor, grad, grad_factor, source,
+    row_ptr, top, total, pair, weight, grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
+    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one receiver's edges from grad = dL/dout, [n, B, R, H].
 
@@ -188,21 +195,24 @@ def attend_backward_kernel(
     at_a = ra[:, None] * H + h[None, :]
     mask_a = (ra[:, None] < R) & in_h[None, :]
     base = grad + i * (B * R * H)
-    a0 = load(base + at_a, mask_a, MASKED)
+    a0 = load(base + at_a, mask_a, MASKED).to(dtype)
     if B == 3:
-        a1 = load(base + R * H + at_a, mask_a, MASKED)
-        a2 = load(base + 2 * R * H + at_a, mask_a, MASKED)
+        a1 = load(base + R * H + at_a, mask_a, MASKED).to(dtype)
+        a2 = load(base + 2 * R * H + at_a, mask_a, MASKED).to(dtype)
     if RB > 0:
         rb = RA + tl.arange(0, RB)
         at_b = rb[:, None] * H + h[None, :]
         mask_b = (rb[:, None] < R) & in_h[None, :]
-        b0 = load(base + at_b, mask_b, MASKED_B)
+        b0 = load(base + at_b, mask_b, MASKED_B).to(dtype)
         if B == 3:
-            b1 = load(base + R * H + at_b, mask_b, MASKED_B)
-            b2 = load(base + 2 * R * H + at_b, mask_b, MASKED_B)
+            b1 = load(base + R * H + at_b, mask_b, MASKED_B).to(dtype)
+            b2 = load(base + 2 * R * H + at_b, mask_b, MASKED_B).to(dtype)
     if NORM <= 1:
         m = load(top + i * H + h, in_h, MASKED)
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
+    received = 1.0
+    if HALF:
+        received = tl.load(grad_factor + i)
     mean = tl.zeros([BH], dtype=dtype)
     if NORM == 1:  # the first edge that attains the maximum; compared with each other, rounded alike
         highest = mean - float("inf")
@@ -210,11 +220,14 @@ def attend_backward_kernel(
     for e in range(first, last):
         j = tl.load(source + e).to(tl.int64)
         v = value + j * (R * H)
-        x = load(v + at_a, mask_a, MASKED)
+        x = load(v + at_a, mask_a, MASKED).to(dtype)
         if RB > 0:
-            z = load(v + at_b, mask_b, MASKED_B)
-        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+            z = load(v + at_b, mask_b, MASKED_B).to(dtype)
+        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S).to(dtype)
         dot = tl.sum(q * k, axis=1) * inverse_root
+        if HALF:
+            dot *= tl.load(key_factor + j)
+            both = received * tl.load(value_factor + j)
         tl.store(pair + e * H + h, dot, mask=in_h)
         g = feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
         p = feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
@@ -232,6 +245,8 @@ def attend_backward_kernel(
         y0 = tl.sum(x * a0, axis=0)
         if RB > 0:
             y0 += tl.sum(z * b0, axis=0)
+        if HALF:
+            y0 *= both
         gw = tl.load(scale + e * B) * y0
         tl.store(parts + e, tl.sum(w * y0, axis=0))
         if B == 3:
@@ -240,6 +255,9 @@ def attend_backward_kernel(
             if RB > 0:
                 y1 += tl.sum(z * b1, axis=0)
                 y2 += tl.sum(z * b2, axis=0)
+            if HALF:
+                y1 *= both
+                y2 *= both
             gw += tl.load(scale + e * B + 1) * y1 + tl.load(scale + e * B + 2) * y2
             tl.store(parts + plane + e, tl.sum(w * y1, axis=0))
             tl.store(parts + 2 * plane + e, tl.sum(w * y2, axis=0))
@@ -249,7 +267,7 @@ def attend_backward_kernel(
     grad_q = tl.zeros([BH, BS], dtype=dtype)
     for e in range(first, last):
         j = tl.load(source + e).to(tl.int64)
-        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S).to(dtype)
         gw = load(weight + e * H + h, in_h, MASKED)
         x = load(pair + e * H + h, in_h, MASKED)
         if TABLE:
@@ -289,14 +307,16 @@ def attend_backward_kernel(
         else:
             tl.store(grad_features + e * (2 * H) + h, ga * x, mask=in_h)
             tl.store(grad_features + e * (2 * H) + H + h, gp, mask=in_h)
+        if HALF:
+            gx *= tl.load(key_factor + j)
         grad_q += gx[:, None] * k
     tl.store(grad_query + i * (H * S) + at_s, grad_q, mask=mask_s)
 
 
 @triton.jit
 def sender_kernel(
-    weight, pair, scale, grad, query, target, order, order_ptr, senders, grad_value, grad_key,
-    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    weight, pair, scale, grad, grad_factor, query, query_factor, target, order, order_ptr, senders, grad_value, grad_key,
+    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr,
     RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, ACCUMULATE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -330,22 +350,26 @@ def sender_kernel(
         i = tl.load(target + e).to(tl.int64)
         base = grad + i * (B * R * H)
         w = load(weight + e * H + h, in_h, MASKED)
+        if HALF:
+            w *= tl.load(grad_factor + i)
         s0 = tl.load(scale + e * B)
-        x = s0 * load(base + at_a, mask_a, MASKED)
+        x = s0 * load(base + at_a, mask_a, MASKED).to(dtype)
         if B == 3:
             s1 = tl.load(scale + e * B + 1)
             s2 = tl.load(scale + e * B + 2)
-            x += s1 * load(base + R * H + at_a, mask_a, MASKED)
-            x += s2 * load(base + 2 * R * H + at_a, mask_a, MASKED)
+            x += s1 * load(base + R * H + at_a, mask_a, MASKED).to(dtype)
+            x += s2 * load(base + 2 * R * H + at_a, mask_a, MASKED).to(dtype)
         acc_a += x * w[None, :]
         if RB > 0:
-            y = s0 * load(base + at_b, mask_b, MASKED_B)
+            y = s0 * load(base + at_b, mask_b, MASKED_B).to(dtype)
             if B == 3:
-                y += s1 * load(base + R * H + at_b, mask_b, MASKED_B)
-                y += s2 * load(base + 2 * R * H + at_b, mask_b, MASKED_B)
+                y += s1 * load(base + R * H + at_b, mask_b, MASKED_B).to(dtype)
+                y += s2 * load(base + 2 * R * H + at_b, mask_b, MASKED_B).to(dtype)
             acc_b += y * w[None, :]
         gx = load(pair + e * H + h, in_h, MASKED)
-        acc_k += gx[:, None] * load(query + i * (H * S) + at_s, mask_s, MASKED_S)
+        if HALF:
+            gx *= tl.load(query_factor + i)
+        acc_k += gx[:, None] * load(query + i * (H * S) + at_s, mask_s, MASKED_S).to(dtype)
     to = j
     if ACCUMULATE:
         to = tl.load(senders + j).to(tl.int64)

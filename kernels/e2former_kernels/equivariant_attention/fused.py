@@ -1,7 +1,8 @@
 """Value and first derivative of the attention with fused kernels, run by run; nothing of edge size is kept between.
 
 For score ``qk``. The second derivative of forces is in ``second.py``; everything beyond goes through
-:mod:`e2former_kernels.common.chunked`.
+:mod:`e2former_kernels.common.chunked`. With frozen weights and TF32 allowed, the rows of atoms that edges gather are
+taken to float16 first (``common/half.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
+from e2former_kernels.common.half import half_products, half_rows
 from e2former_kernels.common.plan import EdgeChunk, edge_elements
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
@@ -50,11 +52,30 @@ class Edges(NamedTuple):
     source: Tensor
 
 
+class Rows(NamedTuple):
+    """Rows of atoms, [N, ...], and each row's factor where they are float16."""
+
+    numbers: Tensor
+    factor: Tensor | None
+
+    def of(self, nodes: slice) -> tuple[Tensor, Tensor]:
+        """The arguments of a kernel for some nodes."""
+        numbers = self.numbers[nodes]
+        return numbers, numbers if self.factor is None else self.factor[nodes]
+
+
+EVERY = slice(None)
+
+
 class Statistics(NamedTuple):
     """The softmax's shift and sum, [N, H] each, which the backward pass takes over."""
 
     top: Tensor
     total: Tensor
+
+
+def _rows(x: Tensor, half: bool) -> Rows:
+    return Rows(*half_rows(x)) if half else Rows(x, None)
 
 
 @dataclass(frozen=True)
@@ -119,11 +140,15 @@ class FusedAttention:
             )  # fmt: skip
         return Edges(vec, position, row, envelope, scale, source)
 
+    @staticmethod
+    def _half(tensors: list[Tensor]) -> bool:
+        return half_products(tensors[_VALUE]) and not any(t.requires_grad for t in tensors[_RADIAL:])
+
     def _elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
         return edge_elements(chunk, self.source, self.species)
 
     def _scores(
-        self, chunk: EdgeChunk, edges: Edges, query: Tensor, key: Tensor, features: Tensor, statistics: Statistics
+        self, chunk: EdgeChunk, edges: Edges, query: Tensor, key: Rows, features: Tensor, statistics: Statistics
     ) -> Tensor:
         """Scores [e, H] of a run; fills its part of the softmax's statistics."""
         heads, width = query.shape[1:]
@@ -131,11 +156,11 @@ class FusedAttention:
         if chunk.num_nodes:
             block = min(next_power(heads), SCORE_TILE[0])
             attend_kernel.score_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
-                query[chunk.nodes], key, features, edges.row, edges.position, edges.envelope, edges.source,
+                query[chunk.nodes], *key.of(EVERY), features, edges.row, edges.position, edges.envelope, edges.source,
                 chunk.row_ptr, score, statistics.top[chunk.nodes], statistics.total[chunk.nodes],
                 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width, NORM=NORMS[self.spec.norm],
-                TABLE=self.table is not None, BH=block, BS=next_power(width), BE=SCORE_TILE[2],
-                num_warps=SCORE_TILE[1],
+                TABLE=self.table is not None, HALF=key.factor is not None, BH=block, BS=next_power(width),
+                BE=SCORE_TILE[2], num_warps=SCORE_TILE[1],
             )  # fmt: skip
         return score
 
@@ -158,22 +183,24 @@ class FusedAttention:
         out_rows = value.shape[1] if self.coupling is None else self.coupling.shape[0]
         out = value.new_empty(query.shape[0], out_rows, channels)
         statistics = self._statistics(query)
+        half = self._half(tensors)
+        keys, values = (_rows(t, half) for t in (key, value))
         for chunk in self.chunks:
             edges = self._edges(chunk, vec, self.table)
             if network is None:
                 features = self.table.knots
             else:
                 features, _ = network.forward(edges.position, *self._elements(chunk))
-            score = self._scores(chunk, edges, query, key, features, statistics)
+            score = self._scores(chunk, edges, query, keys, features, statistics)
             if self.coupling is None:
                 summed = out[chunk.nodes].view(chunk.num_nodes, 1, rows, heads)
             else:
                 summed = value.new_empty(chunk.num_nodes, self.directions, rows, heads)
             if summed.numel():
                 attend_kernel.attend_kernel[chunk.num_nodes, triton.cdiv(heads, tiles.heads)](
-                    score, features, edges.row, edges.position, edges.envelope, edges.scale, value, edges.source,
-                    chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes], summed,
-                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=network is None, B=self.directions,
+                    score, features, edges.row, edges.position, edges.envelope, edges.scale, *values.of(EVERY),
+                    edges.source, chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes], summed,
+                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=network is None, HALF=half, B=self.directions,
                     UNROLL=ATTEND_UNROLL, **self._tiles(tiles),
                 )  # fmt: skip
             if self.coupling is not None:
@@ -205,6 +232,8 @@ class FusedAttention:
         coupling = None if self.coupling is None else self.coupling.t().contiguous()
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE)
         blocks = triton.cdiv(heads, tiles.heads)
+        half = self._half(tensors)
+        keys, queries, values = (_rows(t, half) for t in (key, query, value))
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
         for chunk in chunks:
             edges = self._edges(chunk, vec, table)
@@ -216,29 +245,29 @@ class FusedAttention:
             else:
                 features = table.knots
             if known is None and norm <= 1:
-                self._scores(chunk, edges, query, key, features, statistics)
-            part = grad[chunk.nodes]
+                self._scores(chunk, edges, query, keys, features, statistics)
+            part = _rows(grad[chunk.nodes], half)
             if coupling is not None:
-                outer = part.new_empty(receivers, coupling.shape[0], channels)
-                launch_contract(coupling, part, outer)
-                part = outer
+                outer = part.numbers.new_empty(receivers, coupling.shape[0], channels)
+                launch_contract(coupling, part.numbers, outer)
+                part = part._replace(numbers=outer)
             weight, pair = (vec.new_empty(number, heads) for _ in range(2))
             grad_features = vec.new_empty(number, 2 * heads) if table is None else weight
             grad_parts = vec.new_empty(directions + 1 + (table is not None), blocks, number)
             if receivers:
                 attend_kernel.attend_backward_kernel[receivers, blocks](
-                    query[chunk.nodes], key, features, edges.row, edges.position, edges.envelope, edges.scale, value,
-                    part, edges.source, chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes],
-                    pair, weight, grad_features, grad_parts, grad_query[chunk.nodes], number, 1.0 / math.sqrt(width),
-                    self.spec.softmax_constant, 0.0 if table is None else table.scale,
-                    R=rows, H=heads, S=width, NORM=norm, TABLE=table is not None, B=directions, BS=next_power(width),
-                    **self._tiles(tiles),
+                    query[chunk.nodes], *keys.of(EVERY), features, edges.row, edges.position, edges.envelope, edges.scale,
+                    *values.of(EVERY), *part.of(EVERY), edges.source, chunk.row_ptr, statistics.top[chunk.nodes],
+                    statistics.total[chunk.nodes], pair, weight, grad_features, grad_parts, grad_query[chunk.nodes],
+                    number, 1.0 / math.sqrt(width), self.spec.softmax_constant, 0.0 if table is None else table.scale,
+                    R=rows, H=heads, S=width, NORM=norm, TABLE=table is not None, HALF=half, B=directions,
+                    BS=next_power(width), **self._tiles(tiles),
                 )  # fmt: skip
             if by_sender and chunk.order_ptr.numel() > 1:
                 attend_kernel.sender_kernel[chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)](
-                    weight, pair, edges.scale, part, query[chunk.nodes], chunk.target, chunk.order, chunk.order_ptr,
-                    chunk.order if chunk.senders is None else chunk.senders, grad_value, grad_key,
-                    R=rows, H=heads, S=width, B=directions, BS=next_power(width),
+                    weight, pair, edges.scale, *part.of(EVERY), *queries.of(chunk.nodes), chunk.target, chunk.order,
+                    chunk.order_ptr, chunk.order if chunk.senders is None else chunk.senders, grad_value, grad_key,
+                    R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
                     ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL, **self._tiles(sender_tiles),
                 )  # fmt: skip
             grad_distance = grad_parts

@@ -108,7 +108,7 @@ def launch_pair_sum(
 
 
 def launch_contract(matrix: Tensor, x: Tensor, out: Tensor) -> None:
-    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous."""
+    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous; x and out may be float16."""
     nodes, inner, channels = x.shape
     if not out.numel():
         return
@@ -116,7 +116,7 @@ def launch_contract(matrix: Tensor, x: Tensor, out: Tensor) -> None:
     kernel.contract_kernel[nodes, triton.cdiv(channels, block)](
         matrix, x, out, matrix.shape[0], inner, channels,
         PP=max(next_power(matrix.shape[0]), 16), KP=max(next_power(inner), 16), BC=block,
-        PRECISION=dot_precision(x.dtype), num_warps=4,
+        PRECISION=dot_precision(matrix.dtype), num_warps=4,
     )  # fmt: skip
 
 
