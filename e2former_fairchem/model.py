@@ -69,8 +69,8 @@ class E2FormerV2(nn.Module):
         """Node features.
 
         atomic_numbers: [N]. charge: [B], e. spin: [B], multiplicity 2S+1 (0: not given). batch: [N], ascending.
-        pos: [N, 3], Å (read by the node-factored convolution only; all else is in the graph). graph: neighbours
-        within the cutoff. long_graph: with ``long_range`` only.
+        pos: [N, 3], Å (for the node-factored convolution and the order of work; all else is in the graph). graph:
+        neighbours within the cutoff. long_graph: with ``long_range`` only.
         Returns [N, (lmax+1)^2, C] in e3nn's row order, of the graph's receivers: with graph parallelism, of this
         worker's atoms. Raises ValueError when long_graph is missing or not asked for.
         """
@@ -95,10 +95,10 @@ class E2FormerV2(nn.Module):
         return backend == "triton" or (backend == "auto" and device.type == "cuda")
 
     @torch.compiler.disable
-    def _order(self, pos: Tensor, batch: Tensor, graph: Graph) -> SpatialOrder | None:
+    def _order(self, pos: Tensor | None, batch: Tensor, graph: Graph) -> SpatialOrder | None:
         """Another order of the atoms, where the kernels are faster in it; edges carry all that they read."""
         edges_only = self.long_range is None and self.config.convolution in ("auto", "on_the_fly")
-        return spatial_order(pos, batch, graph) if edges_only and self._runs_kernels(pos.device) else None
+        return spatial_order(pos, batch, graph) if edges_only and self._runs_kernels(batch.device) else None
 
     @torch.compiler.disable
     def _elements(self, atomic_numbers: Tensor) -> tuple[int, ...] | None:

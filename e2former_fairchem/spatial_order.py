@@ -59,13 +59,13 @@ class SpatialOrder:
 
 
 @torch.no_grad()
-def spatial_order(pos: Tensor, batch: Tensor, graph: Graph) -> SpatialOrder | None:
+def spatial_order(pos: Tensor | None, batch: Tensor, graph: Graph) -> SpatialOrder | None:
     """The order along a Morton curve within each system, or None where the atoms' own order is as good.
 
-    pos: [N, 3], Å; batch: [N], ascending.
+    pos: [N, 3], Å, or None where they are not known; batch: [N], ascending.
     """
-    atoms = pos.shape[0]
-    if atoms < MIN_ATOMS or graph.num_edges == 0 or graph.halo is not None:
+    atoms = batch.shape[0]
+    if pos is None or atoms < MIN_ATOMS or graph.num_edges == 0 or graph.halo is not None:
         return None
     if float((graph.source - graph.target).abs().sum()) < MIN_SPREAD * atoms * graph.num_edges:
         return None

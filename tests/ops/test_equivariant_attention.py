@@ -67,7 +67,7 @@ def test_several_tiles_of_heads(make, compare, find_leaves, monkeypatch) -> None
     from e2former_kernels.common.tiles import RowTiles
     from e2former_kernels.equivariant_attention import fused, primitives
 
-    monkeypatch.setattr(fused, "SCORE_TILE", (2, 1, 2))
+    monkeypatch.setattr(fused, "SCORE_TILE", 2 * ((2, 1, 2),))
     monkeypatch.setattr(fused, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
     monkeypatch.setattr(primitives, "PAIR_TILE", (2, 1))
     monkeypatch.setattr(primitives, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))

@@ -7,8 +7,9 @@ The map is bilinear; its derivatives are the three functions here with other arg
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -192,10 +193,10 @@ class _So3(torch.autograd.Function):
     """(x, W, b) -> y of :func:`apply_so3`, b added where l = 0, or with ``transpose`` (g, W) -> gradient by x."""
 
     @staticmethod
-    def forward(ctx, transpose: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.transpose = transpose
+    def forward(ctx, transpose: bool, exact: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.transpose, ctx.exact = transpose, exact
         x = x.contiguous()
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight)
         width = weight.shape[2 if transpose else 1]
         y = apply_so3(x, weight, transpose, x.new_empty(*x.shape[:2], width))
         if bias is not None:
@@ -205,37 +206,52 @@ class _So3(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        by_x = _So3.apply(not ctx.transpose, grad, weight, None) if need[1] else None
+        need = ctx.needs_input_grad[2:]
+        by_x = _So3.apply(not ctx.transpose, ctx.exact, grad, weight, None) if need[0] else None
         by_weight = None
-        if need[2]:
-            by_weight = _So3Outer.apply(x, grad) if ctx.transpose else _So3Outer.apply(grad, x)
-        return None, by_x, by_weight, grad[:, 0].sum(0) if need[3] else None
+        if need[1]:
+            pair = (x, grad) if ctx.transpose else (grad, x)
+            by_weight = _So3Outer.apply(ctx.exact, *pair)
+        return None, None, by_x, by_weight, grad[:, 0].sum(0) if need[2] else None
 
 
 class _So3Outer(torch.autograd.Function):
     """(g, x) -> gradient by W."""
 
     @staticmethod
-    def forward(ctx, grad: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx, exact: bool, grad: Tensor, x: Tensor) -> Tensor:
+        ctx.exact = exact
         ctx.save_for_backward(grad, x)
-        return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
+        with _float32_products() if exact else contextlib.nullcontext():
+            return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
 
     @staticmethod
     def backward(ctx, by_weight: Tensor):
         grad, x = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        need = ctx.needs_input_grad[1:]
         return (
-            _So3.apply(False, x, by_weight, None) if need[0] else None,
-            _So3.apply(True, grad, by_weight, None) if need[1] else None,
+            None,
+            _So3.apply(False, ctx.exact, x, by_weight, None) if need[0] else None,
+            _So3.apply(True, ctx.exact, grad, by_weight, None) if need[1] else None,
         )
 
 
-def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+@contextlib.contextmanager
+def _float32_products() -> Iterator[None]:
+    """Products inside are not rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact_gradient: bool = False) -> Tensor:
     """y[l, m] = W_l x[l, m], plus the bias where l = 0.
 
     x: [N, (L+1)^2, I]; weight: [L+1, O, I]; bias: [O]. Returns [N, (L+1)^2, O]. Differentiable and under autocast as
-    :func:`grouped_linear`.
+    :func:`grouped_linear`. exact_gradient: the gradient by the weight in float32 also where TF32 is allowed.
     """
     degrees, outputs = weight.shape[0], weight.shape[1]
     check_shape("x", x, "N, (lmax+1)^2, I", (x.shape[0], degrees**2, x.shape[-1]))
@@ -246,4 +262,4 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _So3.apply(False, x, weight, bias)
+    return _So3.apply(False, exact_gradient, x, weight, bias)

@@ -18,8 +18,9 @@ from e2former_kernels.eaas import launch
 from e2former_kernels.eaas.launch import Form
 from e2former_kernels.eaas.reference import EAASTables
 
-#: What :func:`axis_aligned_contraction` takes; ``kernels/benchmarks/eaas_table.py`` times the choices.
-FORM = Form()
+#: What :func:`axis_aligned_contraction` takes, by ``kernels/benchmarks/eaas_table.py``: on an H100 all forms of the
+#: product take the time of a copy, the sparse one with the least rounding, and both gradients in one pass save half.
+FORM = Form("sparse", "fused")
 
 
 class _Contract(torch.autograd.Function):

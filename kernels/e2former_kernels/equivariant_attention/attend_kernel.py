@@ -315,8 +315,8 @@ def attend_backward_kernel(
 
 @triton.jit
 def sender_kernel(
-    weight, pair, scale, grad, grad_factor, query, query_factor, target, order, order_ptr, senders, grad_value, grad_key,
-    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr,
+    weight, pair, scale, grad, grad_factor, query, query_factor, target, order, order_ptr, senders,
+    grad_value, grad_key, R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr,
     RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, ACCUMULATE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip

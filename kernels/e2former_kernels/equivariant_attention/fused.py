@@ -28,14 +28,16 @@ from e2former_kernels.equivariant_attention.primitives import launch_contract
 from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
+# Pairs are for rows in float32 and in float16.
 # Heads, warps and edges at a time of one program of score_kernel.
-SCORE_TILE = (32, 1, 1)
+SCORE_TILE = ((32, 1, 1), (32, 1, 2))
 # Heads and registers of a thread for the rows of the other kernels (common/tiles.py).
 ATTEND_TILE = (32, 72)
-BACKWARD_TILE = (32, 108)
+BACKWARD_TILE = ((32, 108), (64, 144))
 SENDER_TILE = (32, 72)
 # Edges whose rows attend_kernel and sender_kernel have on their way at once.
-ATTEND_UNROLL = SENDER_UNROLL = 2
+ATTEND_UNROLL = 2
+SENDER_UNROLL = (2, 1)
 NORMS = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
 # Positions of the inputs among the tensors of the operation: the weights of the radial network follow.
 _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)
@@ -154,13 +156,14 @@ class FusedAttention:
         heads, width = query.shape[1:]
         score = edges.vec.new_empty(chunk.num_edges, heads)
         if chunk.num_nodes:
-            block = min(next_power(heads), SCORE_TILE[0])
+            half = key.factor is not None
+            widest, warps, together = SCORE_TILE[half]
+            block = min(next_power(heads), widest)
             attend_kernel.score_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
                 query[chunk.nodes], *key.of(EVERY), features, edges.row, edges.position, edges.envelope, edges.source,
                 chunk.row_ptr, score, statistics.top[chunk.nodes], statistics.total[chunk.nodes],
                 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width, NORM=NORMS[self.spec.norm],
-                TABLE=self.table is not None, HALF=key.factor is not None, BH=block, BS=next_power(width),
-                BE=SCORE_TILE[2], num_warps=SCORE_TILE[1],
+                TABLE=self.table is not None, HALF=half, BH=block, BS=next_power(width), BE=together, num_warps=warps,
             )  # fmt: skip
         return score
 
@@ -230,9 +233,9 @@ class FusedAttention:
         radial = RadialGradients(self._weights(tensors[_RADIAL:]), self.spec.cutoff) if weights_wanted else None
         grad_weights: RadialWeights | None = None
         coupling = None if self.coupling is None else self.coupling.t().contiguous()
-        tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE)
-        blocks = triton.cdiv(heads, tiles.heads)
         half = self._half(tensors)
+        tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
+        blocks = triton.cdiv(heads, tiles.heads)
         keys, queries, values = (_rows(t, half) for t in (key, query, value))
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
         for chunk in chunks:
@@ -256,10 +259,11 @@ class FusedAttention:
             grad_parts = vec.new_empty(directions + 1 + (table is not None), blocks, number)
             if receivers:
                 attend_kernel.attend_backward_kernel[receivers, blocks](
-                    query[chunk.nodes], *keys.of(EVERY), features, edges.row, edges.position, edges.envelope, edges.scale,
-                    *values.of(EVERY), *part.of(EVERY), edges.source, chunk.row_ptr, statistics.top[chunk.nodes],
-                    statistics.total[chunk.nodes], pair, weight, grad_features, grad_parts, grad_query[chunk.nodes],
-                    number, 1.0 / math.sqrt(width), self.spec.softmax_constant, 0.0 if table is None else table.scale,
+                    query[chunk.nodes], *keys.of(EVERY), features, edges.row, edges.position, edges.envelope,
+                    edges.scale, *values.of(EVERY), *part.of(EVERY), edges.source, chunk.row_ptr,
+                    statistics.top[chunk.nodes], statistics.total[chunk.nodes], pair, weight, grad_features,
+                    grad_parts, grad_query[chunk.nodes], number, 1.0 / math.sqrt(width),
+                    self.spec.softmax_constant, 0.0 if table is None else table.scale,
                     R=rows, H=heads, S=width, NORM=norm, TABLE=table is not None, HALF=half, B=directions,
                     BS=next_power(width), **self._tiles(tiles),
                 )  # fmt: skip
@@ -268,7 +272,7 @@ class FusedAttention:
                     weight, pair, edges.scale, *part.of(EVERY), *queries.of(chunk.nodes), chunk.target, chunk.order,
                     chunk.order_ptr, chunk.order if chunk.senders is None else chunk.senders, grad_value, grad_key,
                     R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
-                    ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL, **self._tiles(sender_tiles),
+                    ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL[half], **self._tiles(sender_tiles),
                 )  # fmt: skip
             grad_distance = grad_parts
             if radial is not None:
