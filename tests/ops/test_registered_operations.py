@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from e2former_kernels.common.backend import triton_installed
 
@@ -52,9 +56,126 @@ def test_opcheck(make, name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.e2former_kernels, name).default, arguments(make, name))
 
 
+# public operation in conftest.py -> registered name
+PUBLIC = {"norm": "equivariant_rms_norm", "query_key": "query_key", "feedforward": "gated_feedforward"}
+DERIVATIVES = ("", "_gradient", "_second")
+
+
 def test_none_is_forgotten() -> None:
-    import e2former_kernels.edge_degree.primitives
-    import e2former_kernels.equivariant_attention.primitives  # noqa: F401
+    import e2former_kernels.edge_degree
+    import e2former_kernels.equivariant_attention
+    import e2former_kernels.feedforward
+    import e2former_kernels.norm
+    import e2former_kernels.query_key  # noqa: F401
 
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "e2former_" in n}
-    assert registered == set(ARGUMENTS)
+    assert registered == set(ARGUMENTS) | {n + suffix for n in PUBLIC.values() for suffix in DERIVATIVES}
+
+
+@pytest.fixture
+def as_compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, operations run as registered although nothing is compiled."""
+    return lambda: monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+class Record(TorchDispatchMode):
+    """The last arguments of every registered operation of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "e2former_kernels":
+            self.calls[func._opname] = args
+        return func(*args, **(kwargs or {}))
+
+
+def fresh(t: Tensor) -> Tensor:
+    """A copy that needs gradients where it can have them."""
+    return t.detach().clone().requires_grad_(t.is_floating_point())
+
+
+def differentiated(operation, first: list[str], cotangents: list[Tensor]) -> list[Tensor]:
+    """Value, gradients by the inputs named in ``first``, and those of a loss on all of them by every input.
+
+    cotangents: one for the value and one for each gradient; made when the list is empty.
+    """
+    # no leaves: only of others does autograd say whether a pass asks for them
+    inputs = {n: t.view_as(t) for n, t in operation.inputs().items()}
+    value = operation.run(operation.tensors | inputs)
+    if not cotangents:
+        cotangents += [torch.randn_like(t).requires_grad_() for t in (value, *(inputs[n] for n in first))]
+    gradients = torch.autograd.grad(value, [inputs[n] for n in first], cotangents[0], create_graph=True)
+    loss = value.square().sum() + sum((g * c).sum() for g, c in zip(gradients, cotangents[1:], strict=True))
+    wrt = [cotangents[0], *operation.inputs().values()]
+    return [value, *gradients, *torch.autograd.grad(loss, wrt, materialize_grads=True)]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for n, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape and not a.isnan().any()
+        assert (a - b).abs().max() <= 1e-11 * b.abs().max().clamp(min=1e-3), f"result {n}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_operation(operation, as_compiled, name: str) -> None:
+    """Registered, it gives the numbers of the autograd functions; it and its two derivatives pass opcheck."""
+    case, cotangents = operation(name), []
+    moving, every = list(case.moving), list(case.inputs())
+    expected = differentiated(case, moving, cotangents)
+    all_cotangents: list[Tensor] = []
+    expected_all = differentiated(case, every, all_cotangents)
+    as_compiled()
+    with Record() as record:
+        found = differentiated(case, moving, cotangents)
+    assert_close(found, expected)
+    assert_close(differentiated(case, every, all_cotangents), expected_all)
+    for suffix in DERIVATIVES:
+        op = getattr(torch.ops.e2former_kernels, PUBLIC[name] + suffix).default
+        arguments = record.calls[op._opname]
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op, tree_map_only(Tensor, fresh, arguments), test_utils=tests)
+        # the third derivative is not to be traced
+        given = tree_map_only(Tensor, torch.detach if suffix == "_second" else fresh, arguments)
+        torch.library.opcheck(op, given, test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_compiled_whole(operation, name: str) -> None:
+    """torch.compile finds no reason to break the graph, nor to make another one for other sizes."""
+    run = operation(name).run
+
+    def function(tensors: dict[str, Tensor]) -> Tensor:
+        return run({n: t * 1 if t.is_floating_point() else t for n, t in tensors.items()}).sin()
+
+    try:
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for size in (7, 5):
+                case = operation(name, size=size)
+                results = compiled(case.tensors), function(case.tensors)
+                leaves, cotangent = list(case.inputs().values()), torch.randn_like(results[0])
+                assert_close(*([r, *torch.autograd.grad(r, leaves, cotangent)] for r in results))
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Error detected")
+def test_third_derivative(operation, as_compiled) -> None:
+    """Beyond the second derivative comes recomputation; a graph refuses it instead of leaving terms out."""
+    case = operation("norm", size=2, channels=2, lmax=1)
+    x = case.tensors["x"]
+    as_compiled()
+
+    def function(x: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(case.run(case.tensors | {"x": x * 1}).square().sum(), x, create_graph=True)
+        return first
+
+    assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True)
+    with Record() as record:
+        differentiated(case, ["x"], [])
+    second = torch.ops.e2former_kernels.equivariant_rms_norm_second.default
+    arguments = tree_map_only(Tensor, fresh, record.calls[second._opname])
+    with pytest.raises(Exception, match="no third"):
+        torch.library.opcheck(second, arguments, test_utils="test_aot_dispatch_dynamic")

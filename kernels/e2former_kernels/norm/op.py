@@ -9,6 +9,7 @@ from torch import Tensor
 
 from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
+from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.norm.passes import launch_norm, launch_norm_reverse, launch_norm_tangent
 from e2former_kernels.norm.reference import equivariant_rms_norm_reference
@@ -67,22 +68,38 @@ def _function(*tensors: Tensor) -> Tensor:
     return equivariant_rms_norm_reference(x, weight, bias, *shift)
 
 
-@torch.compiler.disable()
-def equivariant_rms_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
-    """The function of :func:`equivariant_rms_norm_reference` with Triton kernels; differentiable to any order.
-
-    A shift in half precision (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for
-    arguments that do not fit or a device without Triton.
-    """
-    if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
-        shift = shift.to(x.dtype)
+def _step(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> _Norm:
     nodes, channels, degrees = x.shape[0], x.shape[-1], weight.shape[0]
     check_node_operation(
         "equivariant_rms_norm", "x", x, degrees,
         weight=(weight, "lmax+1, C", (degrees, channels)), bias=(bias, "C", (channels,)),
         shift=(shift, "N, C", (nodes, channels)),
     )  # fmt: skip
-    nodes = [x] if shift is None else [x, shift]
-    weights = [weight, bias]
-    step = _Norm(node_plan(_function, nodes, weights), shift is not None)
-    return run_step(step, nodes + weights)
+    return _Norm(node_plan(_function, [x] if shift is None else [x, shift], [weight, bias]), shift is not None)
+
+
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _Norm:
+    x, *shift, weight, bias = tensors
+    return _step(x, weight, bias, shift[0] if shift else None)
+
+
+_registered = register("equivariant_rms_norm", _make_step, lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
+
+
+@torch.compiler.disable()
+def _run(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
+    return run_step(_step(x, weight, bias, shift), [t for t in (x, shift, weight, bias) if t is not None])
+
+
+def equivariant_rms_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
+    """The function of :func:`equivariant_rms_norm_reference` with Triton kernels; differentiable to any order.
+
+    A shift in half precision (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for
+    arguments that do not fit or a device without Triton. Under torch.compile: see
+    :mod:`e2former_kernels.common.registered`.
+    """
+    if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
+        shift = shift.to(x.dtype)
+    if torch.compiler.is_compiling():
+        return _registered([t for t in (x, shift, weight, bias) if t is not None])
+    return _run(x, weight, bias, shift)

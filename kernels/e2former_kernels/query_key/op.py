@@ -11,6 +11,7 @@ from torch import Tensor
 from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.half import half_products
+from e2former_kernels.common.registered import register
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.query_key.passes import forward_run, gradients, outputs, row_weights, runs
 from e2former_kernels.query_key.reference import QueryKeyWeights, check_query_key, query_key_reference
@@ -53,13 +54,31 @@ class _QueryKey:
         return [found[n] for n in again]
 
 
+def _step(h: Tensor, weights: QueryKeyWeights) -> _QueryKey:
+    check_query_key(h, weights)
+    return _QueryKey(node_plan(lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)), [h], list(weights)))
+
+
+def _shape(tensors: list[Tensor], *_) -> Tensor:
+    h, out_weight = tensors[0], QueryKeyWeights(*tensors[1:]).out_weight
+    return h.new_empty(h.shape[0], 2, out_weight.shape[1])
+
+
+_registered = register("query_key", lambda tensors, *_: _step(tensors[0], QueryKeyWeights(*tensors[1:])), _shape)
+
+
 @torch.compiler.disable()
+def _run(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None) -> Tensor:
+    with computed_again((h, h_again)):
+        return run_step(_step(h, weights), [h, *weights])
+
+
 def query_key(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None = None) -> Tensor:
     """The function of :func:`query_key_reference` with Triton kernels; differentiable to any order.
 
-    h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.again`).
+    h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.again`); not under torch.compile,
+    for which see :mod:`e2former_kernels.common.registered`.
     """
-    check_query_key(h, weights)
-    step = _QueryKey(node_plan(lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)), [h], list(weights)))
-    with computed_again((h, h_again)):
-        return run_step(step, [h, *weights])
+    if torch.compiler.is_compiling():
+        return _registered([h, *weights])
+    return _run(h, weights, h_again)
