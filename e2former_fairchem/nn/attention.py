@@ -18,6 +18,7 @@ from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.nn.radial_tables import TableCache
 from e2former_fairchem.so3 import path_table
+from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import grouped_linear
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
@@ -83,7 +84,10 @@ class PathProjection(nn.Module):
     def forward(self, rows: Tensor, backend: str = "reference") -> Tensor:
         """rows: [N, P, C] -> [N, (lmax+1)^2, out]."""
         if backend == "triton":
-            weights = [w / math.sqrt(paths) for paths, w in zip(self.row_paths, self.weights, strict=True)]
+            weights = [
+                derived("scaled", w, lambda w, paths=paths: w / math.sqrt(paths))
+                for paths, w in zip(self.row_paths, self.weights, strict=True)
+            ]
             degrees = [2 * l + 1 for l in range(len(weights))]
             return grouped_linear(rows.flatten(1), weights, degrees).unflatten(1, (len(weights) ** 2, -1))
         blocks = rows.split([(2 * l + 1) * paths for l, paths in enumerate(self.row_paths)], 1)

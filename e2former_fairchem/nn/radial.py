@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from e2former_kernels.common.derived import derived
 from e2former_kernels.common.radial import RadialWeights
 
 
@@ -46,14 +47,16 @@ class RadialMLP(nn.Module):
 
     def forward(self, target_embedding: Tensor, source_embedding: Tensor) -> RadialWeights:
         """Fold the element embeddings [Z, species_width] into per-element rows of the first layer."""
-        basis, target, source = self.weight0.split([self.num_basis, self.species_width, self.species_width], -1)
-        with torch.autocast(basis.device.type, enabled=False):  # weights stay in one dtype, also under autocast
-            target_table = torch.einsum("zs,ghs->zgh", target_embedding, target) + self.bias0
-            source_table = torch.einsum("zs,ghs->zgh", source_embedding, source)
+
+        def fold(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            basis, target, source = weight.split([self.num_basis, self.species_width, self.species_width], -1)
+            with torch.autocast(basis.device.type, enabled=False):  # weights stay in one dtype, also under autocast
+                target_table = torch.einsum("zs,ghs->zgh", target_embedding, target) + self.bias0
+                return basis, target_table, torch.einsum("zs,ghs->zgh", source_embedding, source)
+
+        folded = derived("folded", self.weight0, fold, (target_embedding, source_embedding, self.bias0))
         return RadialWeights(
-            basis,
-            target_table,
-            source_table,
+            *folded,
             self.norm0_weight,
             self.norm0_bias,
             self.weight1,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.degree_sums import degree_sums
+from e2former_kernels.common.derived import derived
 from e2former_kernels.common.run_sums import RunSums
 
 
@@ -48,9 +49,13 @@ def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
         return torch.tensor([l for l in range(degrees) for _ in range(2 * l + 1)], device=device)
 
 
+def _rows(weight: Tensor) -> Tensor:
+    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
+
+
 def so3_rows(weight: Tensor) -> Tensor:
     """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several runs."""
-    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
+    return derived("rows", weight, _rows)
 
 
 def apply_so3(x: Tensor, weight: Tensor, transpose: bool, out: Tensor) -> Tensor:

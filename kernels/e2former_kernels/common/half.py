@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from e2former_kernels.common.derived import derived
 from e2former_kernels.common.tiles import next_power
 
 
@@ -44,6 +45,10 @@ def half_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [D, ...] as float16 numbers of at most 1, and each degree's factor [D], float32."""
+    return derived("half", weight, _half_weight)
+
+
+def _half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.flatten(1).abs().amax(1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (weight / scale.view(-1, *[1] * (weight.ndim - 1))).half(), scale

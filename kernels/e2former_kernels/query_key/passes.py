@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.degree_sums import degree_sums
+from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.common.half import half_product, half_rows, half_weight
 from e2former_kernels.common.radial_second_kernel import second_pair_backward_kernel, second_pair_kernel
@@ -30,6 +31,7 @@ from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 # a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
 LEAST_BYTES = 1 << 27
 MOST_BYTES = 1 << 29
+SMALLEST = 1e-37  # bound of a gradient that is zero
 TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
 MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
 
@@ -50,6 +52,8 @@ class RowWeights(NamedTuple):
     given: QueryKeyWeights
     rows: Tensor
     degrees: Tensor | None = None  # [L+1], factors of ``rows``
+    row_factors: Tensor | None = None  # [M], the same for every row
+    largest: tuple[Tensor, Tensor] | None = None  # of ``degrees`` and of the first factors' bias
     hidden: tuple[Tensor, Tensor] | None = None
     out: tuple[Tensor, Tensor] | None = None
 
@@ -75,8 +79,9 @@ def row_weights(weights: QueryKeyWeights, half: bool) -> RowWeights:
     if not half:
         return RowWeights(weights, so3_rows(weights.weight))
     weight, degrees = half_weight(weights.weight)
+    largest = derived("max", degrees, torch.max), derived("max of |.|", weights.bias, lambda b: b.abs().max())
     hidden, out = half_weight(weights.hidden_weight), half_weight(weights.out_weight)
-    return RowWeights(weights, so3_rows(weight), degrees, hidden, out)
+    return RowWeights(weights, so3_rows(weight), degrees, so3_rows(degrees), largest, hidden, out)
 
 
 def _hidden(x: Tensor, row_weights: RowWeights, transpose: bool, out: Tensor) -> None:
@@ -182,9 +187,9 @@ def _reverse_run(
     _hidden(up.flatten(1, 2), row_weights, True, s.flatten(1, 2))
     bounds = None
     if factors is not None:  # numbers of P are at most the channels, those of h and weight at most 1
-        largest = h.shape[-1] * degrees.max() * factors + weights.bias.abs().max()
-        bounds = torch.linalg.vector_norm(s, math.inf, (0, 1, 3)) * largest
-        bounds = torch.where(bounds > 0, bounds, torch.ones_like(bounds))
+        largest_degree, largest_bias = row_weights.largest
+        largest = torch.addcmul(largest_bias, largest_degree, factors, value=h.shape[-1])
+        bounds = (torch.linalg.vector_norm(s, math.inf, (0, 1, 3)) * largest).clamp(min=SMALLEST)
     _invariants(
         invariants_backward_kernel, both, weights.bias, s, factors, degrees, bounds, WEIGHTS=sums is not None
     )  # fmt: skip
@@ -193,7 +198,7 @@ def _reverse_run(
         apply_so3(products, weight, True, by_h)
     else:
         x = apply_so3(products, weight, True, torch.empty_like(by_h, dtype=both.dtype))
-        torch.mul(x, (bounds.unsqueeze(1) * so3_rows(degrees)).unsqueeze(-1), out=by_h)
+        torch.mul(x, (bounds.unsqueeze(1) * row_weights.row_factors).unsqueeze(-1), out=by_h)
     if sums is not None:
         sums.add("bias", both[0, 0, :, : weights.bias.shape[0]].sum(0))
         for x, products in zip([h] if h_dot is None else [h, h_dot], both, strict=True):
