@@ -193,6 +193,11 @@ def _radial(tensors: dict[str, Tensor], prefix: str = "radial") -> RadialWeights
     return RadialWeights(*(tensors.get(f"{prefix}.{n}") for n in RadialWeights._fields))
 
 
+def _table(tensors: dict) -> dict:
+    """Splines of the radial networks among the tensors, as an option of the operation."""
+    return {"table": tensors["table"]} if "table" in tensors else {}
+
+
 def _dot_weights(tensors: dict[str, Tensor]) -> DotWeights | None:
     if "dot" not in tensors:
         return None
@@ -214,7 +219,7 @@ def attention_operation(make: Make, size: int = 7, nodes: int = 4, score: str = 
 
     def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
         return lambda t: function(
-            spec, *(t.get(n) for n in names), _radial(t), _dot_weights(t), t.get("coupling"), **options
+            spec, *(t.get(n) for n in names), _radial(t), _dot_weights(t), t.get("coupling"), **options, **_table(t)
         )
 
     run, reference = call(equivariant_attention, **runs), call(equivariant_attention_reference)
@@ -231,7 +236,7 @@ def edge_degree_operation(make: Make, size: int = 7, nodes: int = 4, lmax: int =
     tensors |= _named("radial", make.radial(lmax + 1, width, hidden, basis))
 
     def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda t: function(lmax, 3.0, basis, 5, *(t[n] for n in names), _radial(t), **options)
+        return lambda t: function(lmax, 3.0, basis, 5, *(t[n] for n in names), _radial(t), **options, **_table(t))
 
     reference = call(edge_degree_embedding_reference)
     return Operation(call(edge_degree_embedding, max_run_edges=run), reference, tensors, ("vec",))
@@ -296,7 +301,7 @@ def grouped_operation(make: Make, size: int = 7) -> Operation:
     return Operation(run, reference, tensors, ("x",))
 
 
-def so3_operation(make: Make, size: int = 7) -> Operation:
+def so3_operation(make: Make, size: int = 7, channels: int = 6) -> Operation:
     from e2former_kernels.common.grouped_linear import so3_linear
 
     def reference(t: dict[str, Tensor]) -> Tensor:
@@ -304,7 +309,7 @@ def so3_operation(make: Make, size: int = 7) -> Operation:
         y = torch.einsum("nmi,moi->nmo", t["x"], t["weight"][degree])
         return torch.cat([y[:, :1] + t["bias"], y[:, 1:]], 1)
 
-    tensors = {"x": make(size, 9, 6), "weight": make(3, 8, 6), "bias": make(8)}
+    tensors = {"x": make(size, 9, channels), "weight": make(3, 8, channels), "bias": make(8)}
     return Operation(lambda t: so3_linear(**t), reference, tensors, ("x",))
 
 

@@ -142,6 +142,34 @@ def test_attention_rows(run) -> None:
     assert rows["attention/qk/speedup/forward/6"]["speedup"] > 0
 
 
+def test_memory_rows(run) -> None:
+    """Memory itself is a GPU's. Every atom has as many neighbours as are asked for, however far."""
+    arguments = ["--precision", "highest", "--atoms", "6", "--neighbours", "1", "3", "--repeats", "1"]
+    rows = run("memory_table", *arguments, "--operations", "edge_degree", "--passes", "second")
+    gate = rows.pop("gate/edge_degree")
+    assert gate["ok"] and gate["second"] < 1e-5
+    assert set(rows) == {"edge_degree/second/6/1", "edge_degree/second/6/3"}
+    more = run("memory_table", *arguments, "--operations", "attention", "--passes", "forward", "--no-gate")
+    assert set(more) == {f"{form}/forward/6/{k}" for form in ("attention", "dense") for k in (1, 3)}
+    for name, row in (rows | more).items():
+        assert row["ms"] > 0 and row["edges"] == 6 * int(name[-1]), row
+
+
+def test_growth_of_memory(load) -> None:
+    memory_table, gib = load("memory_table"), 1 << 30
+    edges = {16: 1600, 32: 3200, 64: 6400, 96: 9600}
+    rows = {f"a/second/100/{k}": {"GiB": 1 + 100 * min(e, 6400) / gib, "edges": e} for k, e in edges.items()}
+    rows |= {f"dense/forward/100/{k}": {"GiB": 1024 * e / gib, "edges": e} for k, e in edges.items() if k < 96}
+    rows |= {"dense/forward/100/96": {"error": "out of memory", "edges": 9600}, "gate/a": {"ok": True}}
+    rows |= {f"cpu/forward/100/{k}": {"ms": 1.0, "edges": e} for k, e in edges.items()}
+    found = memory_table.growth_rows(rows, list(edges), 128, 256)
+    tensors = {"edges_x_heads": 512, "edges_x_channels": 1024}
+    assert found == {"growth/a/second/100": {"bytes_per_edge": pytest.approx(50), "last": pytest.approx(0)} | tensors}
+    del rows["dense/forward/100/96"]
+    found = memory_table.growth_rows(rows, [16, 32, 64], 128, 256)
+    assert found["growth/dense/forward/100"]["bytes_per_edge"] == pytest.approx(1024)
+
+
 def test_a_wrong_form_is_not_timed(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     op_table = load("op_table")
     case = load("convolution_rows").ConvolutionCase
