@@ -28,11 +28,11 @@ class _QueryKey:
     def forward(self, tensors: list[Tensor]) -> Tensor:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
-        out = h.new_empty(h.shape[0], 2, weights.out_weight.shape[1])
+        out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
         rows = row_weights(weights, _half(h, weights))
         for run in runs(h, rows, 1):
-            outputs(forward_run(h[run.nodes], None, rows).hidden[:, 0], rows, out[run.nodes].transpose(0, 1))
-        return out
+            outputs(forward_run(h[run.nodes], None, rows).hidden[:, 0], rows, out[:, run.nodes])
+        return out.transpose(0, 1)  # in memory queries and keys lie apart, as the attention reads them
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         h, *rest = (t.contiguous() for t in tensors)
