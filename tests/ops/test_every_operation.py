@@ -100,6 +100,42 @@ def test_strided_inputs(operation, name: str) -> None:
     assert_equal(*(derivatives(case.run, t, case.moving) for t in (tensors, case.change(lambda t: t))), tolerance=1e-13)
 
 
+# Every score with every order and every way to weigh edges, v1.5's and v2's softmax among them; degrees in turn, so
+# that each meets every score, order and way.
+WEIGHTS = [("smooth", "v1_5"), ("molfm", "v1_5"), ("molfm", "v2"), ("softplus", "v1_5"), ("sigmoid", "v2")]
+SCORES = ["attention", "attention_dot", "attention_dot_scalar"]
+COMBINATIONS = [
+    pytest.param(score, order, *weights, 1 + (s + 2 * order + n) % 4, id=f"{score}-{order}-{'-'.join(weights)}")
+    for (s, score), order, (n, weights) in itertools.product(enumerate(SCORES), (0, 1), enumerate(WEIGHTS))
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "order", "norm", "inverse_distance", "lmax"), COMBINATIONS)
+def test_scores_orders_weights_and_degrees(
+    operation, name: str, order: int, norm: str, inverse_distance: str, lmax: int
+) -> None:
+    """Value, gradients and second derivatives against the reference."""
+    sizes = {"size": 5, "nodes": 3, "heads": 2, "width": 1, "per_head": 1, "basis": 3, "hidden": 3}
+    case = operation(name, norm=norm, order=order, lmax=lmax, inverse_distance=inverse_distance, **sizes)
+    assert_equal(*(derivatives(f, case.tensors, case.moving) for f in (case.run, case.reference)))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ON_NODES)
+def test_derivatives_against_finite_differences(operation, name: str) -> None:
+    """Of all inputs; the edges' operations have their own."""
+    small = {"norm": {"channels": 3}, "feedforward": {"channels": 2}, "query_key": {"channels": 2, "width": 3}}
+    case = operation(name, size=2, **({"lmax": 1} | small[name] if name in small else {}))
+    tensors = tuple(case.tensors.values())
+
+    def function(*given: Tensor) -> Tensor:
+        return case.run(dict(zip(case.tensors, given, strict=True)))
+
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
 CHANGES = {
     "one more row": (lambda t: torch.cat([t, t[-1:]]), ValueError),
     "no last column": (lambda t: t[..., :-1], ValueError),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.radial import gaussian_basis, radial_network
+from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import build_radial_table, hermite
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
@@ -94,6 +94,51 @@ def test_edge_degree_with_a_table(make, lmax: int, norms: bool, size: int | None
     inputs = [vec, hidden.out, hidden.out_bias]
     for a, b in zip(*(torch.autograd.grad(y, inputs, cotangent) for y in (op, reference)), strict=True):
         assert (a - b).abs().max() < 2e-6 * b.abs().max()
+
+
+def with_table(case, name: str) -> dict:
+    """The operation's tensors with frozen radial networks and their splines."""
+    tensors = {n: t.detach() if n.startswith("radial") else t for n, t in case.tensors.items()}
+    weights = RadialWeights(*(tensors.get(f"radial.{n}") for n in RadialWeights._fields))
+    return tensors | {"table": build_radial_table(weights, CUTOFF, range(4), name == "attention", tolerance=1e-7)}
+
+
+def value_and_gradients(run, tensors: dict) -> list[torch.Tensor]:
+    inputs = [t for t in tensors.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    out = run(tensors)
+    random = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(out.shape, generator=random, dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
+
+
+@interpreted
+@pytest.mark.parametrize("edges", [0, 1, 37])
+@pytest.mark.parametrize("name", ["attention", "edge_degree"])
+def test_numbers_of_edges(operation, name: str, edges: int) -> None:
+    case = operation(name, size=edges, lmax=1)
+    tensors = with_table(case, name)
+    without = {n: t for n, t in tensors.items() if n != "table"}
+    found = value_and_gradients(case.run, tensors), value_and_gradients(case.reference, without)
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape and a.isfinite().all()
+        if b.numel():
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["attention", "edge_degree"])
+def test_strided_inputs(operation, name: str) -> None:
+    """Every tensor with gaps between its numbers, which hold NaN, or an index that does not exist."""
+
+    def strided(t: torch.Tensor) -> torch.Tensor:
+        gap = torch.full_like(t, float("nan")) if t.is_floating_point() else torch.full_like(t, 1 << 40)
+        return torch.stack([t, gap], -1)[..., 0].detach().requires_grad_(t.requires_grad)
+
+    case = operation(name, lmax=1)
+    tensors = with_table(case, name)
+    gaps = {n: strided(t) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
+    for a, b in zip(*(value_and_gradients(case.run, t) for t in (tensors, gaps)), strict=True):
+        assert torch.equal(a, b)
 
 
 @interpreted
