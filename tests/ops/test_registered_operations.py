@@ -57,7 +57,14 @@ def test_opcheck(make, name: str) -> None:
 
 
 # public operation in conftest.py -> registered name
-PUBLIC = {"norm": "equivariant_rms_norm", "query_key": "query_key", "feedforward": "gated_feedforward"}
+PUBLIC = {
+    "norm": "equivariant_rms_norm",
+    "query_key": "query_key",
+    "feedforward": "gated_feedforward",
+    "so3_linear": "so3_linear",
+    "grouped_linear": "grouped_linear",
+    "edge_degree": "edge_degree_sums",
+}
 DERIVATIVES = ("", "_gradient", "_second")
 
 

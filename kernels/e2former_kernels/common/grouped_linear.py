@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
+from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.degree_sums import degree_sums
 from e2former_kernels.common.derived import derived
+from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.run_sums import RunSums
+from e2former_kernels.common.step import node_plan
 
 
 def _views(x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
@@ -173,6 +177,11 @@ def _check_weight(name: str, weight: Tensor | None, dims: str, shape: tuple[int,
             check_same_dtype("x", x, **{name: weight})
 
 
+def _grouped(x: Tensor, weights: Sequence[Tensor], rows: tuple[int, ...], bias: Tensor | None = None) -> Tensor:
+    y = _Apply.apply(rows, x, *weights)
+    return y if bias is None else _FirstRowBias.apply(y, bias)
+
+
 def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias: Tensor | None = None) -> Tensor:
     """y[n] = for every group g and each of its rows, W_g x[n, g, row].
 
@@ -190,8 +199,10 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bi
         dtype = torch.get_autocast_dtype(device)
         x, weights = x.to(dtype), [w.to(dtype) for w in weights]
         bias = None if bias is None else bias.to(dtype)
-    y = _Apply.apply(tuple(rows), x, *weights)
-    return y if bias is None else _FirstRowBias.apply(y, bias)
+    if torch.compiler.is_compiling():
+        given = [x, *weights] if bias is None else [x, *weights, bias]
+        return _registered_grouped(given, settings=Settings(list(rows)))
+    return _grouped(x, weights, tuple(rows), bias)
 
 
 class _So3(torch.autograd.Function):
@@ -267,4 +278,80 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact_grad
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():
+        given = [x, weight] if bias is None else [x, weight, bias]
+        return _registered_so3(given, settings=Settings([int(exact_gradient)]))
     return _So3.apply(False, exact_gradient, x, weight, bias)
+
+
+# --- as torch.compile has them ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _So3Step:
+    plan: Plan
+    exact: bool
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        x, weight, *bias = tensors
+        return _So3.apply(False, self.exact, x, weight, bias[0] if bias else None)
+
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        x, weight, *_ = tensors
+        gradients = {
+            0: lambda: _So3.apply(True, self.exact, grad, weight, None),
+            1: lambda: _So3Outer.apply(self.exact, grad, x),
+            2: lambda: grad[:, 0].sum(0),
+        }
+        return [gradients[n]() for n in wanted]
+
+
+def _make_so3(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _So3Step:
+    exact = bool(settings.integers[0])
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _So3.apply(False, exact, x, weight, bias)
+
+    return _So3Step(node_plan(function, tensors[:1], tensors[1:]), exact)
+
+
+@dataclass(frozen=True)
+class _GroupedStep:
+    plan: Plan
+    rows: tuple[int, ...]
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        groups = len(self.rows)
+        return _grouped(tensors[0], tensors[1 : 1 + groups], self.rows, *tensors[1 + groups :])
+
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        x, groups = tensors[0], len(self.rows)
+        weights, found = tensors[1 : 1 + groups], {}
+        if 0 in wanted:
+            found[0] = _Transposed.apply(self.rows, grad, *weights)
+        if any(1 <= n <= groups for n in wanted):
+            found |= dict(enumerate(_Outer.apply(self.rows, [tuple(w.shape) for w in weights], grad, x), 1))
+        if 1 + groups in wanted:
+            found[1 + groups] = grad[:, : weights[0].shape[0]].sum(0)
+        return [found[n] for n in wanted]
+
+
+def _make_grouped(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _GroupedStep:
+    rows = tuple(settings.integers)
+    groups = len(rows)
+
+    def function(x: Tensor, *rest: Tensor) -> Tensor:
+        return _grouped(x, rest[:groups], rows, *rest[groups:])
+
+    return _GroupedStep(node_plan(function, tensors[:1], tensors[1:]), rows)
+
+
+def _grouped_shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
+    x, weight = tensors[:2]
+    return x.new_empty(x.shape[0], sum(settings.integers) * weight.shape[0])
+
+
+_registered_grouped = register("grouped_linear", _make_grouped, _grouped_shape)
+_registered_so3 = register(
+    "so3_linear", _make_so3, lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:2], tensors[1].shape[1])
+)

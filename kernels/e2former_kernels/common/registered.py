@@ -32,8 +32,24 @@ class Settings(NamedTuple):
 NO_SETTINGS = Settings()
 # (tensors, index, settings) -> the step of which the tensors are the inputs
 MakeStep = Callable[[list[Tensor], list[Tensor], Settings], Step]
-# (tensors, index, settings) -> an empty tensor of the value's shape, dtype and device
+# (tensors, index, settings) -> an empty tensor of the value's shape, strides, dtype and device
 Shape = Callable[[Sequence[Tensor], Sequence[Tensor], Settings], Tensor]
+
+
+def flags(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Which of the tensors are there: torch.library differentiates no lists with gaps."""
+    return [int(t is not None) for t in tensors]
+
+
+def there(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those of the tensors that are there."""
+    return [t for t in tensors if t is not None]
+
+
+def with_gaps(tensors: Sequence[Tensor], known: Sequence[int]) -> list[Tensor | None]:
+    """The list of which :func:`flags` and :func:`there` were taken."""
+    rest = iter(tensors)
+    return [next(rest) if flag else None for flag in known]
 
 
 @contextlib.contextmanager
@@ -97,7 +113,11 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
     """
 
     def step_of(tensors: Sequence[Tensor], index: Sequence[Tensor], needs: Sequence[int], *settings):
-        tensors = [t.detach().requires_grad_(n in needs) for n, t in enumerate(tensors)]
+        # those that are as they should be remain themselves: things are kept by identity (common/derived.py)
+        tensors = [
+            t if t.requires_grad is (n in needs) else t.detach().requires_grad_(n in needs)
+            for n, t in enumerate(tensors)
+        ]
         with torch.enable_grad():
             return make(tensors, list(index), Settings(*settings)), tensors
 
@@ -112,7 +132,7 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
     ) -> Tensor:
         with _body(tensors[0].device):
             step, inputs = step_of(tensors, index, needs, integers, numbers, words)
-            return _own([step.forward(inputs)], tensors)[0]
+            return step.forward(inputs)
 
     @torch.library.custom_op(f"e2former_kernels::{name}_gradient", mutates_args=())
     def gradient(

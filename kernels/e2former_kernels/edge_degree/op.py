@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.radial_table import RadialTable, check_table
+from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.segments import segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.edge_degree.harmonics_kernel import weighted_harmonics, weighted_harmonics_backward
@@ -151,7 +153,87 @@ class _Embedding:
         return second_derivative(self, cotangents, grad, tensors, wanted, again)
 
 
+class _Graph(NamedTuple):
+    """Tensors that have no gradient."""
+
+    source: Tensor
+    target: Tensor
+    row_ptr: Tensor
+    species: Tensor
+    source_order: Tensor | None
+    source_ptr: Tensor | None
+
+
+def _step(
+    vec: Tensor,
+    radial: RadialWeights,
+    graph: _Graph,
+    table: RadialTable | None,
+    lmax: int,
+    cutoff: float,
+    num_basis: int,
+    envelope_exponent: int,
+    max_run_edges: int | None,
+) -> _Embedding:
+    source, target, row_ptr, species, source_order, source_ptr = graph
+    problem = triton_problem(radial.basis.device)
+    if problem is not None:
+        raise RuntimeError(f"edge_degree_embedding: {problem}; use edge_degree_embedding_reference")
+    edges = source.numel()
+    check_edge_list(vec, source, target, row_ptr, species)
+    check_radial("radial", radial, lmax + 1, num_basis)
+    dtype = radial.basis.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"radial.basis: expected float32 or float64, got {dtype}")
+    if dtype == torch.float64 and vec.device.type == "cuda":
+        raise TypeError("radial.basis: float64 on a GPU goes through edge_degree_embedding_reference")
+    named = {f"radial.{n}": t for n, t in radial._asdict().items()}
+    check_same_dtype("radial.basis", radial.basis, **named)
+    check_same_device("radial.basis", radial.basis, vec=vec, source=source, target=target, **named)
+    check_same_device("radial.basis", radial.basis, row_ptr=row_ptr, species=species)
+    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
+    groups, _, hidden = radial.out.shape
+    numbers = groups * (26 * hidden) + 4 * num_basis
+
+    def plan(budget: int, numbers: int) -> list[EdgeChunk]:
+        size = max_run_edges or run_size(edges, numbers, budget)
+        return edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=species.numel())
+
+    per_edge = 3 * (lmax + 1) ** 2 + lmax + 8
+    if table is None:
+        per_edge += groups * 4 * hidden + 21 * (lmax + 1) ** 2
+    else:
+        check_table(table, radial.basis, groups * hidden, radial[:-2])
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial)
+    fused = plan(TRAINING_NUMBERS if trained else FUSED_NUMBERS, per_edge)
+    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial, table=table)
+    arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
+    further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
+    return dataclasses.replace(step, plan=further)
+
+
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _Embedding:
+    lmax, num_basis, exponent, max_run, intervals, *known = settings.integers
+    cutoff, *table_numbers = settings.numbers
+    *graph, out, out_bias, knots, pair_row = with_gaps(index, known[:10])
+    radial = RadialWeights(*with_gaps(tensors[1:], known[10:]), out, out_bias)
+    table = None if knots is None else RadialTable(knots, pair_row, intervals, *table_numbers)
+    return _step(tensors[0], radial, _Graph(*graph), table, lmax, cutoff, num_basis, exponent, max_run or None)
+
+
+def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
+    groups, hidden, _ = tensors[1].shape
+    return tensors[0].new_empty(index[2].shape[0] - 1, groups**2, hidden + PAD)
+
+
+_registered = register("edge_degree_sums", _make_step, _shape)
+
+
 @torch.compiler.disable()
+def _run(vec: Tensor, radial: RadialWeights, *rest) -> Tensor:
+    return run_step(_step(vec, radial, *rest), [vec, *there(radial[:-2])])
+
+
 def edge_degree_embedding(
     lmax: int,
     cutoff: float,
@@ -176,44 +258,19 @@ def edge_degree_embedding(
     last layer.
 
     Returns [N, (lmax+1)^2, C], float32 (float64 in the interpreter). Differentiable to any order, the same bits every
-    time. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    time. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under
+    torch.compile: see :mod:`e2former_kernels.common.registered`.
     """
-    problem = triton_problem(radial.basis.device)
-    if problem is not None:
-        raise RuntimeError(f"edge_degree_embedding: {problem}; use edge_degree_embedding_reference")
-    edges = source.numel()
-    check_edge_list(vec, source, target, row_ptr, species)
-    check_radial("radial", radial, lmax + 1, num_basis)
     dtype = radial.basis.dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"radial.basis: expected float32 or float64, got {dtype}")
-    if dtype == torch.float64 and vec.device.type == "cuda":
-        raise TypeError("radial.basis: float64 on a GPU goes through edge_degree_embedding_reference")
-    named = {f"radial.{n}": t for n, t in radial._asdict().items()}
-    check_same_dtype("radial.basis", radial.basis, **named)
-    check_same_device("radial.basis", radial.basis, vec=vec, source=source, target=target, **named)
-    check_same_device("radial.basis", radial.basis, row_ptr=row_ptr, species=species)
-    vec = vec.to(dtype)
-    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
-    groups, _, hidden = radial.out.shape
-    numbers = groups * (26 * hidden) + 4 * num_basis
-
-    def plan(budget: int, numbers: int) -> list[EdgeChunk]:
-        size = max_run_edges or run_size(edges, numbers, budget)
-        return edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=species.numel())
-
-    per_edge = 3 * (lmax + 1) ** 2 + lmax + 8
-    if table is None:
-        per_edge += groups * 4 * hidden + 21 * (lmax + 1) ** 2
+    vec, graph = vec.to(dtype), _Graph(source, target, row_ptr, species, source_order, source_ptr)
+    if torch.compiler.is_compiling():
+        index = (*graph, radial.out.detach(), radial.out_bias.detach(), *(table or (None,) * 5)[:2])
+        integers = [lmax, num_basis, envelope_exponent, max_run_edges or 0, 0 if table is None else table.intervals]
+        numbers = [cutoff] if table is None else [cutoff, table.scale, table.error]
+        settings = Settings([*integers, *flags(index), *flags(radial[:-2])], numbers)
+        sums = _registered([vec, *there(radial[:-2])], there(index), settings)
     else:
-        check_table(table, radial.basis, groups * hidden, radial[:-2])
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial)
-    fused = plan(TRAINING_NUMBERS if trained else FUSED_NUMBERS, per_edge)
-    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial, table=table)
-    arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
-    further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
-    step = dataclasses.replace(step, plan=further)
-    sums = run_step(step, [t for _, t in arguments])
+        sums = _run(vec, radial, graph, table, lmax, cutoff, num_basis, envelope_exponent, max_run_edges)
     # The bias is the weight of the sum of y, which stands beside the sums of features. Gradients by both are products
     # of sums over edges: with TF32 they would lose more than products edge by edge, whose roundings average out.
     weight = torch.cat([radial.out, F.pad(radial.out_bias.unsqueeze(-1), (0, PAD - 1))], -1)

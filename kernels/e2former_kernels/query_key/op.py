@@ -61,7 +61,7 @@ def _step(h: Tensor, weights: QueryKeyWeights) -> _QueryKey:
 
 def _shape(tensors: list[Tensor], *_) -> Tensor:
     h, out_weight = tensors[0], QueryKeyWeights(*tensors[1:]).out_weight
-    return h.new_empty(h.shape[0], 2, out_weight.shape[1])
+    return h.new_empty(2, h.shape[0], out_weight.shape[1]).transpose(0, 1)
 
 
 _registered = register("query_key", lambda tensors, *_: _step(tensors[0], QueryKeyWeights(*tensors[1:])), _shape)
