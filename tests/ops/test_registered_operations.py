@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.radial import RadialWeights
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
@@ -64,6 +65,9 @@ PUBLIC = {
     "so3_linear": "so3_linear",
     "grouped_linear": "grouped_linear",
     "edge_degree": "edge_degree_sums",
+    "attention": "equivariant_attention",
+    "attention_dot": "equivariant_attention",
+    "attention_dot_scalar": "equivariant_attention",
 }
 DERIVATIVES = ("", "_gradient", "_second")
 
@@ -126,18 +130,23 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_public_operation(operation, as_compiled, name: str) -> None:
-    """Registered, it gives the numbers of the autograd functions; it and its two derivatives pass opcheck."""
-    case, cotangents = operation(name), []
-    moving, every = list(case.moving), list(case.inputs())
-    expected = differentiated(case, moving, cotangents)
-    all_cotangents: list[Tensor] = []
-    expected_all = differentiated(case, every, all_cotangents)
+def test_derivatives(operation, as_compiled, name: str) -> None:
+    """Registered operations give the numbers of the autograd functions: by what moves, as for forces, and by all."""
+    case = operation(name)
+    given = [(first, []) for first in (list(case.moving), list(case.inputs()))]
+    expected = [differentiated(case, *g) for g in given]
+    as_compiled()
+    for g, e in zip(given, expected, strict=True):
+        assert_close(differentiated(case, *g), e)
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if "dot" not in n])
+def test_opcheck_of_public_operation(operation, as_compiled, name: str) -> None:
+    """Value, gradient and second derivative, as training on forces calls them."""
+    case = operation(name, size=3, lmax=1) if "linear" not in name else operation(name, size=3)
     as_compiled()
     with Record() as record:
-        found = differentiated(case, moving, cotangents)
-    assert_close(found, expected)
-    assert_close(differentiated(case, every, all_cotangents), expected_all)
+        differentiated(case, list(case.moving), [])
     for suffix in DERIVATIVES:
         op = getattr(torch.ops.e2former_kernels, PUBLIC[name] + suffix).default
         arguments = record.calls[op._opname]
@@ -148,7 +157,7 @@ def test_public_operation(operation, as_compiled, name: str) -> None:
         torch.library.opcheck(op, given, test_utils="test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n != "attention_dot"])
 def test_compiled_whole(operation, name: str) -> None:
     """torch.compile finds no reason to break the graph, nor to make another one for other sizes."""
     run = operation(name).run
@@ -166,6 +175,41 @@ def test_compiled_whole(operation, name: str) -> None:
                 assert_close(*([r, *torch.autograd.grad(r, leaves, cotangent)] for r in results))
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("option", ["bell", "runs", "images", "splines", "splines_of_embedding"])
+def test_compiled_options(make, option: str) -> None:
+    """Every argument beside the tensors arrives where the operation runs."""
+    from e2former_kernels.common.radial_table import build_radial_table
+    from e2former_kernels.edge_degree import edge_degree_embedding
+    from e2former_kernels.equivariant_attention import equivariant_attention
+
+    kinds = {"bell": {"order": 0, "bell": (0.3, 2.5), "norm": "softplus", "envelope_exponent": 3}}
+    arguments, options = list(make.attention(edges=9, **kinds.get(option, {}))), {}
+    inputs, function = arguments[1:4] + [arguments[5]], equivariant_attention
+    source, species = arguments[6], arguments[9]
+    if option == "runs":
+        order = torch.argsort(source, stable=True)
+        ptr = torch.searchsorted(source[order], torch.arange(species.numel() + 1))
+        options = {"max_run_edges": 4, "source_order": order, "source_ptr": ptr}
+    elif option == "images":
+        inputs.append(make(6, 5, 6))
+        options = {"form": "sum", "image": torch.randint(0, 6, (9,)), "image_rows": inputs[-1], "max_run_edges": 4}
+    elif option == "splines":
+        arguments[10] = RadialWeights(*(t.detach() for t in arguments[10]))
+        options = {"table": build_radial_table(arguments[10], 3.0, range(4), tolerance=1e-3)}
+    elif option == "splines_of_embedding":
+        radial = RadialWeights(*(t.detach() for t in make.radial(3, 6, 5, 9)))
+        arguments, inputs = [2, 3.0, 9, 5, *arguments[5:10], radial], inputs[-1:]
+        function = edge_degree_embedding
+        options = {"table": build_radial_table(radial, 3.0, range(4), last=False, tolerance=1e-3)}
+    expected = function(*arguments, **options)
+    try:
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments, **options)
+    finally:
+        torch._dynamo.reset()
+    cotangent = torch.randn_like(expected)
+    assert_close(*([r, *torch.autograd.grad(r, inputs, cotangent)] for r in (found, expected)))
 
 
 @pytest.mark.filterwarnings("ignore:Error detected")

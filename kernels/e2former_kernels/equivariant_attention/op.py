@@ -8,8 +8,10 @@ the cases that they cover.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,12 +21,13 @@ from torch.nn import functional as F
 from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
-from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, chunked, plan_of
+from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
 from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import RadialTable, check_table
+from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.segments import expand_rows, segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.fused import FusedAttention
@@ -53,31 +56,30 @@ class Pieces(NamedTuple):
     radial: RadialWeights
     dot_weights: DotWeights | None
 
+    def every(self) -> list[Tensor | None]:
+        """All tensors that can be there, in the order of :meth:`flat`."""
+        inner, *rest = (None,) * len(DotWeights._fields) if self.dot_weights is None else self.dot_weights
+        inner = (None,) * len(RadialWeights._fields) if inner is None else inner
+        return [*self[:6], *self.radial, *inner, *rest]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor | None]) -> Pieces:
+        """The inverse of :meth:`every`."""
+        middle, number = 6, len(RadialWeights._fields)
+        radial, inner = tensors[middle : middle + number], tensors[middle + number : middle + 2 * number]
+        rest = tensors[middle + 2 * number :]
+        inner = None if inner[0] is None else RadialWeights(*inner)
+        dot_weights = None if rest[0] is None else DotWeights(inner, *rest)
+        return cls(*tensors[:middle], RadialWeights(*radial), dot_weights)
+
     def flat(self) -> list[tuple[str, Tensor]]:
         """(kind, tensor) of every tensor there is."""
-        kinds = (EDGE, TARGET, SENDER, SENDER, TARGET, IMAGE_SENDER)
-        out = [(kind, t) for kind, t in zip(kinds, self[:6], strict=True) if t is not None]
-        out += [(WHOLE, t) for t in self.radial if t is not None]
-        if self.dot_weights is not None:
-            out += [(WHOLE, t) for t in self.dot_weights.radial or () if t is not None]
-            out += [(WHOLE, t) for t in self.dot_weights[1:] if t is not None]
-        return out
+        kinds = itertools.chain((EDGE, TARGET, SENDER, SENDER, TARGET, IMAGE_SENDER), itertools.repeat(WHOLE))
+        return [(kind, t) for kind, t in zip(kinds, self.every(), strict=False) if t is not None]
 
     def like(self, tensors: list[Tensor]) -> Pieces:
         """The same structure with other tensors, as :meth:`flat` lists them."""
-        rest = iter(tensors)
-
-        def take(t: Tensor | None) -> Tensor | None:
-            return None if t is None else next(rest)
-
-        nodes = [take(t) for t in self[:6]]
-        radial = RadialWeights(*(take(t) for t in self.radial))
-        dot_weights = None
-        if self.dot_weights is not None:
-            inner = self.dot_weights.radial
-            inner = None if inner is None else RadialWeights(*(take(t) for t in inner))
-            dot_weights = DotWeights(inner, *(take(t) for t in self.dot_weights[1:]))
-        return Pieces(*nodes, radial, dot_weights)
+        return Pieces.of(with_gaps(tensors, flags(self.every())))
 
     def outline(self) -> Pieces:
         """The same structure with empty tensors, for functions that outlive the evaluation."""
@@ -268,7 +270,148 @@ def check_arguments(
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
 
 
+@dataclass(frozen=True)
+class _Recomputed:
+    """The attention of any score in differentiable pieces: its derivatives evaluate it again."""
+
+    plan: Plan
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        return self.plan.run(tensors)[0]
+
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        return list(self.plan.vjp(wanted, tensors).run([grad, *tensors]))
+
+
+class _Graph(NamedTuple):
+    """Tensors that have no gradient."""
+
+    source: Tensor
+    target: Tensor
+    row_ptr: Tensor
+    species: Tensor
+    coupling: Tensor | None
+    source_order: Tensor | None
+    source_ptr: Tensor | None
+    image: Tensor | None
+
+
+def _step(
+    spec: AttentionSpec,
+    pieces: Pieces,
+    graph: _Graph,
+    form: Form,
+    table: RadialTable | None,
+    max_run_edges: int | None,
+) -> FusedAttention | _Recomputed:
+    source, target, row_ptr, species, coupling, source_order, source_ptr, image = graph
+    problem = triton_problem(pieces.value.device)
+    if problem is not None:
+        raise RuntimeError(f"equivariant_attention: {problem}; use equivariant_attention_reference")
+    check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form, image)
+    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
+    hidden, per_row = pieces.radial.hidden.shape[-1], pieces.value.shape[-1] * spec.num_rows
+    numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
+    if spec.score == "qk_dot":
+        numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
+    size = max_run_edges or run_size(source.numel(), numbers + per_row, RUN_NUMBERS)
+    senders, images = species.numel(), None if pieces.image_rows is None else pieces.image_rows.shape[0]
+    outline = pieces.outline()
+
+    def runs() -> list[EdgeChunk]:
+        chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders)
+        if images is not None:
+            nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=images)
+            chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
+        return chunks
+
+    chunks = LazyPlan(runs)
+
+    def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
+        target_species = species[chunk.nodes].index_select(0, chunk.target)
+        source_species = species.index_select(0, source[chunk.edges])
+        given = outline.like(list(tensors))
+        return attention_of_run(spec, form, chunk, given, target_species, source_species, coupling)
+
+    arguments = pieces.flat()
+    if spec.score != "qk" or images is not None:
+        if table is not None:
+            raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
+        return _Recomputed(plan_of(function, chunks, arguments))
+    if table is not None:
+        check_table(table, pieces.value, 2 * spec.num_heads, pieces.radial)
+    relative = spec.order == 1 and form == "relative"
+    directions = 3 if relative else 1
+    # of an edge, and its share of the receivers' outer products, at some thirty edges each
+    per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // 32
+    if table is None:
+        per_edge += 4 * spec.num_heads + 3 * hidden
+    budget, single = FUSED_NUMBERS, SINGLE_NUMBERS
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial):
+        budget = single = TRAINING_NUMBERS
+    fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
+    return FusedAttention(
+        spec=spec,
+        directions=directions,
+        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, fused_size, senders=senders),
+        source=source,
+        species=species,
+        coupling=coupling.flatten(1).contiguous() if relative else None,
+        radial=pieces.radial,
+        plan=plan_of(function, chunks, arguments),
+        table=table,
+    )
+
+
+def _settings(
+    spec: AttentionSpec,
+    pieces: Pieces,
+    index: Sequence[Tensor | None],
+    form: Form,
+    table: RadialTable | None,
+    max_run_edges: int | None,
+) -> Settings:
+    """All that is no tensor, for :func:`_make_step`; first the rows of the value."""
+    coupling = index[4] if spec.order == 1 and form == "relative" else None
+    rows = pieces.value.shape[1] if coupling is None else coupling.shape[0]
+    rows += 0 if pieces.image_rows is None else pieces.image_rows.shape[1]
+    integers = [spec.lmax, spec.num_heads, spec.num_basis, spec.order, spec.envelope_exponent, max_run_edges or 0]
+    intervals = 0 if table is None else table.intervals
+    numbers = [*(() if table is None else (table.scale, table.error)), spec.cutoff, *(spec.bell or ())]
+    words = f"{form} {spec.score} {spec.norm} {spec.inverse_distance}"
+    return Settings([rows, intervals, *integers, *flags(index), *flags(pieces.every())], numbers, words)
+
+
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> FusedAttention | _Recomputed:
+    _, intervals, lmax, heads, basis, order, exponent, max_run, *known = settings.integers
+    form, score, norm, inverse_distance = settings.words.split()
+    *graph, knots, pair_row = with_gaps(index, known[:10])
+    numbers, table = list(settings.numbers), None
+    if knots is not None:
+        table = RadialTable(knots, pair_row, intervals, numbers.pop(0), numbers.pop(0))
+    cutoff, *bell = numbers
+    spec = AttentionSpec(
+        lmax, heads, basis, cutoff, score, norm, order, inverse_distance, exponent, tuple(bell) if bell else None
+    )
+    pieces = Pieces.of(with_gaps(tensors, known[10:]))
+    return _step(spec, pieces, _Graph(*graph), form, table, max_run or None)
+
+
+def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
+    _, query, _, value, *_ = tensors
+    return value.new_empty(query.shape[0], settings.integers[0], value.shape[2])
+
+
+_registered = register("equivariant_attention", _make_step, _shape)
+
+
 @torch.compiler.disable()
+def _run(spec: AttentionSpec, pieces: Pieces, value_again: Callable[[], Tensor] | None, *rest) -> Tensor:
+    step = _step(spec, pieces, *rest)
+    with computed_again((pieces.value, value_again)):
+        return run_step(step, there(pieces.every()))
+
+
 def equivariant_attention(
     spec: AttentionSpec,
     query: Tensor,
@@ -304,11 +447,9 @@ def equivariant_attention(
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
-    TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under torch.compile
+    ``value_again`` has no effect; see :mod:`e2former_kernels.common.registered`.
     """
-    problem = triton_problem(value.device)
-    if problem is not None:
-        raise RuntimeError(f"equivariant_attention: {problem}; use equivariant_attention_reference")
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
 
     def cast(t: Tensor | None) -> Tensor | None:
@@ -318,59 +459,9 @@ def equivariant_attention(
     pieces = Pieces(*nodes, radial, dot_weights)
     if coupling is not None:
         coupling = coupling.to(dtype)
-    check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form, image)
-    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
-    hidden, per_row = radial.hidden.shape[-1], value.shape[-1] * spec.num_rows
-    numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
-    if spec.score == "qk_dot":
-        numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
-    size = max_run_edges or run_size(source.numel(), numbers + per_row, RUN_NUMBERS)
-    senders, images = species.numel(), None if image_rows is None else image_rows.shape[0]
-    outline = pieces.outline()
-
-    def runs() -> list[EdgeChunk]:
-        chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders)
-        if images is not None:
-            nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=images)
-            chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
-        return chunks
-
-    chunks = LazyPlan(runs)
-
-    def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
-        target_species = species[chunk.nodes].index_select(0, chunk.target)
-        source_species = species.index_select(0, source[chunk.edges])
-        given = outline.like(list(tensors))
-        return attention_of_run(spec, form, chunk, given, target_species, source_species, coupling)
-
-    arguments = pieces.flat()
-    if spec.score != "qk" or image_rows is not None:
-        if table is not None:
-            raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
-        with computed_again((pieces.value, value_again)):
-            return chunked(function, chunks, arguments)
-    if table is not None:
-        check_table(table, value, 2 * spec.num_heads, radial)
-    relative = spec.order == 1 and form == "relative"
-    directions = 3 if relative else 1
-    # of an edge, and its share of the receivers' outer products, at some thirty edges each
-    per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // 32
-    if table is None:
-        per_edge += 4 * spec.num_heads + 3 * hidden
-    budget, single = FUSED_NUMBERS, SINGLE_NUMBERS
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial):
-        budget = single = TRAINING_NUMBERS
-    fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
-    step = FusedAttention(
-        spec=spec,
-        directions=directions,
-        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, fused_size, senders=senders),
-        source=source,
-        species=species,
-        coupling=coupling.flatten(1).contiguous() if relative else None,
-        radial=radial,
-        plan=plan_of(function, chunks, arguments),
-        table=table,
-    )
-    with computed_again((pieces.value, value_again)):
-        return run_step(step, [t for _, t in arguments])
+    graph = _Graph(source, target, row_ptr, species, coupling, source_order, source_ptr, image)
+    if torch.compiler.is_compiling():
+        index = (*graph, *(table or (None,) * 5)[:2])
+        settings = _settings(spec, pieces, index, form, table, max_run_edges)
+        return _registered(there(pieces.every()), there(index), settings)
+    return _run(spec, pieces, value_again, graph, form, table, max_run_edges)
