@@ -100,8 +100,8 @@ HEADS = 128  # numbers of an edge; its vectors and indices are a tenth of that
 @interpreted
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_growth_with_neighbours(operation, collected, name: str) -> None:
-    """In runs of six edges, from four runs to eight, no pass grows by a number for each head and edge."""
-    found = growth(operation, name, nodes=8, few=3, many=6, run=6, **INTERPRETED[name])
+    """In runs of six edges, from three runs to six, no pass grows by a number for each head and edge."""
+    found = growth(operation, name, nodes=6, few=3, many=6, run=6, **INTERPRETED[name])
     assert all(bytes_per_edge < 0.4 * 8 * HEADS for bytes_per_edge in found.values()), found
 
 
