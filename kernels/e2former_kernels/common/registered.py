@@ -109,7 +109,8 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
 
     That function takes ``tensors``, the inputs of the step, ``index``, all other tensors, and ``settings``.
     Bodies see the numbers ``needs`` of the tensors that need gradients, because steps decide by it (runs, float16) and
-    a graph's tensors no longer tell. Nothing is kept between value and derivatives. Autocast is off in all of them.
+    a graph's tensors no longer tell. Arguments are checked when bodies run. Nothing is kept between value and
+    derivatives. Autocast is off in all of them.
     """
 
     def step_of(tensors: Sequence[Tensor], index: Sequence[Tensor], needs: Sequence[int], *settings):
