@@ -89,19 +89,21 @@ class _Embedding:
         return joined[..., :-PAD].contiguous(), joined[..., -PAD]
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        vec, network, parts = tensors[0], None, []
+        vec, network = tensors[0], None
         if self.table is None:
             network = RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
-        for chunk in self.chunks:
+
+        def run(chunk: EdgeChunk) -> Tensor:  # a function: nothing of a run is there when the next begins
             part = vec[chunk.edges].contiguous()
             distance, y = weighted_harmonics(part, self.lmax, self.cutoff, self.exponent)
             if network is None:
                 placed = place_edges(self.table, distance, chunk, self.source[chunk.edges], self.species)
-                parts.append(spline_sum(y, self.table, placed, chunk.row_ptr, self.lmax + 1, PAD))
-                continue
+                return spline_sum(y, self.table, placed, chunk.row_ptr, self.lmax + 1, PAD)
             hidden, _ = network.forward(distance, *self.elements(chunk))
             total = segment_sum(y, chunk.row_ptr, chunk.target)
-            parts.append(self.join(harmonic_sum(y, hidden, chunk.row_ptr), total))
+            return self.join(harmonic_sum(y, hidden, chunk.row_ptr), total)
+
+        parts = [run(chunk) for chunk in self.chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
@@ -112,7 +114,9 @@ class _Embedding:
         elif self.table is None:
             network = RadialNetwork(weights, self.cutoff, last=False)
         vectors = []
-        for chunk in self.chunks if radial is None else self.plan.chunks:  # training: longer runs, fewer launches
+
+        def run(chunk: EdgeChunk) -> None:
+            nonlocal by_weights
             vec = tensors[0][chunk.edges].detach().contiguous()
             distance, y = weighted_harmonics(vec, self.lmax, self.cutoff, self.exponent)
             if radial is None and network is None:
@@ -120,7 +124,7 @@ class _Embedding:
                 given = grad[chunk.nodes].contiguous()
                 grad_y, slope = spline_backward(y, self.table, placed, chunk.row_ptr, given, self.lmax + 1, PAD)
                 vectors.append(weighted_harmonics_backward(grad_y, slope, vec, self.lmax, self.cutoff, self.exponent))
-                continue
+                return
             elements = self.elements(chunk)
             grad_sum, grad_total = self.split(grad[chunk.nodes])
             if radial is None:
@@ -138,6 +142,9 @@ class _Embedding:
             if 0 in wanted:
                 grad_vec = weighted_harmonics_backward(grad_y, slope, vec, self.lmax, self.cutoff, self.exponent)
                 vectors.append(grad_vec)
+
+        for chunk in self.chunks if radial is None else self.plan.chunks:  # training: longer runs, fewer launches
+            run(chunk)
         found = [t for t in by_weights or () if t is not None]
         return [(vectors[0] if len(vectors) == 1 else torch.cat(vectors)) if n == 0 else found[n - 1] for n in wanted]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.segments import segment_sum
@@ -41,7 +42,9 @@ def second_derivative(
     by_weights: RadialWeights | None = None
     network = RadialGradients(step.weights(tensors[1:]), step.cutoff, last=False)
     options = (step.lmax, step.cutoff, step.exponent)
-    for chunk in step.plan.chunks:
+
+    def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
+        nonlocal by_weights
         row_ptr = chunk.row_ptr
         edges = vec[chunk.edges], vec_dot[chunk.edges]
         distance, distance_dot, y, y_dot = harmonics_tangent(*edges, *options)
@@ -50,7 +53,7 @@ def second_derivative(
             sums = harmonic_sum(y_dot, features[0], row_ptr).add_(harmonic_sum(y, features[1], row_ptr))
             by_grad[chunk.nodes] = step.join(sums, segment_sum(y_dot, row_ptr, chunk.target))
         if again == [0]:
-            continue
+            return
         by_sum, by_total = step.split(grad[chunk.nodes])
         by_features = torch.empty_like(features)
         for harmonics, part in zip((y_dot, y), by_features, strict=True):
@@ -63,5 +66,8 @@ def second_derivative(
         by_weights = add_gradients(by_weights, more)
         if by_vec is not None:
             harmonics_second(by_y, by_y_dot, by_distance, by_distance_dot, *edges, *options, out=by_vec[chunk.edges])
+
+    for chunk in step.plan.chunks:
+        run(chunk)
     found = [by_grad, by_vec, *(t for t in by_weights or () if t is not None)]
     return [found[n] for n in again]

@@ -188,7 +188,8 @@ class FusedAttention:
         statistics = self._statistics(query)
         half = self._half(tensors)
         keys, values = (_rows(t, half) for t in (key, value))
-        for chunk in self.chunks:
+
+        def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
             edges = self._edges(chunk, vec, self.table)
             if network is None:
                 features = self.table.knots
@@ -208,6 +209,9 @@ class FusedAttention:
                 )  # fmt: skip
             if self.coupling is not None:
                 launch_contract(self.coupling, summed.view(chunk.num_nodes, -1, channels), out[chunk.nodes])
+
+        for chunk in self.chunks:
+            run(chunk)
         if any(t.requires_grad for t in tensors):
             self.cache["statistics"] = statistics
         return out
@@ -238,7 +242,9 @@ class FusedAttention:
         blocks = triton.cdiv(heads, tiles.heads)
         keys, queries, values = (_rows(t, half) for t in (key, query, value))
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
-        for chunk in chunks:
+
+        def run(chunk: EdgeChunk) -> None:
+            nonlocal grad_weights
             edges = self._edges(chunk, vec, table)
             number, receivers = chunk.num_edges, chunk.num_nodes
             if radial is not None:
@@ -286,6 +292,9 @@ class FusedAttention:
                     edges.vec, grad_distance, grad_parts, grad_vec[chunk.edges], S=blocks, PARTS=table is not None,
                     **constants,
                 )  # fmt: skip
+
+        for chunk in chunks:
+            run(chunk)
         found = dict(enumerate([grad_vec, grad_query, grad_key, grad_value]))
         if grad_weights is not None:
             found |= dict(enumerate((g for g in grad_weights if g is not None), _RADIAL))

@@ -175,7 +175,9 @@ def second_derivative(
     sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
     blocks = triton.cdiv(heads, message_tiles.heads)
     transposed = None if step.coupling is None else step.coupling.t().contiguous()
-    for chunk in chunks:
+
+    def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
+        nonlocal by_weights
         number, receivers, source = chunk.num_edges, chunk.num_nodes, step.source[chunk.edges]
         edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
         elements = step.species[chunk.nodes].index_select(0, chunk.target), step.species.index_select(0, source)
@@ -193,7 +195,7 @@ def second_derivative(
             else:
                 launch_contract(step.coupling, outer.view(receivers, -1, channels), by_grad[chunk.nodes])
         if again == [0]:
-            continue
+            return
         if transposed is None:
             outer = grad[chunk.nodes].view_as(outer)
         else:
@@ -230,7 +232,7 @@ def second_derivative(
                 B=directions, ACCUMULATE=chunk.senders is not None, **_tiles(sender_tiles),
             )  # fmt: skip
         if by_vec is None and not weights:
-            continue
+            return
         by_distance, by_distance_dot, more = network.backward(by_features, kept, weights, by_vec is not None)
         by_weights = add_gradients(by_weights, more)
         if by_vec is not None and number:
@@ -239,6 +241,9 @@ def second_derivative(
                 edges.vec, edges.vec_dot, by_distance, by_distance_dot, *by_envelope, scale_parts,
                 by_vec[chunk.edges], tiles=blocks, **constants,
             )  # fmt: skip
+
+    for chunk in chunks:
+        run(chunk)
     found = [by_grad, by_vec, by_query, by_key, by_value]
     if by_weights is not None:
         found += [t for t in by_weights if t is not None]

@@ -217,13 +217,17 @@ def gradients(
     tangent = None if h_dot is None else torch.empty_like(grad)
     sums = RunSums() if by_weights else None
     rows = row_weights(weights, half)
-    for nodes, *_ in runs(h, rows, 1 if h_dot is None else 2):
+
+    def of_run(nodes: slice) -> None:  # a function: nothing of a run is there when the next begins
         part_dot = None if h_dot is None else h_dot[nodes]
         run = forward_run(h[nodes], part_dot, rows)
         if tangent is not None:
             to = tangent[nodes].transpose(0, 1)
             torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=to)
         _reverse_run(grad[nodes].transpose(0, 1), h[nodes], part_dot, run, rows, by_h[nodes], sums)
+
+    for nodes, *_ in runs(h, rows, 1 if h_dot is None else 2):
+        of_run(nodes)
     return Gradients(by_h, None if sums is None else _of_weights(sums, weights), tangent)
 
 
