@@ -153,3 +153,7 @@ def test_tables_that_do_not_belong_are_named(make) -> None:
         equivariant_attention(*arguments, table=table._replace(knots=table.knots[..., 1:]))
     with pytest.raises(TypeError, match="table.knots"):
         equivariant_attention(*arguments, table=table._replace(knots=table.knots.float()))
+    for name in ("knots", "pair_row"):
+        gaps = torch.stack([getattr(table, name)] * 2, -1)[..., 0]
+        with pytest.raises(ValueError, match=rf"table.{name}: expected a contiguous tensor, got strides"):
+            equivariant_attention(*arguments, table=table._replace(**{name: gaps}))

@@ -146,5 +146,9 @@ def check_table(table: RadialTable, like: Tensor, results: int, weights: Sequenc
     check_shape("table.knots", table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, results))
     check_same_device("the input", like, **{"table.knots": table.knots, "table.pair_row": table.pair_row})
     check_same_dtype("the input", like, **{"table.knots": table.knots})
+    for name in ("knots", "pair_row"):
+        tensor = getattr(table, name)
+        if not tensor.is_contiguous():
+            raise ValueError(f"table.{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
         raise ValueError("table: expected None where the radial network's weights need gradients")

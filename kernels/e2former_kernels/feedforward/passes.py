@@ -167,4 +167,4 @@ def _of_norm(
 
 def _of_weights(sums: RunSums, weights: Weights) -> Weights:
     found = {name: degree_sums(t) if name in ("weight1", "weight2") else t for name, t in sums.items()}
-    return Weights(*(found.get(name, torch.zeros_like(t)) for name, t in weights._asdict().items()))
+    return Weights(*(found[n] if n in found else torch.zeros_like(t) for n, t in weights._asdict().items()))

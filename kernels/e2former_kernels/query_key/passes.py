@@ -243,5 +243,5 @@ def _of_weights(sums: RunSums, weights: QueryKeyWeights) -> QueryKeyWeights:
         norm_weight=by_norm_weight,
         norm_bias=by_norm_bias,
         out_weight=sums["out_weight"],
-        out_bias=sums.get("out_bias", torch.zeros_like(weights.out_bias)),
+        out_bias=sums["out_bias"] if "out_bias" in sums else torch.zeros_like(weights.out_bias),
     )
