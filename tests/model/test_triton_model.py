@@ -20,7 +20,7 @@ from e2former_fairchem.testing import atomic_data as batch_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from molfm_fixtures import Fixture, atomic_data, load_fixture
-from test_molfm_parity import FILES, FOLDER, build
+from test_molfm_parity import FOLDER, PATHS, build, needs_files
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOY = {"lmax": 1, "sphere_channels": 8, "num_layers": 1, "num_heads": 4, "head_dim": 2, "num_radial_basis": 8}
@@ -44,7 +44,7 @@ def compare(fixture: Fixture, model: HydraModel, name: str, dtype: torch.dtype, 
         assert error <= tolerance, f"{fixture.name}/{name} {key}: relative error {error:.1e}, allowed {tolerance:.0e}"
 
 
-@pytest.mark.skipif(not FILES, reason=f"no reference arrays in {FOLDER}; name their folder in E2FORMER_FIXTURES")
+@needs_files
 @pytest.mark.parametrize("stem", INTERPRETED)
 def test_smallest_system_of_a_file(stem: str, float64_default: None) -> None:
     fixture = load_fixture(FOLDER / f"{stem}.npz")
@@ -53,7 +53,8 @@ def test_smallest_system_of_a_file(stem: str, float64_default: None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@needs_files
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 def test_every_file(path: Path) -> None:
     fixture = load_fixture(path)
     model = with_triton(fixture).cuda()
@@ -61,7 +62,8 @@ def test_every_file(path: Path) -> None:
         compare(fixture, model, name, torch.float32, "cuda", 5e-5)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@needs_files
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 def test_every_network_on_three_atoms(path: Path, float64_default: None) -> None:
     """Each file's weights: energy, forces, and the gradients of a loss of both, by the Hessian and by every weight.
 
