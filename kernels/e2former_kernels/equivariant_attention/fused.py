@@ -1,15 +1,15 @@
 """Value and first derivative of the attention with fused kernels, run by run; nothing of edge size is kept between.
 
-For score ``qk``. The second derivative of forces is in ``second.py``; everything beyond goes through
-:mod:`e2former_kernels.common.chunked`. With frozen weights and TF32 allowed, the rows of atoms that edges gather are
-taken to float16 first (``common/half.py``).
+For score ``qk``; ``directional.py`` adds the gates of the others. The second derivative of forces is in ``second.py``;
+everything beyond goes through :mod:`e2former_kernels.common.chunked`. With frozen weights and TF32 allowed, the rows of
+atoms that edges gather are taken to float16 first (``common/half.py``).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import triton
@@ -100,19 +100,23 @@ class FusedAttention:
     plan: Plan
     table: RadialTable | None = None
     cache: dict = field(default_factory=dict, compare=False)
+    first_weight: ClassVar[int] = _RADIAL
 
     def _weights(self, tensors: list[Tensor]) -> RadialWeights:
         rest = iter(tensors)
         return RadialWeights(*(None if t is None else next(rest) for t in self.radial))
 
-    def _network(self, weights: list[Tensor]) -> RadialNetwork | None:
+    def _make_network(self, tensors: list[Tensor]) -> RadialNetwork:
+        return RadialNetwork(self._weights(tensors[_RADIAL:]), self.spec.cutoff)
+
+    def _network(self, tensors: list[Tensor]) -> RadialNetwork | None:
         """The radial network, the one of the forward pass where the weights are frozen; None where a table stands."""
         if self.table is not None:
             return None
         if "network" in self.cache:
             return self.cache["network"]
-        network = RadialNetwork(self._weights(weights), self.spec.cutoff)
-        if not any(w.requires_grad for w in weights):
+        network = self._make_network(tensors)
+        if not any(w.requires_grad for w in tensors[self.first_weight :]):
             self.cache["network"] = network
         return network
 
@@ -142,9 +146,31 @@ class FusedAttention:
             )  # fmt: skip
         return Edges(vec, position, row, envelope, scale, source)
 
-    @staticmethod
-    def _half(tensors: list[Tensor]) -> bool:
-        return half_products(tensors[_VALUE]) and not any(t.requires_grad for t in tensors[_RADIAL:])
+    def _features(
+        self, network: RadialNetwork, chunk: EdgeChunk, edges: Edges, tensors: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Features [e, 2H] of a run without a table, and what :meth:`_by_features` takes."""
+        features, middle = network.forward(edges.position, *self._elements(chunk))
+        return features, middle
+
+    def _by_features(
+        self,
+        network: RadialNetwork,
+        grad: Tensor,
+        kept: Tensor,
+        chunk: EdgeChunk,
+        edges: Edges,
+        tensors: list[Tensor],
+        beside: dict[int, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients by the distance and by what else the features know of the edge vector, from that by the features.
+
+        Those by inputs between value and weights go to ``beside``, by position.
+        """
+        return network.backward(grad, kept, edges.position, *self._elements(chunk)), None
+
+    def _half(self, tensors: list[Tensor]) -> bool:
+        return half_products(tensors[_VALUE]) and not any(t.requires_grad for t in tensors[self.first_weight :])
 
     def _elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
         return edge_elements(chunk, self.source, self.species)
@@ -178,7 +204,7 @@ class FusedAttention:
         """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C], radial weights -> [N, P or M, C]."""
         vec, query, key, value = tensors[:_RADIAL]
         query, key = query.contiguous(), key.contiguous()
-        network = self._network(tensors[_RADIAL:])
+        network = self._network(tensors)
         _, rows, channels = value.shape
         heads = query.shape[1]
         rows = rows * channels // heads
@@ -194,7 +220,7 @@ class FusedAttention:
             if network is None:
                 features = self.table.knots
             else:
-                features, _ = network.forward(edges.position, *self._elements(chunk))
+                features, _ = self._features(network, chunk, edges, tensors)
             score = self._scores(chunk, edges, query, keys, features, statistics)
             if self.coupling is None:
                 summed = out[chunk.nodes].view(chunk.num_nodes, 1, rows, heads)
@@ -223,9 +249,9 @@ class FusedAttention:
         channels, (heads, width) = value.shape[2], query.shape[1:]
         rows = value.shape[1] * channels // heads
         norm, directions = NORMS[self.spec.norm], self.directions
-        weights_wanted = [n - _RADIAL for n in wanted if n >= _RADIAL]
+        weights_wanted = [n for n in wanted if n >= self.first_weight]
         table = None if weights_wanted else self.table
-        network = None if weights_wanted else self._network(tensors[_RADIAL:])
+        network = None if weights_wanted else self._network(tensors)
         self.cache.pop("network", None)
         known = self.cache.get("statistics") if table is self.table else None
         statistics = self._statistics(query) if known is None else known
@@ -236,6 +262,7 @@ class FusedAttention:
         grad_key, grad_value = (fresh(key), fresh(value)) if by_sender else (key, value)
         radial = RadialGradients(self._weights(tensors[_RADIAL:]), self.spec.cutoff) if weights_wanted else None
         grad_weights: RadialWeights | None = None
+        beside: dict[int, Tensor] = {}
         coupling = None if self.coupling is None else self.coupling.t().contiguous()
         half = self._half(tensors)
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
@@ -250,7 +277,7 @@ class FusedAttention:
             if radial is not None:
                 features, kept = radial.forward(edges.position, *self._elements(chunk))
             elif table is None:
-                features, middle = network.forward(edges.position, *self._elements(chunk))
+                features, middle = self._features(network, chunk, edges, tensors)
             else:
                 features = table.knots
             if known is None and norm <= 1:
@@ -280,22 +307,26 @@ class FusedAttention:
                     R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
                     ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL[half], **self._tiles(sender_tiles),
                 )  # fmt: skip
-            grad_distance = grad_parts
+            grad_distance, grad_further = grad_parts, None
             if radial is not None:
                 grad_distance, _, more = radial.backward(grad_features.view_as(features), kept, weights=True)
                 grad_weights = add_gradients(grad_weights, more)
             elif table is None:
-                grad_distance = network.backward(grad_features, middle, edges.position, *self._elements(chunk))
+                grad_distance, grad_further = self._by_features(
+                    network, grad_features, middle, chunk, edges, tensors, beside
+                )
             if number:
                 grid, constants = self._geometry(number)
                 edge_kernel.geometry_backward_kernel[grid](
                     edges.vec, grad_distance, grad_parts, grad_vec[chunk.edges], S=blocks, PARTS=table is not None,
                     **constants,
                 )  # fmt: skip
+            if grad_further is not None:
+                network.add_by_vec(grad_further, edges.vec, grad_vec[chunk.edges])
 
         for chunk in chunks:
             run(chunk)
-        found = dict(enumerate([grad_vec, grad_query, grad_key, grad_value]))
+        found = dict(enumerate([grad_vec, grad_query, grad_key, grad_value])) | beside
         if grad_weights is not None:
             found |= dict(enumerate((g for g in grad_weights if g is not None), _RADIAL))
         return [found[n] for n in wanted]

@@ -2,8 +2,8 @@
 
 The step is written once as a function of a run of receivers (:func:`attention_of_run`), made of the multilinear Triton
 operations of ``primitives.py`` and of small differentiable PyTorch pieces. Its derivatives of any order are evaluated
-run by run with recomputation (``common/chunked.py``); value and first derivative have fused kernels (``fused.py``) for
-the cases that they cover.
+run by run with recomputation (``common/chunked.py``); value and first derivative have fused kernels (``fused.py`` and,
+for the scores with a directional gate, ``directional.py``) for the cases that they cover.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.segments import expand_rows, segment_sum
 from e2former_kernels.common.step import run_step
+from e2former_kernels.equivariant_attention.directional import DirectionalAttention
 from e2former_kernels.equivariant_attention.fused import FusedAttention
 from e2former_kernels.equivariant_attention.primitives import aggregate, pair_dot
 from e2former_kernels.equivariant_attention.reference import DotWeights, Form, inverse_distance, segment_max
@@ -272,7 +273,7 @@ def check_arguments(
 
 @dataclass(frozen=True)
 class _Recomputed:
-    """The attention of any score in differentiable pieces: its derivatives evaluate it again."""
+    """The attention with rows of images, in differentiable pieces: its derivatives evaluate it again."""
 
     plan: Plan
 
@@ -334,9 +335,9 @@ def _step(
         return attention_of_run(spec, form, chunk, given, target_species, source_species, coupling)
 
     arguments = pieces.flat()
-    if spec.score != "qk" or images is not None:
-        if table is not None:
-            raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
+    if table is not None and (spec.score != "qk" or images is not None):
+        raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
+    if images is not None:
         return _Recomputed(plan_of(function, chunks, arguments))
     if table is not None:
         check_table(table, pieces.value, 2 * spec.num_heads, pieces.radial)
@@ -346,21 +347,34 @@ def _step(
     per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // 32
     if table is None:
         per_edge += 4 * spec.num_heads + 3 * hidden
+    if spec.score == "qk_dot":
+        columns = (spec.lmax + 1) * pieces.dot.shape[-1]
+        per_edge += 2 * columns + 3 * hidden + 3 * spec.num_rows
+    elif spec.score == "qk_dot_scalar":
+        per_edge += 5 * spec.num_heads + 3 * spec.num_rows
     budget, single = FUSED_NUMBERS, SINGLE_NUMBERS
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial):
+    if spec.score == "qk" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial):
         budget = single = TRAINING_NUMBERS
     fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
-    return FusedAttention(
-        spec=spec,
-        directions=directions,
-        chunks=edge_plan(source, target, row_ptr, source_order, source_ptr, fused_size, senders=senders),
-        source=source,
-        species=species,
-        coupling=coupling.flatten(1).contiguous() if relative else None,
-        radial=pieces.radial,
-        plan=plan_of(function, chunks, arguments),
-        table=table,
-    )
+    parts = {
+        "spec": spec,
+        "directions": directions,
+        "chunks": edge_plan(source, target, row_ptr, source_order, source_ptr, fused_size, senders=senders),
+        "source": source,
+        "species": species,
+        "coupling": coupling.flatten(1).contiguous() if relative else None,
+        "radial": pieces.radial,
+        "plan": plan_of(function, chunks, arguments),
+        "table": table,
+    }
+    if spec.score == "qk":
+        return FusedAttention(**parts)
+
+    def weights_of(tensors: list[Tensor]) -> tuple[RadialWeights, DotWeights]:
+        given = outline.like(tensors)
+        return given.radial, given.dot_weights
+
+    return DirectionalAttention(**parts, weights_of=weights_of)
 
 
 def _settings(

@@ -1,0 +1,206 @@
+"""The scores ``qk_dot`` and ``qk_dot_scalar`` with fused kernels: value and forces of frozen weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.chunked import Plan
+from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+
+pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
+SCORES = ["qk_dot", "qk_dot_scalar"]
+DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+MOVING = (5, 1, 2, 3, 4)  # vec, query, key, value, dot
+
+
+def frozen(x):
+    """The arguments with weights that need no gradients."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    return type(x)(*map(frozen, x)) if isinstance(x, tuple) else x
+
+
+def freeze(arguments: tuple) -> list:
+    return [a if n in MOVING else frozen(a) if n in (10, 11) else a for n, a in enumerate(arguments)]
+
+
+def of_moving(out: Tensor, arguments: list, cotangent: Tensor) -> list[Tensor]:
+    return [out, *torch.autograd.grad(out, [arguments[n] for n in MOVING], cotangent, materialize_grads=True)]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for n, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape and not a.isnan().any()
+        assert not b.numel() or (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3), f"result {n}"
+
+
+@pytest.fixture
+def recomputed(monkeypatch) -> list[int]:
+    """One entry for every evaluation of differentiable pieces."""
+    calls, inner = [], Plan.run
+    monkeypatch.setattr(Plan, "run", lambda self, tensors: calls.append(1) or inner(self, tensors))
+    return calls
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("score", "norm", "order", "lmax"),
+    list(itertools.product(SCORES, ["smooth", "molfm", "softplus"], [0, 1], [1, 2, 3])),
+)
+def test_frozen_weights(make, recomputed, score: str, norm: str, order: int, lmax: int) -> None:
+    arguments = freeze(make.attention(score, norm, order, lmax=lmax))
+    reference = equivariant_attention_reference(*arguments, recompute=False)
+    cotangent = torch.randn_like(reference)
+    expected = of_moving(reference, arguments, cotangent)
+    for run in (None, 3):
+        assert_close(of_moving(equivariant_attention(*arguments, max_run_edges=run), arguments, cotangent), expected)
+    assert not recomputed
+
+
+@interpreted
+@pytest.mark.parametrize("edges", [0, 1, 37])
+@pytest.mark.parametrize("score", SCORES)
+def test_numbers_of_edges(make, recomputed, score: str, edges: int) -> None:
+    arguments = freeze(make.attention(score, edges=edges, heads=5, per_head=3, lmax=2, inverse_distance="v2"))
+    reference = equivariant_attention_reference(*arguments, recompute=False)
+    cotangent = torch.randn_like(reference)
+    expected = of_moving(reference, arguments, cotangent)
+    assert_close(of_moving(equivariant_attention(*arguments), arguments, cotangent), expected)
+    assert not recomputed
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_several_blocks_of_columns(make, monkeypatch, score: str) -> None:
+    """A degree's columns split over programs, as in wide networks."""
+    from e2former_kernels.equivariant_attention import directional
+
+    monkeypatch.setattr(directional, "COLUMNS", 2)
+    arguments = freeze(make.attention(score, lmax=2, heads=8, per_head=1, basis=7))
+    reference = equivariant_attention_reference(*arguments, recompute=False)
+    cotangent = torch.randn_like(reference)
+    expected = of_moving(reference, arguments, cotangent)
+    assert_close(of_moving(equivariant_attention(*arguments), arguments, cotangent), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_same_bits_twice(make, score: str) -> None:
+    arguments = freeze(make.attention(score, lmax=2))
+    cotangent = torch.randn_like(equivariant_attention(*arguments))
+    a, b = (of_moving(equivariant_attention(*arguments), arguments, cotangent) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+
+
+def single_precision(x):
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().float().requires_grad_(x.requires_grad)
+    return type(x)(*map(single_precision, x)) if isinstance(x, tuple) else x
+
+
+@interpreted
+@pytest.mark.parametrize(("precision", "half"), [("highest", False), ("high", True)])
+@pytest.mark.parametrize("score", SCORES)
+def test_single_precision(make, monkeypatch, score: str, precision: str, half: bool) -> None:
+    """Where TF32 is allowed the rows of atoms that edges gather are float16, as for score ``qk``."""
+    from e2former_kernels.equivariant_attention import fused
+
+    asked, inner = [], fused.half_rows
+    monkeypatch.setattr(fused, "half_rows", lambda x: asked.append(1) or inner(x))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    arguments = freeze(make.attention(score, lmax=2, edges=37))
+    exact = equivariant_attention_reference(*arguments, recompute=False)
+    cotangent = torch.randn_like(exact)
+    exact = of_moving(exact, arguments, cotangent)
+    single = [single_precision(a) for a in arguments]
+    found = of_moving(equivariant_attention(*single), single, cotangent.float())
+    for ours, truth in zip(found, exact, strict=True):
+        assert (ours.double() - truth).norm() <= (5e-3 if half else 2e-5) * truth.norm()
+    assert bool(asked) is half
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_weights_are_recomputed(make, find_leaves, recomputed, score: str) -> None:
+    """Gradients of weights go through the differentiable pieces, and only those."""
+    arguments = make.attention(score, lmax=2)
+    out, reference = equivariant_attention(*arguments), equivariant_attention_reference(*arguments, recompute=False)
+    cotangent = torch.randn_like(out)
+    torch.autograd.grad(out, arguments[5], cotangent, retain_graph=True)
+    assert not recomputed
+    inputs = find_leaves(arguments)
+    found, expected = (torch.autograd.grad(x, inputs, cotangent) for x in (out, reference))
+    assert len(recomputed) == 1
+    assert_close(list(found), list(expected))
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_row_of_a_hessian(make, recomputed, score: str) -> None:
+    """Forces differentiated again, by vectors and by the atoms' tensors."""
+    arguments = freeze(make.attention(score, "molfm", lmax=2))
+    rows, inputs = [], [arguments[n] for n in MOVING]
+    for function in (equivariant_attention, equivariant_attention_reference):
+        out = function(*arguments, **({} if function is equivariant_attention else {"recompute": False}))
+        (forces,) = torch.autograd.grad(out.square().sum(), arguments[5], create_graph=True)
+        rows.append([forces, *torch.autograd.grad(forces[2, 1], inputs)])
+    assert recomputed
+    assert_close(*rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lmax", [1, 2, 3, 4])
+@pytest.mark.parametrize("unit", [True, False])
+def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
+    """The kernel's harmonics and their derivative against PyTorch."""
+    from e2former_kernels.equivariant_attention import directional_kernel as kernel
+    from e2former_kernels.equivariant_attention.directional import harmonic_scales
+
+    if device == "cuda":
+        make.device, make.dtype = device, torch.float32
+    for edges in (1, 37):
+        vec, rows = make(edges, 3), (lmax + 1) ** 2
+        expected = solid_harmonics(vec / vec.norm(dim=-1, keepdim=True) if unit else vec, lmax)
+        expected = expected / (4 * torch.pi) ** 0.5 if unit else expected
+        scales, out = harmonic_scales(lmax, unit, vec.dtype, vec.device), vec.new_empty(edges, rows)
+        grid, constants = (1,), {"E": edges, "L": lmax, "UNIT": unit, "BLOCK": 128}
+        kernel.harmonics_kernel[grid](vec.detach(), scales, out, **constants)
+        grads, given = make(3, edges, rows).detach(), make(edges, 3).detach()
+        found = given.clone()
+        kernel.harmonics_backward_kernel[grid](grads, vec.detach(), scales, found, S=3, **constants)
+        (slope,) = torch.autograd.grad(expected, vec, grads.sum(0))
+        assert_close([out, found], [expected.detach(), given + slope], 1e-12 if device == "cpu" else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("edges", [1, 900])
+@pytest.mark.parametrize("score", SCORES)
+def test_gpu(make, score: str, edges: int, precision: str) -> None:
+    """Errors against float64 within twice the reference's in the same precision; the same bits twice."""
+    make.device, before = "cuda", torch.get_float32_matmul_precision()
+    arguments = freeze(
+        make.attention(score, lmax=2, nodes=60, edges=edges, heads=32, width=8, basis=32, hidden=16, cutoff=6.0)
+    )
+    exact = equivariant_attention_reference(*arguments, recompute=False)
+    cotangent = torch.randn_like(exact)
+    exact = of_moving(exact, arguments, cotangent)
+    single = [single_precision(a) for a in arguments]
+    functions = equivariant_attention_reference, equivariant_attention, equivariant_attention
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = [of_moving(function(*single), single, cotangent.float()) for function in functions]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for reference, ours, again, truth in zip(*found, exact, strict=True):
+        scale = truth.norm().clamp(min=1e-6)
+        budget, error = (float((x.double() - truth).norm() / scale) for x in (reference, ours))
+        assert error <= 2 * budget + (2e-6 if precision == "highest" else 1e-3)
+        assert torch.equal(ours, again)
