@@ -15,11 +15,11 @@ from e2former_fairchem.testing import atomic_data
 from e2former_kernels.common.backend import triton_installed
 
 
-def systems(seed: int = 0) -> list[Atoms]:
-    """Two clusters on lattices, their atoms in random order."""
-    rng = np.random.default_rng(seed)
+def systems(*sides: int) -> list[Atoms]:
+    """Clusters on cubic lattices of so many sites a side, their atoms in random order."""
+    rng = np.random.default_rng(0)
     found = []
-    for side in (4, 3):
+    for side in sides:
         sites = 3.0 * np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
         sites = rng.permutation(sites + rng.normal(0, 0.2, sites.shape))
         found.append(Atoms(rng.choice([1, 6, 8], len(sites)), sites))
@@ -39,7 +39,7 @@ def edges(graph: Graph, place: torch.Tensor | None = None) -> set[tuple]:
 
 def test_graph_in_another_order(monkeypatch) -> None:
     monkeypatch.setattr(module, "MIN_ATOMS", 2)
-    data = atomic_data(systems(), torch.float64)
+    data = atomic_data(systems(4, 3), torch.float64)
     graph = graph_of(data, data.pos)
     order = module.spatial_order(data.pos, data.batch, graph)
     assert torch.equal(order.order[order.place], torch.arange(graph.num_nodes))
@@ -56,7 +56,7 @@ def test_graph_in_another_order(monkeypatch) -> None:
 
 
 def test_small_systems_keep_their_order() -> None:
-    data = atomic_data(systems(), torch.float64)
+    data = atomic_data(systems(4, 3), torch.float64)
     assert module.spatial_order(data.pos, data.batch, graph_of(data, data.pos)) is None
 
 
@@ -69,7 +69,7 @@ def test_network_does_not_show_it(frozen: bool, monkeypatch) -> None:
         kernel_backend="triton", cutoff=5.0,
     )  # fmt: skip
     model = E2FormerV2(config).double().requires_grad_(not frozen)
-    data = atomic_data(systems()[1:], torch.float64)
+    data = atomic_data(systems(2), torch.float64)
     zeros = torch.zeros(1, dtype=torch.long)
     found = []
     for least in (10**6, 2, 10**6):  # with frozen weights the second evaluation makes splines
