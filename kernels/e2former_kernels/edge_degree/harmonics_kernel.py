@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e2former_kernels.common.envelope_kernel import polynomial
+from e2former_kernels.common.harmonics_kernel import next_order, next_order_slopes
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 
 
@@ -52,9 +53,7 @@ def harmonics_kernel(vec, scales, distance, out, E, cutoff, L: tl.constexpr, P: 
             if m > 0:
                 tl.store(to + l * l + l - m, factor * s, mask=inside)
         top = top * (2 * m + 1)
-        turned = c * z - s * x
-        s = s * z + c * x
-        c = turned
+        c, s = next_order(c, s, x, z)
 
 
 @triton.jit
@@ -99,16 +98,8 @@ def harmonics_backward_kernel(
                 gz += g * p * sz
                 total += g * p * s
         top = top * (2 * m + 1)
-        next_cx = cx * z - sx * x - s
-        next_cz = cz * z + c - sz * x
-        next_sx = sx * z + cx * x + c
-        sz = sz * z + s + cz * x
-        cx = next_cx
-        cz = next_cz
-        sx = next_sx
-        turned = c * z - s * x
-        s = s * z + c * x
-        c = turned
+        cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
+        c, s = next_order(c, s, x, z)
     along = gx * x + gy * y + gz * z
     radial = du * total + tl.load(grad_distance + e, mask=inside, other=0.0)
     tl.store(out + 3 * e, u * (gx - along * x) / d + radial * x, mask=inside)

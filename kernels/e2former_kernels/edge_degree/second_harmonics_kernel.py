@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e2former_kernels.common.envelope_kernel import polynomial, polynomial_bend
+from e2former_kernels.common.harmonics_kernel import next_order, next_order_slopes
 from e2former_kernels.edge_degree.harmonics_kernel import harmonic_scales
 
 
@@ -78,9 +79,7 @@ def harmonics_tangent_kernel(
         turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
         s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
         c_dot = turned_dot
-        turned = c * z - s * x
-        s = s * z + c * x
-        c = turned
+        c, s = next_order(c, s, x, z)
 
 
 @triton.jit
@@ -168,19 +167,11 @@ def harmonics_second_kernel(
         cx_dot = next_cx_dot
         cz_dot = next_cz_dot
         sx_dot = next_sx_dot
-        next_cx = cx * z - sx * x - s
-        next_cz = cz * z + c - sz * x
-        next_sx = sx * z + cx * x + c
-        sz = sz * z + s + cz * x
-        cx = next_cx
-        cz = next_cz
-        sx = next_sx
+        cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
         turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
         s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
         c_dot = turned_dot
-        turned = c * z - s * x
-        s = s * z + c * x
-        c = turned
+        c, s = next_order(c, s, x, z)
     along = gx * x + gy * y + gz * z
     across = hx * x + hy * y + hz * z
     across_dot = hx_dot * x + hy_dot * y + hz_dot * z + hx * x_dot + hy * y_dot + hz * z_dot

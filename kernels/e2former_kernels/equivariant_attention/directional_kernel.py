@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.common.harmonics_kernel import next_order, next_order_slopes
+
 
 @triton.jit
 def _vector(vec, e, inside, UNIT: tl.constexpr):
@@ -47,9 +49,7 @@ def harmonics_kernel(vec, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, B
             if m > 0:
                 tl.store(to + l * l + l - m, factor * s, mask=inside)
         top = top * (2 * m + 1)
-        turned = c * z - s * x
-        s = s * z + c * x
-        c = turned
+        c, s = next_order(c, s, x, z)
 
 
 @triton.jit
@@ -110,16 +110,8 @@ def harmonics_backward_kernel(
                 gz += g * p * sz
                 by_r2 += g * pr * s
         top = top * (2 * m + 1)
-        next_cx = cx * z - sx * x - s
-        next_cz = cz * z + c - sz * x
-        next_sx = sx * z + cx * x + c
-        sz = sz * z + s + cz * x
-        cx = next_cx
-        cz = next_cz
-        sx = next_sx
-        turned = c * z - s * x
-        s = s * z + c * x
-        c = turned
+        cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
+        c, s = next_order(c, s, x, z)
     gx += 2.0 * x * by_r2
     gy += 2.0 * y * by_r2
     gz += 2.0 * z * by_r2
