@@ -22,11 +22,13 @@ TRIALS = {
     "ATTEND_TILE": ("attend_kernel", [(32, 72), (64, 72), (64, 128), (128, 72)]),
     "ATTEND_UNROLL": ("attend_kernel", [1, 2, 4]),
     "BACKWARD_TILE": ("attend_backward_kernel", [(32, 108), (64, 108), (64, 144)]),
-    "SENDER_TILE": ("sender_kernel", [(32, 72), (64, 72), (128, 72)]),
+    "BACKWARD_EDGES": ("score_backward_kernel", [1, 2, 4]),
+    "EACH": ("attend_backward_kernel", [2, 4, 8]),
+    "SENDER_TILE": ("sender_kernel", [(32, 72), (64, 72), (64, 144)]),
     "SENDER_UNROLL": ("sender_kernel", [1, 2, 4]),
 }
 #: Constants that hold one choice for float32 and one for float16 rows.
-PAIRS = ("SCORE_TILE", "BACKWARD_TILE", "SENDER_UNROLL")
+PAIRS = ("SCORE_TILE", "ATTEND_UNROLL", "BACKWARD_TILE", "BACKWARD_EDGES", "SENDER_TILE", "SENDER_UNROLL")
 
 
 def kernel_times(run, repeats: int = 3) -> dict[str, float]:

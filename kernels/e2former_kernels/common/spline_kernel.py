@@ -44,10 +44,9 @@ def feature(
 
 
 @triton.jit
-def feature_and_slope(features, row, position, e, c, mask, knots_per_length, K: tl.constexpr, MASKED: tl.constexpr):
-    """Columns c of the spline at edge e, and their derivative by the length."""
-    v0, s0, v1, s1 = spline(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
-    f = tl.load(position + e)
+def spline_and_slope(features, row, f, c, mask, knots_per_length, K: tl.constexpr, MASKED: tl.constexpr):
+    """Columns c of the spline in the interval ``row``, at position f of it, and their derivative by the length."""
+    v0, s0, v1, s1 = spline(features, row, c, K, mask, MASKED)
     right = f * f * (3.0 - 2.0 * f)
     x = v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
     slope = 6.0 * f * (1.0 - f) * (v1 - v0) + (1.0 - f) * (1.0 - 3.0 * f) * s0 + f * (3.0 * f - 2.0) * s1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.common.radial_table import RadialTable
-from e2former_kernels.common.spline_kernel import feature, feature_and_slope, place
+from e2former_kernels.common.spline_kernel import feature, place, spline_and_slope
 from e2former_kernels.common.tiles import next_power
 
 
@@ -83,9 +83,8 @@ def spline_backward_kernel(
     direct = tl.load(at + K, mask=mine, other=0.0)
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         y = tl.load(harmonics + e * M + l * l + m, mask=mine, other=0.0)
-        a, da = feature_and_slope(
-            knots, row, position, e, l * K + c, inside, knots_per_length, L * K, K % BK != 0
-        )  # fmt: skip
+        at_row, f = tl.load(row + e).to(tl.int64), tl.load(position + e)
+        a, da = spline_and_slope(knots, at_row, f, l * K + c, inside, knots_per_length, L * K, K % BK != 0)
         tl.store(grad_harmonics + e * M + l * l + m, tl.sum(a[None, :] * g, axis=1) + direct, mask=mine)
         tl.store(slope + l * E.to(tl.int64) + e, tl.sum(tl.sum(y[:, None] * g, axis=0) * da, axis=0))
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from e2former_kernels.common.spline_kernel import feature, feature_and_slope, load
+from e2former_kernels.common.spline_kernel import feature, load, spline_and_slope
 
 
 @triton.jit
@@ -94,13 +94,13 @@ def score_kernel(
 def attend_kernel(
     score, features, row, position, envelope, scale, value, value_factor, source, row_ptr, top, total, out,
     R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
-    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, UNROLL: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[i, b, r, h] = sum over the edges e of i of w[e, h] scale[e, b] value[source(e), r, h], [n, B, R, H]."""
     MASKED: tl.constexpr = H % BH != 0
     MASKED_B: tl.constexpr = MASKED or RA + RB != R
     i = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
     in_h = h < H
     ra = tl.arange(0, RA)
     at_a = ra[:, None] * H + h[None, :]
@@ -166,26 +166,27 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def attend_backward_kernel(
     query, key, key_factor, features, row, position, envelope, scale, value, value_factor, grad, grad_factor, source,
-    row_ptr, top, total, pair, weight, grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
+    row_ptr, top, total, pair, slope, mean, best, grad_scale, E, inverse_root,
     R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
-    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
+    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one receiver's edges from grad = dL/dout, [n, B, R, H].
+    """Gradients of one receiver's edges by their weights, from grad = dL/dout, [n, B, R, H].
 
-    Writes weight[e, h] = w; pair[e, h] = dL/d<q, k>; grad_query [n, H, S]; grad_features [E, 2H] (without TABLE); and
-    this program's part of the sums over heads, grad_parts [B + 1 (+ 1), programs, E]: by the message scale, the
-    envelope and (with TABLE) the length.
+    Writes pair[e, h] = <q, k> / sqrt(S); slope[e, h] = dL/dw; mean[n, h] = sum of slope w; with NORM 1 best[n, h], the
+    edge of the largest score; and this program's part of the sums over heads by the message scale, grad_scale
+    [B, programs, E]. The rows of the next edge are on their way while one is worked on: a compiler moves no load over
+    a store.
     """
     MASKED: tl.constexpr = H % BH != 0
     MASKED_B: tl.constexpr = MASKED or RA + RB != R
     i = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
     in_h = h < H
     first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
-    dtype = weight.dtype.element_ty
+    dtype = slope.dtype.element_ty
     stride = E.to(tl.int64)
     plane = stride * tl.num_programs(1)
-    parts = grad_parts + tl.program_id(1) * stride
+    parts = grad_scale + tl.program_id(1) * stride
     s = tl.arange(0, BS)
     at_s = h[:, None] * S + s[None, :]
     mask_s = in_h[:, None] & (s[None, :] < S)
@@ -213,30 +214,49 @@ def attend_backward_kernel(
     received = 1.0
     if HALF:
         received = tl.load(grad_factor + i)
-    mean = tl.zeros([BH], dtype=dtype)
+    summed = tl.zeros([BH], dtype=dtype)
     if NORM == 1:  # the first edge that attains the maximum; compared with each other, rounded alike
-        highest = mean - float("inf")
-        best = tl.zeros([BH], dtype=tl.int64) - 1
+        highest = summed - float("inf")
+        where = tl.zeros([BH], dtype=tl.int64) - 1
+    end = stride - 1  # what is read ahead behind the last edge of a receiver is not used
+    j = tl.load(source + tl.minimum(first, end)).to(tl.int64)
+    x_next = load(value + j * (R * H) + at_a, mask_a, MASKED)
+    if RB > 0:
+        z_next = load(value + j * (R * H) + at_b, mask_b, MASKED_B)
+    k_next = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+    if HALF:
+        of_key, of_value = tl.load(key_factor + j), tl.load(value_factor + j)
+    j = tl.load(source + tl.minimum(first + 1, end)).to(tl.int64)
     for e in range(first, last):
-        j = tl.load(source + e).to(tl.int64)
-        v = value + j * (R * H)
-        x = load(v + at_a, mask_a, MASKED).to(dtype)
-        if RB > 0:
-            z = load(v + at_b, mask_b, MASKED_B).to(dtype)
-        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S).to(dtype)
-        dot = tl.sum(q * k, axis=1) * inverse_root
-        if HALF:
-            dot *= tl.load(key_factor + j)
-            both = received * tl.load(value_factor + j)
-        tl.store(pair + e * H + h, dot, mask=in_h)
         g = feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
         p = feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
         u = tl.load(envelope + e)
+        s0 = tl.load(scale + e * B)
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+        x = x_next.to(dtype)
+        if RB > 0:
+            z = z_next.to(dtype)
+        k = k_next.to(dtype)
+        dot = tl.sum(q * k, axis=1) * inverse_root
+        if HALF:
+            dot *= of_key
+            both = received * of_value
+        v = value + j * (R * H)
+        x_next = load(v + at_a, mask_a, MASKED)
+        if RB > 0:
+            z_next = load(v + at_b, mask_b, MASKED_B)
+        k_next = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+        if HALF:
+            of_key, of_value = tl.load(key_factor + j), tl.load(value_factor + j)
+        j = tl.load(source + tl.minimum(e + 2, end)).to(tl.int64)
+        tl.store(pair + e * H + h, dot, mask=in_h)
         a = g * dot
         if NORM <= 1:
             w = tl.exp(a - m) * inv * u * p
             if NORM == 1:
-                best = tl.where(a > highest, e, best)
+                where = tl.where(a > highest, e, where)
                 highest = tl.maximum(a, highest)
         elif NORM == 2:
             w = _softplus(a) * u * p
@@ -247,7 +267,7 @@ def attend_backward_kernel(
             y0 += tl.sum(z * b0, axis=0)
         if HALF:
             y0 *= both
-        gw = tl.load(scale + e * B) * y0
+        gw = s0 * y0
         tl.store(parts + e, tl.sum(w * y0, axis=0))
         if B == 3:
             y1 = tl.sum(x * a1, axis=0)
@@ -258,34 +278,77 @@ def attend_backward_kernel(
             if HALF:
                 y1 *= both
                 y2 *= both
-            gw += tl.load(scale + e * B + 1) * y1 + tl.load(scale + e * B + 2) * y2
+            gw += s1 * y1 + s2 * y2
             tl.store(parts + plane + e, tl.sum(w * y1, axis=0))
             tl.store(parts + 2 * plane + e, tl.sum(w * y2, axis=0))
-        mean += gw * w
-        tl.store(weight + e * H + h, gw, mask=in_h)
-    tl.debug_barrier()
+        summed += gw * w
+        tl.store(slope + e * H + h, gw, mask=in_h)
+    if NORM <= 1:
+        tl.store(mean + i * H + h, summed, mask=in_h)
+        if NORM == 1:
+            tl.store(best + i * H + h, where, mask=in_h)
+
+
+@triton.jit(do_not_specialize=["E"])
+def score_backward_kernel(
+    key, key_factor, features, row, position, envelope, source, row_ptr, top, total, mean, best, pair, weight,
+    grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """From the gradients by the weights of one receiver's edges, in ``weight``, those by what the weights are made of.
+
+    Replaces pair by dL/d<q, k> and weight by w, [e, h]; writes grad_query [n, H, S], grad_features [E, 2H] (without
+    TABLE), and this program's part of the sums over heads, grad_parts [1 (+ 1), programs, E]: by the envelope and (with
+    TABLE) the length. Edges are taken BE at a time.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
+    in_h = h < H
+    s = tl.arange(0, BS)
+    at_s = h[:, None] * S + s[None, :]
+    mask_s = in_h[:, None] & (s[None, :] < S)
+    first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
+    dtype = weight.dtype.element_ty
+    stride = E.to(tl.int64)
+    parts = grad_parts + tl.program_id(1) * stride
+    if NORM <= 1:
+        m = tl.load(top + i * H + h, mask=in_h, other=0.0)[None, :]
+        inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)[None, :]
+        summed = tl.load(mean + i * H + h, mask=in_h, other=0.0)[None, :]
+    if NORM == 1:
+        where = tl.load(best + i * H + h, mask=in_h, other=-1)[None, :]
     grad_q = tl.zeros([BH, BS], dtype=dtype)
-    for e in range(first, last):
-        j = tl.load(source + e).to(tl.int64)
-        k = load(key + j * (H * S) + at_s, mask_s, MASKED_S).to(dtype)
-        gw = load(weight + e * H + h, in_h, MASKED)
-        x = load(pair + e * H + h, in_h, MASKED)
+    for begin in range(first, last, BE):
+        e = begin + tl.arange(0, BE)
+        here = e < last
+        j = tl.load(source + e, mask=here, other=0).to(tl.int64)
+        inside = here[:, None] & in_h[None, :]
+        at = e[:, None] * H + h[None, :]
+        k = tl.load(
+            key + j[:, None, None] * (H * S) + at_s[None, :, :], mask=here[:, None, None] & mask_s[None, :, :],
+            other=0.0,
+        )  # fmt: skip
+        gw = tl.load(weight + at, mask=inside, other=0.0)
+        x = tl.load(pair + at, mask=inside, other=0.0)
         if TABLE:
-            g, dg = feature_and_slope(features, row, position, e, h, in_h, knots_per_length, 2 * H, MASKED)
-            p, dp = feature_and_slope(features, row, position, e, H + h, in_h, knots_per_length, 2 * H, MASKED)
+            rows = tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None]
+            f = tl.load(position + e, mask=here, other=0.0)[:, None]
+            g, dg = spline_and_slope(features, rows, f, h[None, :], inside, knots_per_length, 2 * H, True)
+            p, dp = spline_and_slope(features, rows, f, H + h[None, :], inside, knots_per_length, 2 * H, True)
         else:
-            g = load(features + e * (2 * H) + h, in_h, MASKED)
-            p = load(features + e * (2 * H) + H + h, in_h, MASKED)
-        u = tl.load(envelope + e)
+            g = tl.load(features + e[:, None] * (2 * H) + h[None, :], mask=inside, other=0.0)
+            p = tl.load(features + e[:, None] * (2 * H) + H + h[None, :], mask=inside, other=0.0)
+        u = tl.load(envelope + e, mask=here, other=0.0)[:, None]
         a = g * x
         if NORM <= 1:
             z = tl.exp(a - m) * inv
             w = z * u * p
             gp = gw * z * u
-            gu = (gw * p - mean) * z
+            gu = (gw * p - summed) * z
             ga = gu * u
             if NORM == 1:
-                ga -= tl.where(best == e, eps * inv * mean, 0.0)
+                ga -= tl.where(where == e[:, None], eps * inv * summed, 0.0)
         elif NORM == 2:
             z = _softplus(a)
             w = z * u * p
@@ -299,17 +362,18 @@ def attend_backward_kernel(
             ga = gw * u * p * z * (1.0 - z)
             gu = gw * z * p
         gx = ga * g * inverse_root
-        tl.store(weight + e * H + h, w, mask=in_h)
-        tl.store(pair + e * H + h, gx, mask=in_h)
-        tl.store(parts + B * plane + e, tl.sum(tl.where(in_h, gu, 0.0), axis=0))
+        tl.store(weight + at, w, mask=inside)
+        tl.store(pair + at, gx, mask=inside)
+        tl.store(parts + e, tl.sum(tl.where(inside, gu, 0.0), axis=1), mask=here)
         if TABLE:
-            tl.store(parts + (B + 1) * plane + e, tl.sum(tl.where(in_h, ga * x * dg + gp * dp, 0.0), axis=0))
+            by_length = tl.sum(tl.where(inside, ga * x * dg + gp * dp, 0.0), axis=1)
+            tl.store(parts + stride * tl.num_programs(1) + e, by_length, mask=here)
         else:
-            tl.store(grad_features + e * (2 * H) + h, ga * x, mask=in_h)
-            tl.store(grad_features + e * (2 * H) + H + h, gp, mask=in_h)
+            tl.store(grad_features + e[:, None] * (2 * H) + h[None, :], ga * x, mask=inside)
+            tl.store(grad_features + e[:, None] * (2 * H) + H + h[None, :], gp, mask=inside)
         if HALF:
-            gx *= tl.load(key_factor + j)
-        grad_q += gx[:, None] * k
+            gx *= tl.load(key_factor + j, mask=here, other=0.0)[:, None]
+        grad_q += tl.sum(tl.where(inside, gx, 0.0)[:, :, None] * k.to(dtype), axis=0)
     tl.store(grad_query + i * (H * S) + at_s, grad_q, mask=mask_s)
 
 
@@ -317,8 +381,8 @@ def attend_backward_kernel(
 def sender_kernel(
     weight, pair, scale, grad, grad_factor, query, query_factor, target, order, order_ptr, senders,
     grad_value, grad_key, R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr,
-    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients by value and key of one sender: sums over its edges, which ``order`` and ``order_ptr`` list.
 
@@ -329,7 +393,7 @@ def sender_kernel(
     MASKED_B: tl.constexpr = MASKED or RA + RB != R
     MASKED_S: tl.constexpr = MASKED or BS != S
     j = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
     in_h = h < H
     s = tl.arange(0, BS)
     at_s = h[:, None] * S + s[None, :]

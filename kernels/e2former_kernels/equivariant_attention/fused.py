@@ -28,16 +28,21 @@ from e2former_kernels.equivariant_attention.primitives import launch_contract
 from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
-# Pairs are for rows in float32 and in float16.
+# Pairs are for rows in float32 and in float16 (kernels/benchmarks/NOTES.md has the measured alternatives).
 # Heads, warps and edges at a time of one program of score_kernel.
 SCORE_TILE = ((32, 1, 1), (32, 1, 2))
 # Heads and registers of a thread for the rows of the other kernels (common/tiles.py).
 ATTEND_TILE = (32, 72)
 BACKWARD_TILE = ((32, 108), (64, 144))
-SENDER_TILE = (32, 72)
+SENDER_TILE = ((32, 72), (64, 144))
+# Neighbouring heads that one lane of these holds. Two, where the widest load would be four or eight: then the heads of
+# a warp are one row or two, and sums over rows stay in a lane.
+EACH = 2
+# Edges at a time in score_backward_kernel.
+BACKWARD_EDGES = (2, 1)
 # Edges whose rows attend_kernel and sender_kernel have on their way at once.
-ATTEND_UNROLL = 2
-SENDER_UNROLL = (2, 1)
+ATTEND_UNROLL = (1, 4)
+SENDER_UNROLL = (2, 2)
 NORMS = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
 # Positions of the inputs among the tensors of the operation: the weights of the radial network follow.
 _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)
@@ -198,7 +203,8 @@ class FusedAttention:
 
     @staticmethod
     def _tiles(tiles: RowTiles) -> dict:
-        return {"RA": tiles.rows_a, "RB": tiles.rows_b, "BH": tiles.heads, "num_warps": tiles.warps}
+        each = min(EACH, tiles.heads)
+        return {"RA": tiles.rows_a, "RB": tiles.rows_b, "BH": tiles.heads, "EACH": each, "num_warps": tiles.warps}
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C], radial weights -> [N, P or M, C]."""
@@ -231,7 +237,7 @@ class FusedAttention:
                     score, features, edges.row, edges.position, edges.envelope, edges.scale, *values.of(EVERY),
                     edges.source, chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes], summed,
                     R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=network is None, HALF=half, B=self.directions,
-                    UNROLL=ATTEND_UNROLL, **self._tiles(tiles),
+                    UNROLL=ATTEND_UNROLL[half], **self._tiles(tiles),
                 )  # fmt: skip
             if self.coupling is not None:
                 launch_contract(self.coupling, summed.view(chunk.num_nodes, -1, channels), out[chunk.nodes])
@@ -268,7 +274,7 @@ class FusedAttention:
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
         blocks = triton.cdiv(heads, tiles.heads)
         keys, queries, values = (_rows(t, half) for t in (key, query, value))
-        sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
+        sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
 
         def run(chunk: EdgeChunk) -> None:
             nonlocal grad_weights
@@ -288,17 +294,27 @@ class FusedAttention:
                 launch_contract(coupling, part.numbers, outer)
                 part = part._replace(numbers=outer)
             weight, pair = (vec.new_empty(number, heads) for _ in range(2))
+            mean = vec.new_empty(receivers, heads)
+            best = torch.empty(receivers if norm == 1 else 0, heads, dtype=torch.int64, device=vec.device)
             grad_features = vec.new_empty(number, 2 * heads) if table is None else weight
             grad_parts = vec.new_empty(directions + 1 + (table is not None), blocks, number)
             if receivers:
-                attend_kernel.attend_backward_kernel[receivers, blocks](
-                    query[chunk.nodes], *keys.of(EVERY), features, edges.row, edges.position, edges.envelope,
-                    edges.scale, *values.of(EVERY), *part.of(EVERY), edges.source, chunk.row_ptr,
-                    statistics.top[chunk.nodes], statistics.total[chunk.nodes], pair, weight, grad_features,
-                    grad_parts, grad_query[chunk.nodes], number, 1.0 / math.sqrt(width),
-                    self.spec.softmax_constant, 0.0 if table is None else table.scale,
-                    R=rows, H=heads, S=width, NORM=norm, TABLE=table is not None, HALF=half, B=directions,
-                    BS=next_power(width), **self._tiles(tiles),
+                of_features = features, edges.row, edges.position, edges.envelope
+                of_softmax = statistics.top[chunk.nodes], statistics.total[chunk.nodes]
+                root, width_tile = 1.0 / math.sqrt(width), next_power(width)
+                constants = {"H": heads, "S": width, "NORM": norm, "TABLE": table is not None, "HALF": half}
+                if number:  # it reads ahead
+                    attend_kernel.attend_backward_kernel[receivers, blocks](
+                        query[chunk.nodes], *keys.of(EVERY), *of_features, edges.scale, *values.of(EVERY),
+                        *part.of(EVERY), edges.source, chunk.row_ptr, *of_softmax, pair, weight, mean, best,
+                        grad_parts[:directions], number, root, R=rows, B=directions, BS=width_tile, **constants,
+                        **self._tiles(tiles),
+                    )  # fmt: skip
+                attend_kernel.score_backward_kernel[receivers, blocks](
+                    *keys.of(EVERY), *of_features, edges.source, chunk.row_ptr, *of_softmax, mean, best, pair, weight,
+                    grad_features, grad_parts[directions:], grad_query[chunk.nodes], number, root,
+                    self.spec.softmax_constant, 0.0 if table is None else table.scale, BH=tiles.heads,
+                    EACH=min(EACH, tiles.heads), BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
                 )  # fmt: skip
             if by_sender and chunk.order_ptr.numel() > 1:
                 attend_kernel.sender_kernel[chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)](

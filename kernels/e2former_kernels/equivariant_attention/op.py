@@ -37,9 +37,9 @@ from e2former_kernels.equivariant_attention.reference import DotWeights, Form, i
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
-# everything fits in one run (440 MB in float32) and where it does not (540 MB), in training (1.3 GB, fewer launches),
-# and of the differentiable pieces behind higher derivatives (4 GB).
-SINGLE_NUMBERS = 13 << 23
+# everything fits in one run (940 MB in float32, which a CUDA graph can replay) and where it does not (540 MB), in
+# training (1.3 GB, fewer launches), and of the differentiable pieces behind higher derivatives (4 GB).
+SINGLE_NUMBERS = 7 << 25
 FUSED_NUMBERS = 1 << 27
 TRAINING_NUMBERS = 5 << 26
 RUN_NUMBERS = 1 << 30
