@@ -1,8 +1,9 @@
-"""The scores ``qk_dot`` and ``qk_dot_scalar`` with fused kernels: value and forces of frozen weights."""
+"""The scores ``qk_dot`` and ``qk_dot_scalar`` with fused kernels: value, first and second derivatives."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -33,6 +34,20 @@ def freeze(arguments: tuple) -> list:
 
 def of_moving(out: Tensor, arguments: list, cotangent: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [arguments[n] for n in MOVING], cotangent, materialize_grads=True)]
+
+
+def of_training(out: Tensor, arguments: Sequence, inputs: list[Tensor]) -> list[Tensor]:
+    """Gradients of <random, out> by inputs, and of a function of its gradients by the moving ones."""
+    random = torch.Generator().manual_seed(1)
+
+    def like(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=random, dtype=torch.float64).to(t)
+
+    cotangent = like(out).requires_grad_()
+    first = torch.autograd.grad(out, inputs, cotangent, retain_graph=True, materialize_grads=True)
+    forces = torch.autograd.grad(out, [arguments[n] for n in MOVING], cotangent, create_graph=True)
+    loss = sum((f * like(f)).sum() for f in forces)
+    return [*first, *torch.autograd.grad(loss, [cotangent, *inputs], materialize_grads=True)]
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
@@ -78,16 +93,26 @@ def test_numbers_of_edges(make, recomputed, score: str, edges: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("score", SCORES)
-def test_several_blocks_of_columns(make, monkeypatch, score: str) -> None:
+def test_several_blocks_of_columns(make, find_leaves, monkeypatch, score: str) -> None:
     """A degree's columns split over programs, as in wide networks."""
-    from e2former_kernels.equivariant_attention import directional
+    from e2former_kernels.common import radial_second
+    from e2former_kernels.equivariant_attention import directional_gate, second_directional
 
-    monkeypatch.setattr(directional, "COLUMNS", 2)
-    arguments = freeze(make.attention(score, lmax=2, heads=8, per_head=1, basis=7))
-    reference = equivariant_attention_reference(*arguments, recompute=False)
+    for module in (directional_gate, second_directional):
+        monkeypatch.setattr(module, "TILE", (2, 8))
+    monkeypatch.setattr(radial_second, "TILE_NUMBERS", 16)
+    monkeypatch.setattr(radial_second, "MAX_PROGRAMS", 3)
+    arguments = make.attention(score, heads=6, per_head=1, edges=9)
+    weights_fixed = freeze(arguments)
+    reference = equivariant_attention_reference(*weights_fixed, recompute=False)
     cotangent = torch.randn_like(reference)
-    expected = of_moving(reference, arguments, cotangent)
-    assert_close(of_moving(equivariant_attention(*arguments), arguments, cotangent), expected)
+    expected = of_moving(reference, weights_fixed, cotangent)
+    assert_close(of_moving(equivariant_attention(*weights_fixed), weights_fixed, cotangent), expected)
+    both = (
+        of_training(function(*arguments), arguments, find_leaves(arguments))
+        for function in (equivariant_attention, equivariant_attention_reference)
+    )
+    assert_close(*both)
 
 
 @interpreted
@@ -127,30 +152,99 @@ def test_single_precision(make, monkeypatch, score: str, precision: str, half: b
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("norm", "order", "lmax", "run"),
+    [
+        ("smooth", 1, 1, 4), ("smooth", 0, 3, None), ("molfm", 1, 4, None), ("molfm", 0, 2, 4),
+        ("softplus", 1, 3, 4), ("softplus", 0, 1, None), ("sigmoid", 1, 2, None), ("sigmoid", 0, 4, 4),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("score", SCORES)
-def test_weights_are_recomputed(make, find_leaves, recomputed, score: str) -> None:
-    """Gradients of weights go through the differentiable pieces, and only those."""
-    arguments = make.attention(score, lmax=2)
-    out, reference = equivariant_attention(*arguments), equivariant_attention_reference(*arguments, recompute=False)
-    cotangent = torch.randn_like(out)
-    torch.autograd.grad(out, arguments[5], cotangent, retain_graph=True)
-    assert not recomputed
+def test_training(make, find_leaves, recomputed, score: str, norm: str, order: int, lmax: int, run: int | None) -> None:
+    """Gradients by everything, and of a function of the moving inputs' gradients, in one run and in several."""
+    arguments = make.attention(score, norm, order, lmax=lmax)
     inputs = find_leaves(arguments)
-    found, expected = (torch.autograd.grad(x, inputs, cotangent) for x in (out, reference))
-    assert len(recomputed) == 1
-    assert_close(list(found), list(expected))
+    expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
+    assert_close(of_training(equivariant_attention(*arguments, max_run_edges=run), arguments, inputs), expected)
+    assert not recomputed
+
+
+@interpreted
+@pytest.mark.parametrize("edges", [0, 1, 37])
+@pytest.mark.parametrize("score", SCORES)
+def test_training_with_numbers_of_edges(make, find_leaves, recomputed, score: str, edges: int) -> None:
+    arguments = make.attention(score, edges=edges, heads=5, per_head=3, lmax=2, inverse_distance="v2")
+    inputs = find_leaves(arguments)
+    expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
+    assert_close(of_training(equivariant_attention(*arguments, max_run_edges=20), arguments, inputs), expected)
+    assert not recomputed
 
 
 @interpreted
 @pytest.mark.parametrize("score", SCORES)
-def test_row_of_a_hessian(make, recomputed, score: str) -> None:
-    """Forces differentiated again, by vectors and by the atoms' tensors."""
+def test_training_the_same_bits_twice(make, find_leaves, score: str) -> None:
+    arguments = make.attention(score, lmax=2)
+    inputs = find_leaves(arguments)
+    a, b = (of_training(equivariant_attention(*arguments, max_run_edges=4), arguments, inputs) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_without_layer_norms(make, find_leaves, score: str) -> None:
+    arguments = list(make.attention(score, lmax=2))
+    arguments[10] = make.radial(1, 3 if score == "qk_dot" else 6, 4, 5, norms=False)
+    inputs = find_leaves(arguments)
+    expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
+    assert_close(of_training(equivariant_attention(*arguments), arguments, inputs), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_hessian(make, recomputed, monkeypatch, score: str) -> None:
+    """Forces differentiated again by vectors and by the atoms' tensors, each alone too; frozen weights have no part."""
+    from e2former_kernels.common.radial_second import RadialGradients
+
+    inner = RadialGradients.backward
+    monkeypatch.setattr(
+        RadialGradients, "backward", lambda s, g, k, weights, *a: inner(s, g, k, weights, *a) if not weights else 1 / 0
+    )
     arguments = freeze(make.attention(score, "molfm", lmax=2))
     rows, inputs = [], [arguments[n] for n in MOVING]
     for function in (equivariant_attention, equivariant_attention_reference):
         out = function(*arguments, **({} if function is equivariant_attention else {"recompute": False}))
         (forces,) = torch.autograd.grad(out.square().sum(), arguments[5], create_graph=True)
-        rows.append([forces, *torch.autograd.grad(forces[2, 1], inputs)])
+        together = torch.autograd.grad(forces[2, 1], inputs, retain_graph=True)
+        for t, expected in zip(inputs, together, strict=True):
+            (alone,) = torch.autograd.grad(forces[2, 1], [t], retain_graph=True)
+            assert_close([alone], [expected], 1e-13)
+        rows.append([forces, *together])
+    assert not recomputed
+    assert_close(*rows)
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves, recomputed, score: str) -> None:
+    arguments = make.attention(score, lmax=2)
+    inputs, rows = find_leaves(arguments), []
+    for function in (equivariant_attention, equivariant_attention_reference):
+        out = function(*arguments)
+        (slope,) = torch.autograd.grad(out.square().sum(), arguments[11].bias, create_graph=True)
+        rows.append(list(torch.autograd.grad(slope[1], inputs, materialize_grads=True)))
+    assert recomputed
+    assert_close(*rows)
+
+
+@interpreted
+@pytest.mark.parametrize("score", SCORES)
+def test_third_derivative_is_recomputed(make, recomputed, score: str) -> None:
+    arguments, rows = freeze(make.attention(score, lmax=2)), []
+    for function in (equivariant_attention, equivariant_attention_reference):
+        x = function(*arguments).square().sum()
+        for row in range(2):
+            x = torch.autograd.grad(x, arguments[5], create_graph=True)[0][row, 1]
+        rows.append(list(torch.autograd.grad(x, [arguments[n] for n in MOVING])))
     assert recomputed
     assert_close(*rows)
 
@@ -161,7 +255,7 @@ def test_row_of_a_hessian(make, recomputed, score: str) -> None:
 def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
     """The kernel's harmonics and their derivative against PyTorch."""
     from e2former_kernels.equivariant_attention import directional_kernel as kernel
-    from e2former_kernels.equivariant_attention.directional import harmonic_scales
+    from e2former_kernels.equivariant_attention.directional_gate import harmonic_scales
 
     if device == "cuda":
         make.device, make.dtype = device, torch.float32
@@ -176,6 +270,36 @@ def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
         found = given.clone()
         kernel.harmonics_backward_kernel[grid](grads, vec.detach(), scales, found, S=3, **constants)
         (slope,) = torch.autograd.grad(expected, vec, grads.sum(0))
+        assert_close([out, found], [expected.detach(), given + slope], 1e-12 if device == "cpu" else 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lmax", [1, 2, 3, 4])
+@pytest.mark.parametrize("unit", [True, False])
+def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> None:
+    """The harmonics' change along a change of the vectors, and the gradient of both, against PyTorch."""
+    from e2former_kernels.equivariant_attention import second_directional_harmonics_kernel as kernel
+    from e2former_kernels.equivariant_attention.directional_gate import harmonic_scales
+
+    def harmonics(vec: Tensor) -> Tensor:
+        y = solid_harmonics(vec / vec.norm(dim=-1, keepdim=True) if unit else vec, lmax)
+        return y / (4 * torch.pi) ** 0.5 if unit else y
+
+    if device == "cuda":
+        make.device, make.dtype = device, torch.float32
+    for edges in (1, 37):
+        vec, change, rows = make(edges, 3), make(edges, 3).detach(), (lmax + 1) ** 2
+        expected = torch.stack(torch.autograd.functional.jvp(harmonics, vec, change, create_graph=True))
+        grads, given = make(3, 2, edges, rows).detach(), make(edges, 3).detach()
+        (slope,) = torch.autograd.grad(expected, vec, grads.sum(0))
+        scales, out, found = (
+            harmonic_scales(lmax, unit, vec.dtype, vec.device),
+            torch.empty_like(grads[0]),
+            given.clone(),
+        )
+        grid, constants = (1,), {"E": edges, "L": lmax, "UNIT": unit, "BLOCK": 128}
+        kernel.harmonics_pair_kernel[grid](vec.detach(), change, scales, out, **constants)
+        kernel.harmonics_second_kernel[grid](grads, vec.detach(), change, scales, found, S=3, **constants)
         assert_close([out, found], [expected.detach(), given + slope], 1e-12 if device == "cpu" else 1e-4)
 
 

@@ -124,7 +124,7 @@ def test_frozen_weights_get_no_gradient_work(make, monkeypatch) -> None:
     """Forces alone never differentiate the radial networks by their weights."""
     from e2former_kernels.equivariant_attention import fused
 
-    monkeypatch.setattr(fused, "RadialGradients", lambda *a: pytest.fail("weights were differentiated"))
+    monkeypatch.setattr(fused, "RadialGate", lambda *a: pytest.fail("weights were differentiated"))
     arguments = make.attention()
     out = equivariant_attention(*arguments)
     torch.autograd.grad(out.sum(), arguments[5], create_graph=True)

@@ -8,6 +8,7 @@ atoms that edges gather are taken to float16 first (``common/half.py``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -20,10 +21,10 @@ from e2former_kernels.common.half import half_products, half_rows
 from e2former_kernels.common.plan import EdgeChunk, edge_elements
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
-from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.radial_table import RadialTable
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import attend_kernel, edge_kernel
+from e2former_kernels.equivariant_attention.gate import RadialGate
 from e2former_kernels.equivariant_attention.primitives import launch_contract
 from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
@@ -110,6 +111,16 @@ class FusedAttention:
     def _weights(self, tensors: list[Tensor]) -> RadialWeights:
         rest = iter(tensors)
         return RadialWeights(*(None if t is None else next(rest) for t in self.radial))
+
+    def _gate(self, tensors: list[Tensor], changes: Sequence[Tensor] = ()) -> RadialGate:
+        """Gate and head with the gradients by their weights, and with tangents along ``changes``.
+
+        changes: of the tensors between value and weights.
+        """
+        return RadialGate(self._weights(tensors[_RADIAL:]), self.spec.cutoff)
+
+    def _training_chunks(self) -> Sequence[EdgeChunk]:
+        return self.plan.chunks
 
     def _make_network(self, tensors: list[Tensor]) -> RadialNetwork:
         return RadialNetwork(self._weights(tensors[_RADIAL:]), self.spec.cutoff)
@@ -261,13 +272,12 @@ class FusedAttention:
         self.cache.pop("network", None)
         known = self.cache.get("statistics") if table is self.table else None
         statistics = self._statistics(query) if known is None else known
-        chunks = self.plan.chunks if weights_wanted else self.chunks  # training: longer runs, fewer launches
+        chunks = self._training_chunks() if weights_wanted else self.chunks  # training: longer runs, fewer launches
         fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
         grad_vec, grad_query = torch.empty_like(vec), torch.empty_like(query)
         by_sender = _KEY in wanted or _VALUE in wanted
         grad_key, grad_value = (fresh(key), fresh(value)) if by_sender else (key, value)
-        radial = RadialGradients(self._weights(tensors[_RADIAL:]), self.spec.cutoff) if weights_wanted else None
-        grad_weights: RadialWeights | None = None
+        gate = self._gate(tensors) if weights_wanted else None
         beside: dict[int, Tensor] = {}
         coupling = None if self.coupling is None else self.coupling.t().contiguous()
         half = self._half(tensors)
@@ -277,11 +287,10 @@ class FusedAttention:
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
 
         def run(chunk: EdgeChunk) -> None:
-            nonlocal grad_weights
             edges = self._edges(chunk, vec, table)
             number, receivers = chunk.num_edges, chunk.num_nodes
-            if radial is not None:
-                features, kept = radial.forward(edges.position, *self._elements(chunk))
+            if gate is not None:
+                features, kept = gate.forward(chunk, self._elements(chunk), edges.vec, edges.position)
             elif table is None:
                 features, middle = self._features(network, chunk, edges, tensors)
             else:
@@ -323,10 +332,9 @@ class FusedAttention:
                     R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
                     ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL[half], **self._tiles(sender_tiles),
                 )  # fmt: skip
-            grad_distance, grad_further = grad_parts, None
-            if radial is not None:
-                grad_distance, _, more = radial.backward(grad_features.view_as(features), kept, weights=True)
-                grad_weights = add_gradients(grad_weights, more)
+            grad_distance, grad_further, grad_harmonics = grad_parts, None, None
+            if gate is not None:
+                grad_distance, _, grad_harmonics = gate.backward(grad_features.view_as(features), kept, weights=True)
             elif table is None:
                 grad_distance, grad_further = self._by_features(
                     network, grad_features, middle, chunk, edges, tensors, beside
@@ -339,12 +347,14 @@ class FusedAttention:
                 )  # fmt: skip
             if grad_further is not None:
                 network.add_by_vec(grad_further, edges.vec, grad_vec[chunk.edges])
+            if grad_harmonics is not None:
+                gate.add_by_vec(grad_harmonics, kept, grad_vec[chunk.edges])
 
         for chunk in chunks:
             run(chunk)
         found = dict(enumerate([grad_vec, grad_query, grad_key, grad_value])) | beside
-        if grad_weights is not None:
-            found |= dict(enumerate((g for g in grad_weights if g is not None), _RADIAL))
+        if gate is not None:
+            found |= dict(enumerate(gate.found(), _RADIAL))
         return [found[n] for n in wanted]
 
     def second(

@@ -38,10 +38,12 @@ from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_C
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
 # everything fits in one run (940 MB in float32, which a CUDA graph can replay) and where it does not (540 MB), in
-# training (1.3 GB, fewer launches), and of the differentiable pieces behind higher derivatives (4 GB).
+# training (1.3 GB, fewer launches), of the second derivative and weight gradients of a directional gate (2.7 GB), and
+# of the differentiable pieces behind higher derivatives (4 GB).
 SINGLE_NUMBERS = 7 << 25
 FUSED_NUMBERS = 1 << 27
 TRAINING_NUMBERS = 5 << 26
+GATE_NUMBERS = 5 << 27
 RUN_NUMBERS = 1 << 30
 
 
@@ -271,6 +273,18 @@ def check_arguments(
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
 
 
+def gate_numbers_of(spec: AttentionSpec, pieces: Pieces) -> int:
+    """Working memory of one edge, in numbers, in the second derivative with a directional gate.
+
+    Two numbers, a value and its change, of: scores, weights and features with their gradients; first, middle and last
+    of each radial network with their gradients; three arrays as wide as the gate's input, three of its hidden layer.
+    """
+    heads, hidden, rows = spec.num_heads, pieces.radial.hidden.shape[-1], spec.num_rows
+    numbers = 14 * heads + 12 * hidden + 2 * spec.num_basis + 2 * rows
+    numbers += 6 * pieces.dot_weights.weight.shape[1] + 2 * rows * -(-pieces.dot.shape[-1] // 64)
+    return numbers + (8 * hidden if spec.score == "qk_dot" else 6 * heads)
+
+
 @dataclass(frozen=True)
 class _Recomputed:
     """The attention with rows of images, in differentiable pieces: its derivatives evaluate it again."""
@@ -353,7 +367,7 @@ def _step(
     elif spec.score == "qk_dot_scalar":
         per_edge += 5 * spec.num_heads + 3 * spec.num_rows
     budget, single = FUSED_NUMBERS, SINGLE_NUMBERS
-    if spec.score == "qk" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial):
         budget = single = TRAINING_NUMBERS
     fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
     parts = {
@@ -374,7 +388,13 @@ def _step(
         given = outline.like(tensors)
         return given.radial, given.dot_weights
 
-    return DirectionalAttention(**parts, weights_of=weights_of)
+    gate_numbers = gate_numbers_of(spec, pieces) + directions * per_row // 32
+    gate_size = max_run_edges or run_size(source.numel(), gate_numbers, GATE_NUMBERS)
+
+    def gate_runs() -> list[EdgeChunk]:
+        return edge_plan(source, target, row_ptr, source_order, source_ptr, gate_size, senders=senders)
+
+    return DirectionalAttention(**parts, weights_of=weights_of, training_chunks=LazyPlan(gate_runs))
 
 
 def _settings(

@@ -18,8 +18,6 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.plan import EdgeChunk
-from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import second_geometry_kernel as geometry_kernel
 from e2former_kernels.equivariant_attention import second_messages_kernel as messages_kernel
@@ -146,30 +144,30 @@ def second_derivative(
     again: list[int],
 ) -> list[Tensor] | None:
     """``Step.second`` of :class:`FusedAttention` (common/step.py); None where weights are among ``wanted``."""
-    if any(n >= _RADIAL for n in wanted):
+    first_weight = step.first_weight
+    if any(n >= first_weight for n in wanted):
         return None
     spec, directions = step.spec, step.directions
     given = dict(zip(wanted, cotangents, strict=True))
-    primal = [t.contiguous() for t in tensors[:_RADIAL]]
-    dots = [given.get(n) for n in range(_RADIAL)]
+    primal = [t.contiguous() for t in tensors[:first_weight]]
+    dots = [given.get(n) for n in range(first_weight)]
     dots = [torch.zeros_like(t) if c is None else c.contiguous() for c, t in zip(dots, primal, strict=True)]
-    (vec, vec_dot), query, key, value = zip(primal, dots, strict=True)
+    (vec, vec_dot), query, key, value, *_ = zip(primal, dots, strict=True)
     grad = grad.contiguous()
     senders, value_rows, channels = value[0].shape
     heads, width = query[0].shape[1:]
     rows = value_rows * channels // heads
     per_head = [v.view(senders, rows, heads) for v in value]
-    weights = any(n > _RADIAL for n in again)
+    weights = any(n > first_weight for n in again)
     by_scale = spec.order == 1 and 1 + _VEC in again
-    network = RadialGradients(step._weights(tensors[_RADIAL:]), spec.cutoff)
-    chunks = step.plan.chunks
+    gate = step._gate(tensors, dots[_RADIAL:])
+    chunks = step._training_chunks()
     fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
     by_grad = torch.empty_like(grad) if 0 in again else None
     by_vec = torch.empty_like(vec) if 1 + _VEC in again else None
     by_query = torch.empty_like(query[0]) if 1 + _QUERY in again else None
     by_key = fresh(key[0]) if 1 + _KEY in again else None
     by_value = fresh(value[0]) if 1 + _VALUE in again else None
-    by_weights: RadialWeights | None = None
     tiles = row_tiles(rows, heads, directions, *AGGREGATE_TILE)
     message_tiles = row_tiles(rows, heads, directions, *MESSAGE_TILE)
     sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
@@ -177,11 +175,10 @@ def second_derivative(
     transposed = None if step.coupling is None else step.coupling.t().contiguous()
 
     def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
-        nonlocal by_weights
         number, receivers, source = chunk.num_edges, chunk.num_nodes, step.source[chunk.edges]
         edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
         elements = step.species[chunk.nodes].index_select(0, chunk.target), step.species.index_select(0, source)
-        features, kept = network.forward(edges.distance, *elements, edges.distance_dot)
+        features, kept = gate.forward(chunk, elements, edges.vec, edges.distance, edges.vec_dot, edges.distance_dot)
         scores = _scores(spec, chunk, source, edges, query, key, features)
         messages = (scores.weight, scores.weight_dot, edges.scale, edges.scale_dot)
         outer = grad.new_empty(receivers, directions, rows, heads)
@@ -231,20 +228,19 @@ def second_derivative(
                 chunk.order if chunk.senders is None else chunk.senders, by_value, rows, heads,
                 B=directions, ACCUMULATE=chunk.senders is not None, **_tiles(sender_tiles),
             )  # fmt: skip
-        if by_vec is None and not weights:
+        if by_vec is None and all(n <= _RADIAL for n in again):
             return
-        by_distance, by_distance_dot, more = network.backward(by_features, kept, weights, by_vec is not None)
-        by_weights = add_gradients(by_weights, more)
+        by_distance, by_distance_dot, by_harmonics = gate.backward(by_features, kept, weights, by_vec is not None)
         if by_vec is not None and number:
             grid, constants = _geometry_launch(spec, directions, number)
             geometry_kernel.geometry_second_kernel[grid](
                 edges.vec, edges.vec_dot, by_distance, by_distance_dot, *by_envelope, scale_parts,
                 by_vec[chunk.edges], tiles=blocks, **constants,
             )  # fmt: skip
+            if by_harmonics is not None:
+                gate.add_by_vec(by_harmonics, kept, by_vec[chunk.edges])
 
     for chunk in chunks:
         run(chunk)
-    found = [by_grad, by_vec, by_query, by_key, by_value]
-    if by_weights is not None:
-        found += [t for t in by_weights if t is not None]
+    found = [by_grad, by_vec, by_query, by_key, by_value, *gate.found()]
     return [found[n] for n in again]
