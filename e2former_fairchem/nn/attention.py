@@ -19,7 +19,7 @@ from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.nn.radial_tables import TableCache
 from e2former_fairchem.so3 import path_table
 from e2former_kernels.common.derived import derived
-from e2former_kernels.common.grouped_linear import grouped_linear
+from e2former_kernels.common.grouped_linear import float32_products, grouped_linear
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
@@ -67,6 +67,12 @@ class DirectionalGate(nn.Module):
         )
 
 
+def of_rows(rows: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> Tensor:
+    """Maps of path rows [N, P, C] to the rows of each degree, [N, (lmax+1)^2, out]; weights: [out, paths * C] each."""
+    degrees = [2 * l + 1 for l in range(len(weights))]
+    return grouped_linear(rows.flatten(1), weights, degrees, bias).unflatten(1, (len(weights) ** 2, -1))
+
+
 class PathProjection(nn.Module):
     r"""Order-1 output: :math:`O_{l_3} = n_{l_3}^{-1/2} B_{l_3} [Q^{(l_1 \to l_3)}]_{l_1}` (SPEC section 6.6).
 
@@ -81,15 +87,15 @@ class PathProjection(nn.Module):
             for paths in row_paths
         )
 
+    def scaled(self) -> list[Tensor]:
+        """n^{-1/2} B of every degree, [out, paths * C]."""
+        return [w / math.sqrt(paths) for paths, w in zip(self.row_paths, self.weights, strict=True)]
+
     def forward(self, rows: Tensor, backend: str = "reference") -> Tensor:
         """rows: [N, P, C] -> [N, (lmax+1)^2, out]."""
         if backend == "triton":
-            weights = [
-                derived("scaled", w, lambda w, paths=paths: w / math.sqrt(paths))
-                for paths, w in zip(self.row_paths, self.weights, strict=True)
-            ]
-            degrees = [2 * l + 1 for l in range(len(weights))]
-            return grouped_linear(rows.flatten(1), weights, degrees).unflatten(1, (len(weights) ** 2, -1))
+            first, *others = self.weights
+            return of_rows(rows, derived("scaled", first, lambda _: self.scaled(), others))
         blocks = rows.split([(2 * l + 1) * paths for l, paths in enumerate(self.row_paths)], 1)
         parts = []
         for paths, block, weight in zip(self.row_paths, blocks, self.weights, strict=True):
@@ -222,4 +228,23 @@ class EquivariantAttention(nn.Module):
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
             own = contract(plain, images.position.to(plain.dtype), self.tables)
             rows = own - contracted
-        return self.out(rows if self.paths is None else self.paths(rows, backend), backend)
+        return self._output(rows, backend)
+
+    def _output(self, rows: Tensor, backend: str) -> Tensor:
+        """rows: [N, P or (lmax+1)^2, C] -> [N, (lmax+1)^2, C].
+
+        The kernels take the path projection and the map behind it as one, where that is less work for a node.
+        """
+        if self.paths is None:
+            return self.out(rows, backend)
+        channels, width = self.out.weight.shape[1:]
+        numbers = rows.shape[1] * rows.shape[2]
+        less = numbers * channels < width * (numbers + self.spec.num_rows * channels)
+        if backend != "triton" or not less or torch.is_autocast_enabled(rows.device.type):
+            return self.out(self.paths(rows, backend), backend)
+
+        def product(weight: Tensor) -> list[Tensor]:
+            with float32_products():
+                return [w @ b for w, b in zip(weight, self.paths.scaled(), strict=True)]
+
+        return of_rows(rows, derived("behind paths", self.out.weight, product, list(self.paths.weights)), self.out.bias)

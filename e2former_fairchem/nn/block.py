@@ -52,4 +52,4 @@ class TransformerBlock(nn.Module):
         if convolution.compute_again:
             again = partial(self.norm1, x.detach(), system.detach(), backend=backend)
         x = x + self.attention(h, atomic_numbers, graph, convolution, images, again)
-        return x + self.feedforward.of_norm(x, self.norm2, backend)
+        return self.feedforward.of_norm(x, self.norm2, backend)

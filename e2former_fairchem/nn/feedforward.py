@@ -28,7 +28,7 @@ class GatedFeedForward(nn.Module):
         self.register_buffer("gate_row", torch.tensor(rows), persistent=False)
 
     def of_norm(self, x: Tensor, norm: EquivariantRMSNorm, backend: str) -> Tensor:
-        """This network on ``norm(x)``. x: [N, (lmax+1)^2, C]. Same shape back."""
+        """x + this network on ``norm(x)``. x: [N, (lmax+1)^2, C]. Same shape back."""
         if backend == "triton":
             return gated_feedforward(
                 x,
@@ -40,8 +40,9 @@ class GatedFeedForward(nn.Module):
                 self.gates.bias,
                 self.linear2.weight,
                 self.linear2.bias,
+                residual=True,
             )
-        return self(norm(x))
+        return x + self(norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, (lmax+1)^2, C]. Same shape back."""

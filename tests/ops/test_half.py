@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.half import half_product, half_rows, half_weight
+from e2former_kernels.common.half import from_products, half_matrices, half_rows, half_weight
+from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
+from e2former_kernels.feedforward import op as feedforward_op
 from e2former_kernels.query_key import QueryKeyWeights, query_key
 from e2former_kernels.query_key import op as query_key_op
 from e2former_kernels.query_key.reference import query_key_reference
@@ -43,11 +45,14 @@ def test_product(nodes_first: bool) -> None:
     if nodes_first:
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     weight, bias = 0.1 * torch.randn(2, 9, 4), torch.randn(2, 4)
-    out = half_product(x, *half_weight(weight), torch.empty(2, 6, 4))
+    rows, (numbers, factors) = half_matrices(x), half_weight(weight)
+    products = torch.bmm(rows.numbers, numbers).transpose(0, 1)
+    out, biased = (
+        from_products(products, rows.factor.t(), factors, torch.empty(6, 2, 4), b).transpose(0, 1) for b in (None, bias)
+    )
     terms = torch.bmm(x.double().abs(), weight.double().abs())
     error = (out.double() - torch.bmm(x.double(), weight.double())).abs()
     assert bool((error <= 4 * ROUNDING * terms).all())
-    biased = half_product(x, *half_weight(weight), torch.empty(2, 6, 4), bias)
     torch.testing.assert_close(biased, out + bias.unsqueeze(1))
 
 
@@ -85,14 +90,55 @@ def test_query_key(nodes: int, tf32) -> None:
         assert bool((error <= 8 * ROUNDING * expected.flatten(1).norm(dim=1)).all())
 
 
+def feedforward_weights(degrees: int, channels: int) -> list[torch.Tensor]:
+    def make(*shape: int, scale: float = 0.2) -> torch.Tensor:
+        return scale * torch.randn(*shape, dtype=torch.float64)
+
+    square, scale = (degrees, channels, channels), channels**-0.5
+    return [
+        1.0 + make(degrees, channels), make(channels), make(*square, scale=scale), make(channels),
+        make(degrees * channels, channels, scale=scale), make(degrees * channels), make(*square, scale=scale),
+        make(channels),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("nodes", "lmax"), [(0, 2), (1, 1), (37, 2), (5, 4)])
+def test_feedforward(nodes: int, lmax: int, residual: bool, tf32) -> None:
+    """Each atom's result and gradient within a few roundings of float64, however large its features are."""
+    given = feedforward_weights(lmax + 1, 24)
+    x = torch.randn(nodes, (lmax + 1) ** 2, 24, dtype=torch.float64)
+    x *= torch.tensor([1.0, 1e-9, 1e6, 0.0] * 10, dtype=torch.float64)[:nodes].view(-1, 1, 1)
+    grad = torch.randn_like(x) * torch.tensor([1.0, 1e-9, 1e6] * 13, dtype=torch.float64)[:nodes].view(-1, 1, 1)
+    found = []
+    for function, dtype in ((gated_feedforward, torch.float32), (gated_feedforward_reference, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        y = function(leaf, *(w.to(dtype) for w in given), residual=residual)
+        (by_x,) = torch.autograd.grad(y, leaf, grad.to(dtype))
+        found.append((y.detach().double(), by_x.double()))
+    for mine, expected in zip(*found, strict=True):
+        error = (mine - expected).flatten(1).norm(dim=1)
+        assert bool((error <= 8 * ROUNDING * expected.flatten(1).norm(dim=1)).all())
+
+
+@pytest.mark.parametrize(
+    ("precision", "trained", "half"), [("high", False, True), ("high", True, False), ("highest", False, False)]
+)
+def test_who_gets_a_half_feedforward(precision: str, trained: bool, half: bool, tf32, monkeypatch) -> None:
+    torch.set_float32_matmul_precision(precision)
+    asked, inner = [], feedforward_op.half_value
+    monkeypatch.setattr(feedforward_op, "half_value", lambda *given: asked.append(1) or inner(*given))
+    gated_feedforward(torch.randn(3, 4, 8), *(w.float().requires_grad_(trained) for w in feedforward_weights(2, 8)))
+    assert bool(asked) is half
+
+
 @pytest.mark.parametrize(
     ("precision", "trained", "half"), [("high", False, True), ("high", True, False), ("highest", False, False)]
 )
 def test_who_gets_it(precision: str, trained: bool, half: bool, tf32, monkeypatch) -> None:
     torch.set_float32_matmul_precision(precision)
-    asked = []
-    rows = query_key_op.row_weights
-    monkeypatch.setattr(query_key_op, "row_weights", lambda w, half: asked.append(half) or rows(w, half))
+    asked, inner = [], query_key_op.query_key_value
+    monkeypatch.setattr(query_key_op, "query_key_value", lambda h, w: asked.append(1) or inner(h, w))
     given = QueryKeyWeights(*(w.float().requires_grad_(trained) for w in weights(2, 8, 4, 8)))
     query_key(torch.randn(3, 4, 8), given)
-    assert asked == [half]
+    assert bool(asked) is half

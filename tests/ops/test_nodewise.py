@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -17,11 +19,12 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
-def test_feedforward(make, compare) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_feedforward(make, compare, residual: bool) -> None:
     c = 6
     shapes = [(5, 9, c), (3, c), (c,), (3, c, c), (c,), (3 * c, c), (3 * c,), (3, c, c), (c,)]
     arguments = [make(*s) for s in shapes]
-    op, reference = gated_feedforward(*arguments), gated_feedforward_reference(*arguments)
+    op, reference = (f(*arguments, residual) for f in (gated_feedforward, gated_feedforward_reference))
     compare(op, reference, arguments[:-1])
     assert torch.allclose(*(torch.autograd.grad(x.sum(), arguments[-1])[0] for x in (op, reference)))
 
@@ -57,7 +60,8 @@ def norm_case(make):
 def feedforward_case(make):
     c = 6
     shapes = [(7, 9, c), (3, c), (c,), (3, c, c), (c,), (3 * c, c), (3 * c,), (3, c, c), (c,)]
-    return gated_feedforward, gated_feedforward_reference, [make(*s) for s in shapes], (0,)
+    functions = (functools.partial(f, residual=True) for f in (gated_feedforward, gated_feedforward_reference))
+    return *functions, [make(*s) for s in shapes], (0,)
 
 
 def query_key_case(make):

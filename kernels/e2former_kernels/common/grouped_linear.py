@@ -238,7 +238,7 @@ class _So3Outer(torch.autograd.Function):
     def forward(ctx, exact: bool, grad: Tensor, x: Tensor) -> Tensor:
         ctx.exact = exact
         ctx.save_for_backward(grad, x)
-        with _float32_products() if exact else contextlib.nullcontext():
+        with float32_products() if exact else contextlib.nullcontext():
             return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
 
     @staticmethod
@@ -253,7 +253,7 @@ class _So3Outer(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _float32_products() -> Iterator[None]:
+def float32_products() -> Iterator[None]:
     """Products inside are not rounded to TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

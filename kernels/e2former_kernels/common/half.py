@@ -7,6 +7,8 @@ rows are divided by their largest number first: what is smaller than :math:`2^{-
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,31 +18,56 @@ from e2former_kernels.common.derived import derived
 from e2former_kernels.common.tiles import next_power
 
 
+class Rows(NamedTuple):
+    """Rows of numbers, and each row's factor where they are float16."""
+
+    numbers: Tensor
+    factor: Tensor | None
+
+    def of(self, nodes: slice) -> tuple[Tensor, Tensor]:
+        """The arguments of a kernel for some nodes."""
+        numbers = self.numbers[nodes]
+        return numbers, numbers if self.factor is None else self.factor[nodes]
+
+
 def half_products(x: Tensor) -> bool:
     """Whether products of float32 tensors may be rounded as TF32 does (fairchem's ``tf32``)."""
     return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 @triton.jit
-def _half_rows_kernel(x, out, scale, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+def _half_rows_kernel(x, out, scale, N, stride, group_stride, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
+    n, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    v = tl.load(x + n * NUMBERS + c, mask=c < NUMBERS, other=0.0)
+    v = tl.load(x + group * group_stride + n * stride + c, mask=c < NUMBERS, other=0.0)
     top = tl.max(tl.abs(v), axis=0)
     top = tl.where(top > 0.0, top, 1.0)
-    tl.store(out + n * NUMBERS + c, (v / top).to(tl.float16), mask=c < NUMBERS)
-    tl.store(scale + n, top)
+    row = group * N + n
+    tl.store(out + row * NUMBERS + c, (v / top).to(tl.float16), mask=c < NUMBERS)
+    tl.store(scale + row, top)
 
 
-def half_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _launch_rows(x: Tensor, out: Tensor, scale: Tensor, nodes: int, strides: tuple[int, int]) -> None:
+    if x.numel():
+        numbers = x.numel() // scale.numel()
+        block = next_power(numbers)
+        grid = nodes, scale.numel() // nodes
+        warps = 8 if block > 2048 else 4
+        _half_rows_kernel[grid](x, out, scale, nodes, *strides, NUMBERS=numbers, BLOCK=block, num_warps=warps)
+
+
+def half_rows(x: Tensor) -> Rows:
     """x [N, ...] as float16 numbers of at most 1, and each row's factor [N], float32. x: float32, contiguous."""
     out, scale = torch.empty_like(x, dtype=torch.float16), x.new_empty(x.shape[0])
-    if x.numel():
-        numbers = x[0].numel()
-        block = next_power(numbers)
-        warps = 8 if block > 2048 else 4
-        _half_rows_kernel[(x.shape[0],)](x, out, scale, NUMBERS=numbers, BLOCK=block, num_warps=warps)
-    return out, scale
+    _launch_rows(x, out, scale, x.shape[0], (x.stride(0), 0))
+    return Rows(out, scale)
+
+
+def half_matrices(x: Tensor) -> Rows:
+    """x [A, N, C] row by row, with factors [A, N]; the result is contiguous. x: any strides but of columns."""
+    out, scale = torch.empty(x.shape, dtype=torch.float16, device=x.device), x.new_empty(x.shape[:2])
+    _launch_rows(x, out, scale, x.shape[1], (x.stride(1), x.stride(0)))
+    return Rows(out, scale)
 
 
 def half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,22 +81,41 @@ def _half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale.view(-1, *[1] * (weight.ndim - 1))).half(), scale
 
 
-def half_product(x: Tensor, weight: Tensor, degrees: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """out [B, n, O] = x [B, n, I] times weight [B, I, O] (any strides) times degrees [B], plus bias [B, O].
+@triton.jit
+def _from_products_kernel(
+    x, rows, groups, bias, beside, out, stride, group_stride, row_stride, row_group_stride, out_stride,
+    out_group_stride, C, BIAS: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    factor = tl.load(rows + n * row_stride + m * row_group_stride) * tl.load(groups + m)
+    v = tl.load(x + n * stride + m * group_stride + c, mask=c < C, other=0.0).to(tl.float32) * factor
+    if BIAS:
+        v += tl.load(bias + m * C + c, mask=c < C, other=0.0)
+    at = n * out_stride + m * out_group_stride + c
+    if BESIDE:
+        v += tl.load(beside + at, mask=c < C, other=0.0)
+    tl.store(out + at, v, mask=c < C)
 
-    x, degrees, bias, out: float32, x contiguous but for the order of B and n; weight: of :func:`half_weight`. A sum of
-    I numbers of at most 1 stays far from float16's 65,504. No gradient.
+
+def from_products(
+    products: Tensor,
+    factor: Tensor,
+    groups: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
+    """out [N, M, C] = products of float16 rows and weights times factor [N] or [N, M] and groups [M], plus bias [M, C].
+
+    products [N, M, C] and out, float32: any strides that keep columns together. beside: with out's strides, added too.
     """
-    if not out.numel():
-        return out
-    nodes_first = not x.is_contiguous()
-    x = x.transpose(0, 1).contiguous() if nodes_first else x
-    rows, scale = half_rows(x.flatten(0, 1))
-    rows, scale = rows.view_as(x), scale.view(x.shape[:2])
-    if nodes_first:
-        rows, scale = rows.transpose(0, 1), scale.t()
-    y = torch.bmm(rows, weight)
-    factor = (scale * degrees.unsqueeze(1)).unsqueeze(-1)
-    if bias is None:
-        return torch.mul(y, factor, out=out)
-    return torch.addcmul(bias.unsqueeze(1), y, factor, out=out)
+    if out.numel():
+        nodes, matrices, columns = out.shape
+        of_group = factor.stride(1) if factor.ndim == 2 else 0
+        _from_products_kernel[nodes, matrices](
+            products, factor, groups, out if bias is None else bias, out if beside is None else beside, out,
+            *products.stride()[:2], factor.stride(0), of_group, *out.stride()[:2], columns, BIAS=bias is not None,
+            BESIDE=beside is not None, BLOCK=next_power(columns), num_warps=1 if columns <= 512 else 4,
+        )  # fmt: skip
+    return out

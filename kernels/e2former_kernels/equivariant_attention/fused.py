@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.half import half_products, half_rows
+from e2former_kernels.common.half import Rows, half_products, half_rows
 from e2former_kernels.common.plan import EdgeChunk, edge_elements
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
@@ -60,18 +60,6 @@ class Edges(NamedTuple):
     source: Tensor
 
 
-class Rows(NamedTuple):
-    """Rows of atoms, [N, ...], and each row's factor where they are float16."""
-
-    numbers: Tensor
-    factor: Tensor | None
-
-    def of(self, nodes: slice) -> tuple[Tensor, Tensor]:
-        """The arguments of a kernel for some nodes."""
-        numbers = self.numbers[nodes]
-        return numbers, numbers if self.factor is None else self.factor[nodes]
-
-
 EVERY = slice(None)
 
 
@@ -83,7 +71,7 @@ class Statistics(NamedTuple):
 
 
 def _rows(x: Tensor, half: bool) -> Rows:
-    return Rows(*half_rows(x)) if half else Rows(x, None)
+    return half_rows(x) if half else Rows(x, None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,22 +10,37 @@ from torch import Tensor
 
 from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.registered import register
+from e2former_kernels.common.half import half_products
+from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.step import node_plan, run_step
+from e2former_kernels.feedforward.half import half_gradient, half_value
 from e2former_kernels.feedforward.passes import Weights, gradients, value
 from e2former_kernels.feedforward.reference import gated_feedforward_reference
+
+
+def _half(x: Tensor, weights: Weights) -> bool:
+    return half_products(x) and not any(w.requires_grad for w in weights)
 
 
 @dataclass(frozen=True)
 class _FeedForward:
     plan: Plan
+    residual: bool
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        return value(tensors[0].contiguous(), Weights(*tensors[1:]))
+        x, weights = tensors[0].contiguous(), Weights(*tensors[1:])
+        if _half(x, weights):
+            return half_value(x, weights, self.residual)
+        out = value(x, weights)
+        return out.add_(x) if self.residual else out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        weights = Weights(*tensors[1:])
-        by_x, by_weights, _ = gradients(grad.contiguous(), tensors[0].contiguous(), None, weights, any(wanted))
+        grad, x, weights = grad.contiguous(), tensors[0].contiguous(), Weights(*tensors[1:])
+        if _half(x, weights):
+            return [half_gradient(grad, x, weights, self.residual)]
+        by_x, by_weights, _ = gradients(grad, x, None, weights, any(wanted))
+        if self.residual:
+            by_x.add_(grad)
         found = [by_x, *(by_weights or ())]
         return [found[n] for n in wanted]
 
@@ -36,11 +52,11 @@ class _FeedForward:
         x, x_dot = tensors[0].contiguous(), cotangents[0].contiguous()
         by_weights = any(n > 1 for n in again)
         by_x, by_weights, change = gradients(grad.contiguous(), x, x_dot, Weights(*tensors[1:]), by_weights)
-        found = [change, by_x, *(by_weights or ())]
+        found = [change.add_(x_dot) if self.residual else change, by_x, *(by_weights or ())]
         return [found[n] for n in again]
 
 
-def _step(x: Tensor, *weights: Tensor) -> _FeedForward:
+def _step(residual: bool, x: Tensor, *weights: Tensor) -> _FeedForward:
     norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2 = weights
     degrees, channels = norm_weight.shape[0], x.shape[-1]
     gates, square = degrees * channels, ("lmax+1, C, C", (degrees, channels, channels))
@@ -51,17 +67,20 @@ def _step(x: Tensor, *weights: Tensor) -> _FeedForward:
         gate_weight=(gate_weight, "(lmax+1) C, C", (gates, channels)), gate_bias=(gate_bias, "(lmax+1) C", (gates,)),
         weight2=(weight2, *square), bias2=(bias2, "C", (channels,)),
     )  # fmt: skip
-    return _FeedForward(node_plan(gated_feedforward_reference, [x], list(weights)))
+    function = functools.partial(gated_feedforward_reference, residual=residual)
+    return _FeedForward(node_plan(function, [x], list(weights)), residual)
 
 
-_registered = register(
-    "gated_feedforward", lambda tensors, *_: _step(*tensors), lambda tensors, *_: tensors[0].new_empty(tensors[0].shape)
-)
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _FeedForward:
+    return _step(bool(settings.integers[0]), *tensors)
+
+
+_registered = register("gated_feedforward", _make_step, lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
 
 
 @torch.compiler.disable()
-def _run(*tensors: Tensor) -> Tensor:
-    return run_step(_step(*tensors), list(tensors))
+def _run(residual: bool, *tensors: Tensor) -> Tensor:
+    return run_step(_step(residual, *tensors), list(tensors))
 
 
 def gated_feedforward(
@@ -74,11 +93,15 @@ def gated_feedforward(
     gate_bias: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    residual: bool = False,
 ) -> Tensor:
     """The function of :func:`gated_feedforward_reference` with Triton kernels; differentiable to any order.
 
+    residual: plus x, without another pass over either where weights are frozen and TF32 is allowed (``half.py``).
     Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under
     torch.compile: see :mod:`e2former_kernels.common.registered`.
     """
     tensors = (x, norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
-    return _registered(tensors) if torch.compiler.is_compiling() else _run(*tensors)
+    if torch.compiler.is_compiling():
+        return _registered(list(tensors), settings=Settings([int(residual)]))
+    return _run(residual, *tensors)

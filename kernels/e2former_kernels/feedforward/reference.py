@@ -25,10 +25,12 @@ def gated_feedforward_reference(
     gate_bias: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    residual: bool = False,
 ) -> Tensor:
     r"""The authors' ``s3`` feed-forward on the norm of its input (SPEC sections 6.1 and 6.8).
 
-    h = norm(x); y = W1 h + b1; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; then W2 z + b2.
+    h = norm(x); y = W1 h + b1; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; then W2 z + b2,
+    and x as well with ``residual``.
 
     x: [N, (L+1)^2, C]; norm_weight: [L+1, C]; norm_bias: [C]; weight1, weight2: [L+1, C, C]; gate_weight:
     [(L+1) C, C]. Returns the shape of x.
@@ -41,4 +43,5 @@ def gated_feedforward_reference(
     for degree in range(1, degrees):
         gate = SIGMOID_SCALE * torch.sigmoid(gates[:, degree : degree + 1])
         parts.append(gate * y[:, degree * degree : (degree + 1) ** 2])
-    return so3_linear(torch.cat(parts, 1), weight2, bias2)
+    out = so3_linear(torch.cat(parts, 1), weight2, bias2)
+    return x + out if residual else out

@@ -10,7 +10,9 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.degree_sums import degree_sums
+from e2former_kernels.common.half import Rows
 from e2former_kernels.common.tiles import next_power
+from e2former_kernels.norm.half_kernel import norm_rows_kernel, norm_rows_reverse_kernel
 from e2former_kernels.norm.kernel import norm_kernel, norm_reverse_kernel, norm_tangent_kernel
 from e2former_kernels.norm.reference import NORM_EPS
 
@@ -86,3 +88,23 @@ def launch_norm_reverse(
     if not by_weight:
         return out, None
     return out, degree_sums(sums.sum(0))
+
+
+def launch_norm_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Rows:
+    """The norm of x [N, M, C], contiguous, as float16 rows with a factor per node."""
+    rows = Rows(torch.empty_like(x, dtype=torch.float16), x.new_empty(x.shape[0]))
+    if x.numel():
+        norm_rows_kernel[(x.shape[0],)](x, weight.contiguous(), bias.contiguous(), *rows, **_constants(x, weight))
+    return rows
+
+
+def launch_norm_rows_reverse(
+    x: Tensor, weight: Tensor, grad: Rows, row_factors: Tensor, beside: Tensor | None, out: Tensor
+) -> Tensor:
+    """Gradient by x of <grad, norm>, plus ``beside``, into out; all [N, M, C], contiguous. row_factors: [M]."""
+    if x.numel():
+        norm_rows_reverse_kernel[(x.shape[0],)](
+            *grad, row_factors, x if beside is None else beside, x, weight.contiguous(), out, BESIDE=beside is not None,
+            **_constants(x, weight),
+        )  # fmt: skip
+    return out

@@ -1,7 +1,6 @@
 """Triton kernels between the matrix products of the invariants.
 
 With TANGENT they take along the derivative of everything in a given direction of h (T = 2: value, tangent), else T = 1.
-With HALF the products are float16 (common/half.py): those of node n and degree l are P times rows[n] degrees[l].
 """
 
 from __future__ import annotations
@@ -10,20 +9,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _factors(at, G, inside, factor, HALF: tl.constexpr):
-    """The two factors of a row of s."""
-    first = tl.load(at, mask=inside, other=0.0)
-    second = tl.load(at + G, mask=inside, other=0.0)
-    if HALF:
-        first = first.to(tl.float32) * factor
-        second = second.to(tl.float32) * factor
-    return first, second
-
-
 @triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
 def invariants_kernel(
-    both, bias, out, rows, degrees, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr, HALF: tl.constexpr
+    both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr
 ):  # fmt: skip
     """s[n, l, g] = sum over m of degree l of (P[m, n, g] + delta_l0 b[g]) P[m, n, G + g], and its tangent.
 
@@ -40,17 +28,13 @@ def invariants_kernel(
     if TANGENT:
         T = 2
     column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
-    factor = 1.0
-    if HALF:
-        row = tl.load(rows + n)
     for l in tl.static_range(D):
-        if HALF:
-            factor = row * tl.load(degrees + l)
         total = tl.zeros([BG], dtype=out.dtype.element_ty)
         total_dot = tl.zeros([BG], dtype=out.dtype.element_ty)
         for m in tl.static_range(l * l, (l + 1) * (l + 1)):
             at = both + m * step + n * 2 * G + g
-            first, second = _factors(at, G, inside, factor, HALF)
+            first = tl.load(at, mask=inside, other=0.0)
+            second = tl.load(at + G, mask=inside, other=0.0)
             if l == 0:
                 first += b
             total += first * second
@@ -65,13 +49,11 @@ def invariants_kernel(
 
 @triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
 def invariants_backward_kernel(
-    both, bias, grad, rows, degrees, bounds, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr,
-    WEIGHTS: tl.constexpr, HALF: tl.constexpr,
+    both, bias, grad, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr
 ):  # fmt: skip
     """In place: P becomes the gradient by P. both, grad: as input and output of invariants_kernel.
 
-    Without WEIGHTS the tangent's part of P, which then nobody needs the gradient of, stays. HALF: what is stored is the
-    gradient over bounds[n], the largest that it can be.
+    Without WEIGHTS the tangent's part of P, which then nobody needs the gradient of, stays.
     """
     n = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * BG + tl.arange(0, BG)
@@ -84,19 +66,14 @@ def invariants_backward_kernel(
     if TANGENT:
         T = 2
     column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
-    factor = 1.0
-    if HALF:
-        row = tl.load(rows + n)
-        inverse = 1.0 / tl.load(bounds + n)
     for l in tl.static_range(D):
-        if HALF:
-            factor = row * tl.load(degrees + l)
         s = tl.load(grad + column + l * width, mask=inside, other=0.0)
         if TANGENT:
             s_dot = tl.load(grad + column + (N.to(tl.int64) * D + l) * width, mask=inside, other=0.0)
         for m in tl.static_range(l * l, (l + 1) * (l + 1)):
             at = both + m * step + n * 2 * G + g
-            first, second = _factors(at, G, inside, factor, HALF)
+            first = tl.load(at, mask=inside, other=0.0)
+            second = tl.load(at + G, mask=inside, other=0.0)
             if l == 0:
                 first += b
             to_first = s * second
@@ -108,8 +85,5 @@ def invariants_backward_kernel(
                 if WEIGHTS:
                     tl.store(at_dot, s_dot * second, mask=inside)
                     tl.store(at_dot + G, s_dot * first, mask=inside)
-            if HALF:
-                to_first = (to_first * inverse).to(tl.float16)
-                to_second = (to_second * inverse).to(tl.float16)
             tl.store(at, to_first, mask=inside)
             tl.store(at + G, to_second, mask=inside)

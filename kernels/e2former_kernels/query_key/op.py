@@ -13,6 +13,7 @@ from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.half import half_products
 from e2former_kernels.common.registered import register
 from e2former_kernels.common.step import node_plan, run_step
+from e2former_kernels.query_key.half import query_key_gradient, query_key_value
 from e2former_kernels.query_key.passes import forward_run, gradients, outputs, row_weights, runs
 from e2former_kernels.query_key.reference import QueryKeyWeights, check_query_key, query_key_reference
 
@@ -28,8 +29,10 @@ class _QueryKey:
     def forward(self, tensors: list[Tensor]) -> Tensor:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
+        if _half(h, weights):
+            return query_key_value(h, weights).transpose(0, 1)
         out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
-        rows = row_weights(weights, _half(h, weights))
+        rows = row_weights(weights)
         for run in runs(h, rows, 1):
             outputs(forward_run(h[run.nodes], None, rows).hidden[:, 0], rows, out[:, run.nodes])
         return out.transpose(0, 1)  # in memory queries and keys lie apart, as the attention reads them
@@ -37,7 +40,9 @@ class _QueryKey:
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
-        by_h, by_weights, _ = gradients(grad.contiguous(), h, None, weights, any(wanted), _half(h, weights))
+        if _half(h, weights):
+            return [query_key_gradient(grad.contiguous(), h, weights)]
+        by_h, by_weights, _ = gradients(grad.contiguous(), h, None, weights, any(wanted))
         found = [by_h, *(by_weights or ())]
         return [found[n] for n in wanted]
 

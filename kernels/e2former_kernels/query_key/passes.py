@@ -3,13 +3,12 @@ r"""Queries and keys, their gradients and second derivatives without a graph, on
 With c the cotangent of the gradient by h, the second derivative is that of L = <c, gradient> = <grad, J c>: a forward
 pass with the tangent :math:`\dot q` = J c along :math:`\dot h` = c, which is dL by ``grad``, then one reverse pass
 over value and tangent. Without a tangent the same reverse pass gives the first derivative. Products of size rows x 4 G
-(one of the value, one of the tangent) exist for a bounded run of nodes only. They are most of the operation's time, and
-bound by memory: where weights are frozen and TF32 is allowed they are made and kept in float16 (``common/half.py``).
+(one of the value, one of the tangent) exist for a bounded run of nodes only. ``half.py`` has the passes of frozen
+weights where TF32 is allowed.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,9 +16,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.degree_sums import degree_sums
-from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows
-from e2former_kernels.common.half import half_product, half_rows, half_weight
 from e2former_kernels.common.radial_second_kernel import second_pair_backward_kernel, second_pair_kernel
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import NodeRun, node_runs
@@ -31,7 +28,6 @@ from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 # a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
 LEAST_BYTES = 1 << 27
 MOST_BYTES = 1 << 29
-SMALLEST = 1e-37  # bound of a gradient that is zero
 TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
 MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
 
@@ -43,19 +39,13 @@ class Run(NamedTuple):
     invariants: Tensor  # [2, T, n, (L+1) G]
     middle: Tensor  # products of the hidden layer, [2, T, n, G]
     hidden: Tensor  # results of the hidden layer, [2, T, n, G]
-    factors: Tensor | None  # [n], of the rows of P where it is float16
 
 
 class RowWeights(NamedTuple):
-    """Weights as the products take them. rows: of every row, [M, 4 G, C]. The rest for float16 (``common/half.py``)."""
+    """Weights as the products take them. rows: of every row, [M, 4 G, C]."""
 
     given: QueryKeyWeights
     rows: Tensor
-    degrees: Tensor | None = None  # [L+1], factors of ``rows``
-    row_factors: Tensor | None = None  # [M], the same for every row
-    largest: tuple[Tensor, Tensor] | None = None  # of ``degrees`` and of the first factors' bias
-    hidden: tuple[Tensor, Tensor] | None = None
-    out: tuple[Tensor, Tensor] | None = None
 
 
 class Gradients(NamedTuple):
@@ -74,45 +64,25 @@ def runs(h: Tensor, row_weights: RowWeights, parts: int) -> list[NodeRun]:
     return node_runs(h.shape[0], max(-(-budget // node), 16)) if h.numel() else []
 
 
-def row_weights(weights: QueryKeyWeights, half: bool) -> RowWeights:
-    """half: in float16."""
-    if not half:
-        return RowWeights(weights, so3_rows(weights.weight))
-    weight, degrees = half_weight(weights.weight)
-    largest = derived("max", degrees, torch.max), derived("max of |.|", weights.bias, lambda b: b.abs().max())
-    hidden, out = half_weight(weights.hidden_weight), half_weight(weights.out_weight)
-    return RowWeights(weights, so3_rows(weight), degrees, so3_rows(degrees), largest, hidden, out)
-
-
-def _hidden(x: Tensor, row_weights: RowWeights, transpose: bool, out: Tensor) -> None:
-    """x [2, n, (L+1) G] times the hidden layer's weights into out [2, n, G]; ``transpose``: the other way round."""
-    if row_weights.hidden is None:
-        weight = row_weights.given.hidden_weight
-        torch.bmm(x, weight if transpose else weight.transpose(1, 2), out=out)
-    else:
-        weight, factors = row_weights.hidden
-        half_product(x, weight if transpose else weight.transpose(1, 2), factors, out)
+def row_weights(weights: QueryKeyWeights) -> RowWeights:
+    """The weights with those of every row."""
+    return RowWeights(weights, so3_rows(weights.weight))
 
 
 def outputs(hidden: Tensor, row_weights: RowWeights, out: Tensor) -> None:
     """The last linear layer. hidden: [2, n, G]; out: [2, n, O], any strides."""
-    bias = row_weights.given.out_bias
-    if row_weights.out is None:
-        torch.baddbmm(bias.unsqueeze(1), hidden, row_weights.given.out_weight.transpose(1, 2), out=out)
-    else:
-        weight, factors = row_weights.out
-        half_product(hidden, weight.transpose(1, 2), factors, out, bias)
+    given = row_weights.given
+    torch.baddbmm(given.out_bias.unsqueeze(1), hidden, given.out_weight.transpose(1, 2), out=out)
 
 
-def _invariants(kernel, both: Tensor, bias: Tensor, s: Tensor, *factors: Tensor | None, **constants: bool) -> None:
+def _invariants(kernel, both: Tensor, bias: Tensor, s: Tensor, **constants: bool) -> None:
     parts, rows, nodes, _ = both.shape
     width = bias.shape[0]
     block = min(next_power(width), 1024)
     degrees = round(rows**0.5)
     kernel[nodes, triton.cdiv(width, block)](
-        both, bias, s, *(s if f is None else f for f in factors), nodes, width, D=degrees, BG=block,
-        TANGENT=parts == 2, HALF=factors[0] is not None, **constants,
-    )  # fmt: skip
+        both, bias, s, nodes, width, D=degrees, BG=block, TANGENT=parts == 2, **constants
+    )
 
 
 def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
@@ -129,27 +99,24 @@ def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
 
 
 def forward_run(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Run:
-    """All but the last product, for the nodes of a run. h, h_dot: [n, M, C]; float16 products take no h_dot."""
+    """All but the last product, for the nodes of a run. h, h_dot: [n, M, C]."""
     nodes, rows, _ = h.shape
-    weights, weight, degrees = row_weights[:3]
-    given, factors = [h] if h_dot is None else [h, h_dot], None
-    if degrees is not None:
-        x, factors = half_rows(h)
-        given = [x]
+    weights, weight = row_weights
+    given = [h] if h_dot is None else [h, h_dot]
     parts = len(given)
-    both = torch.empty(parts, rows, nodes, weight.shape[1], dtype=weight.dtype, device=h.device)
+    both = h.new_empty(parts, rows, nodes, weight.shape[1])
     for x, products in zip(given, both, strict=True):
         apply_so3(x, weight, False, products.transpose(0, 1))
     _, width, inputs = weights.hidden_weight.shape
     s = h.new_empty(2, parts, nodes, inputs)
-    _invariants(invariants_kernel, both, weights.bias, s, factors, degrees)
+    _invariants(invariants_kernel, both, weights.bias, s)
     middle, hidden = (h.new_empty(2, parts, nodes, width) for _ in range(2))
-    _hidden(s.flatten(1, 2), row_weights, False, middle.flatten(1, 2))
+    torch.bmm(s.flatten(1, 2), weights.hidden_weight.transpose(1, 2), out=middle.flatten(1, 2))
     grid, constants, _ = _launch(middle, False)
     second_pair_kernel[grid](
         middle, weights.hidden_bias, weights.norm_weight, weights.norm_bias, hidden, **constants
     )  # fmt: skip
-    return Run(both, s, middle, hidden, factors)
+    return Run(both, s, middle, hidden)
 
 
 def _reverse_run(
@@ -162,8 +129,8 @@ def _reverse_run(
     sums: RunSums | None,
 ) -> None:
     """Writes the gradient by h, and adds those by the weights to ``sums``. Uses up ``run``. grad: [2, n, O]."""
-    both, s, up, hidden, factors = run
-    weights, weight, degrees = row_weights[:3]
+    both, s, up, hidden = run
+    weights, weight = row_weights
     if sums is not None:
         sums.add_product("out_weight", grad.transpose(1, 2), hidden[:, -1])
         if h_dot is None:
@@ -171,10 +138,7 @@ def _reverse_run(
     # nothing reads run.hidden any more: it becomes the gradient by itself, which is zero for a value beside its tangent
     if h_dot is not None:
         hidden[:, 0].zero_()
-    if row_weights.out is None:
-        torch.bmm(grad, weights.out_weight, out=hidden[:, -1])
-    else:
-        half_product(grad, *row_weights.out, hidden[:, -1])
+    torch.bmm(grad, weights.out_weight, out=hidden[:, -1])
     grid, constants, steps = _launch(up, sums is not None)
     terms = up if sums is None else up.new_empty(grid[0], 3, *weights.hidden_bias.shape)
     second_pair_backward_kernel[grid](
@@ -184,39 +148,24 @@ def _reverse_run(
     if sums is not None:
         sums.add("rows", terms.sum(0))
         sums.add_product("hidden_weight", up.flatten(1, 2).transpose(1, 2), s.flatten(1, 2))
-    _hidden(up.flatten(1, 2), row_weights, True, s.flatten(1, 2))
-    bounds = None
-    if factors is not None:  # numbers of P are at most the channels, those of h and weight at most 1
-        largest_degree, largest_bias = row_weights.largest
-        largest = torch.addcmul(largest_bias, largest_degree, factors, value=h.shape[-1])
-        bounds = (torch.linalg.vector_norm(s, math.inf, (0, 1, 3)) * largest).clamp(min=SMALLEST)
-    _invariants(
-        invariants_backward_kernel, both, weights.bias, s, factors, degrees, bounds, WEIGHTS=sums is not None
-    )  # fmt: skip
-    products = both[0].transpose(0, 1)
-    if bounds is None:
-        apply_so3(products, weight, True, by_h)
-    else:
-        x = apply_so3(products, weight, True, torch.empty_like(by_h, dtype=both.dtype))
-        torch.mul(x, (bounds.unsqueeze(1) * row_weights.row_factors).unsqueeze(-1), out=by_h)
+    torch.bmm(up.flatten(1, 2), weights.hidden_weight, out=s.flatten(1, 2))
+    _invariants(invariants_backward_kernel, both, weights.bias, s, WEIGHTS=sums is not None)
+    apply_so3(both[0].transpose(0, 1), weight, True, by_h)
     if sums is not None:
         sums.add("bias", both[0, 0, :, : weights.bias.shape[0]].sum(0))
         for x, products in zip([h] if h_dot is None else [h, h_dot], both, strict=True):
             add_so3_outer(sums, "weight", products.transpose(0, 1), x)
 
 
-def gradients(
-    grad: Tensor, h: Tensor, h_dot: Tensor | None, weights: QueryKeyWeights, by_weights: bool, half: bool = False
-) -> Gradients:
+def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, weights: QueryKeyWeights, by_weights: bool) -> Gradients:
     """Gradients of <grad, value at h>, or of <grad, tangent along h_dot>, by h and, where asked for, the weights.
 
-    half: float16 products, for the value alone.
     grad: [N, 2, O]; h, h_dot: [N, M, C]; all contiguous.
     """
     by_h = torch.empty_like(h)
     tangent = None if h_dot is None else torch.empty_like(grad)
     sums = RunSums() if by_weights else None
-    rows = row_weights(weights, half)
+    rows = row_weights(weights)
 
     def of_run(nodes: slice) -> None:  # a function: nothing of a run is there when the next begins
         part_dot = None if h_dot is None else h_dot[nodes]

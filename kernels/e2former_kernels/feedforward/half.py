@@ -1,0 +1,130 @@
+r"""The gated feed-forward network and its gradient by x with float16 products: frozen weights where TF32 is allowed.
+
+Rows go from kernel to product as float16 with a factor per node (``common/half.py``). Only the gates read row 0 of the
+first linear map, so with frozen weights both maps are one: :math:`G = (W_g W_0) h_0 + W_g b_1 + b_g`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from e2former_kernels.common.derived import derived
+from e2former_kernels.common.grouped_linear import apply_so3, float32_products, so3_rows
+from e2former_kernels.common.half import Rows, from_products, half_rows, half_weight
+from e2former_kernels.common.step import node_runs
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.feedforward import half_kernel as kernel
+from e2former_kernels.feedforward.passes import Weights
+from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE
+from e2former_kernels.norm.passes import launch_norm_rows, launch_norm_rows_reverse
+
+
+class HalfWeights(NamedTuple):
+    """Weights as the products take them: of rows, with factors of degrees.
+
+    first: [M-1, C, C], of the rows behind row 0; gates: [1, (L+1) C, C]; second: [M, C, C].
+    """
+
+    given: Weights
+    first: Rows
+    gates: Rows
+    gate_bias: Tensor  # [(L+1) C]
+    second: Rows
+    back: Tensor  # [M], factors of the rows of the gradient by h
+    last: Tensor  # [M], those of the result
+    last_bias: Tensor  # [M, C], zero but for row 0
+
+
+def half_weights(weights: Weights) -> HalfWeights:
+    """All of ``weights`` frozen."""
+
+    def folded(gate_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with float32_products():
+            both = (gate_weight @ weights.weight1[0]).unsqueeze(0)
+            bias = torch.addmv(weights.gate_bias, gate_weight, weights.bias1)
+        return *half_weight(both), bias
+
+    others = [weights.weight1, weights.bias1, weights.gate_bias]
+    gates, gate_factor, gate_bias = derived("folded gates", weights.gate_weight, folded, others)
+    first, first_degrees = half_weight(weights.weight1)
+    second, second_degrees = half_weight(weights.weight2)
+
+    def behind(_: Tensor) -> tuple[Tensor, Tensor]:
+        rows = so3_rows(first_degrees)
+        return so3_rows(first)[1:], torch.cat([gate_factor, rows[1:]])
+
+    rows, back = derived("behind row 0", weights.weight1, behind, [weights.gate_weight])
+
+    def padded(bias: Tensor) -> Tensor:
+        return torch.cat([bias.unsqueeze(0), bias.new_zeros(back.shape[0] - 1, bias.shape[0])])
+
+    return HalfWeights(
+        weights,
+        Rows(rows, first_degrees),
+        Rows(gates, gate_factor),
+        gate_bias,
+        Rows(so3_rows(second), second_degrees),
+        back,
+        so3_rows(second_degrees),
+        derived("padded", weights.bias2, padded),
+    )
+
+
+def _launch(x: Tensor) -> dict:
+    """Constants of the gate kernels, whose programs have all channels of a node. x: [n, M, C]."""
+    _, rows, channels = x.shape
+    block = next_power(channels)
+    warps = min(max(block // 256, 1), 8)
+    return {"SILU": SILU_SCALE, "SIGMOID": SIGMOID_SCALE, "D": round(rows**0.5), "BC": block, "num_warps": warps}
+
+
+def _first(x: Tensor, weights: HalfWeights) -> tuple[Rows, Tensor]:
+    """Products of the rows behind row 0, [n, M-1, C], with the nodes' factors, and those of the gates, [n, (L+1) C]."""
+    given = weights.given
+    h, factor = launch_norm_rows(x, given.norm_weight, given.norm_bias)
+    y = h.new_empty(x.shape[0], x.shape[1] - 1, x.shape[2])
+    torch.bmm(h[:, 1:].transpose(0, 1), weights.first.numbers.transpose(1, 2), out=y.transpose(0, 1))
+    return Rows(y, factor), h[:, 0] @ weights.gates.numbers[0].t()
+
+
+def _gate_arguments(y: Rows, gates: Tensor, weights: HalfWeights) -> tuple[Tensor, ...]:
+    return y.numbers, gates, y.factor, weights.first.factor, weights.gates.factor, weights.gate_bias
+
+
+def half_value(x: Tensor, weights: Weights, residual: bool) -> Tensor:
+    """The network on x [N, M, C], contiguous; plus x itself with ``residual``."""
+    out, half = torch.empty_like(x), half_weights(weights)
+    for run in node_runs(x.shape[0]) if x.numel() else ():
+        part = x[run.nodes]
+        y, gates = _first(part, half)
+        z = Rows(torch.empty_like(part, dtype=torch.float16), torch.empty_like(y.factor))
+        kernel.half_gate_kernel[(part.shape[0],)](
+            *_gate_arguments(y, gates, half), *z, part.shape[2], **_launch(part)
+        )  # fmt: skip
+        products = apply_so3(z.numbers, half.second.numbers, False, torch.empty_like(z.numbers))
+        from_products(products, z.factor, half.last, out[run.nodes], half.last_bias, part if residual else None)
+    return out
+
+
+def half_gradient(grad: Tensor, x: Tensor, weights: Weights, residual: bool) -> Tensor:
+    """Gradient by x of <grad, result>. grad, x: [N, M, C], contiguous."""
+    by_x, half = torch.empty_like(x), half_weights(weights)
+    for run in node_runs(x.shape[0]) if x.numel() else ():
+        part, by_out = x[run.nodes], grad[run.nodes]
+        y, gates = _first(part, half)
+        rows, factor = half_rows(by_out)
+        by_z = apply_so3(rows, half.second.numbers, True, torch.empty_like(rows))
+        common = torch.empty_like(factor)
+        kernel.half_gate_backward_kernel[(part.shape[0],)](
+            by_z, factor, half.second.factor, *_gate_arguments(y, gates, half), common, part.shape[2], **_launch(part)
+        )
+        by_h = rows  # nothing reads it any more
+        torch.mm(gates, half.gates.numbers[0], out=by_h[:, 0])
+        torch.bmm(y.numbers.transpose(0, 1), half.first.numbers, out=by_h[:, 1:].transpose(0, 1))
+        launch_norm_rows_reverse(
+            part, weights.norm_weight, Rows(by_h, common), half.back, by_out if residual else None, by_x[run.nodes]
+        )
+    return by_x

@@ -1,0 +1,165 @@
+r"""Queries and keys and their gradient by h with float16 products, for frozen weights where TF32 is allowed.
+
+The passes of ``passes.py`` without tangent and without weights. Products of size rows x 4 G are most of the operation's
+time and bound by memory; here they, and the rows of every other product, are float16 with a factor per row
+(``common/half.py``), which the kernels between the products read and write.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from e2former_kernels.common.derived import derived
+from e2former_kernels.common.grouped_linear import apply_so3, so3_rows
+from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight
+from e2former_kernels.common.step import node_runs
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.query_key import half_kernel as kernel
+from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
+
+# Working memory of a run of nodes, in bytes: half of the nodes' within these limits (see ``passes.py``).
+LEAST_BYTES = 1 << 27
+MOST_BYTES = 1 << 29
+SMALLEST = 1e-37  # bound of a gradient that is zero
+TILE_NUMBERS = 1024  # numbers of one tile of the hidden layer's kernels
+
+
+class HalfWeights(NamedTuple):
+    """Weights as the products take them. rows: [M, 4 G, C]; degrees: [L+1], their factors; row_factors: [M], the same.
+
+    largest: [2], products of a node are at most the first times its factor plus the second. hidden, out: [2, ...] with
+    factors [2].
+    """
+
+    given: QueryKeyWeights
+    rows: Tensor
+    degrees: Tensor
+    row_factors: Tensor
+    largest: Tensor
+    hidden: Rows
+    out: Rows
+
+
+class Run(NamedTuple):
+    """What a run of n nodes keeps for its gradient: products P [M, n, 4 G] and those of the hidden layer [2, n, G]."""
+
+    rows: Rows  # of h
+    both: Tensor
+    middle: Rows  # the factors are of the layer's inputs
+    hidden: Rows
+
+
+def half_weights(weights: QueryKeyWeights) -> HalfWeights:
+    """All of ``weights`` frozen."""
+    weight, degrees = half_weight(weights.weight)
+    channels = weights.weight.shape[-1]  # rows are at most 1, weights too
+
+    def largest(bias: Tensor) -> Tensor:
+        return torch.stack([channels * degrees.max(), bias.abs().max()])
+
+    bound = derived("largest product", weights.bias, largest, [weights.weight])
+    hidden, out = (Rows(*half_weight(w)) for w in (weights.hidden_weight, weights.out_weight))
+    return HalfWeights(weights, so3_rows(weight), degrees, so3_rows(degrees), bound, hidden, out)
+
+
+def _runs(h: Tensor, weights: HalfWeights) -> list[slice]:
+    node = h.shape[1] * weights.rows.shape[1] * weights.rows.element_size()
+    budget = min(max(h.shape[0] * node // 2, LEAST_BYTES), MOST_BYTES)
+    runs = node_runs(h.shape[0], max(-(-budget // node), 16)) if h.numel() else []
+    return [run.nodes for run in runs]
+
+
+def _invariants_launch(weights: HalfWeights) -> dict:
+    """All columns of a node in one program, which knows the largest."""
+    width, degrees = weights.given.bias.shape[0], weights.degrees.shape[0]
+    block = next_power(width)
+    return {"D": degrees, "BG": block, "num_warps": 8 if block > 1024 else 4}
+
+
+def _layer(nodes: int, weights: HalfWeights) -> tuple[tuple[int, int], dict]:
+    width = weights.given.hidden_bias.shape[1]
+    padded = next_power(width)
+    block = max(TILE_NUMBERS // padded, 1)
+    constants = {"EPS": LAYER_NORM_EPS, "BW": padded, "BE": block, "num_warps": 4}
+    return (triton.cdiv(nodes, block), 2), constants
+
+
+def _new_rows(like: Tensor, *shape: int) -> Rows:
+    numbers = torch.empty(shape, dtype=torch.float16, device=like.device)
+    return Rows(numbers, like.new_empty(shape[:2]))
+
+
+def _norm_weights(weights: HalfWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return weights.given.hidden_bias, weights.given.norm_weight, weights.given.norm_bias
+
+
+def _forward_run(h: Tensor, weights: HalfWeights) -> Run:
+    nodes, rows, _ = h.shape
+    width, inputs = weights.given.hidden_weight.shape[1:]
+    x = half_rows(h)
+    both = x.numbers.new_empty(rows, nodes, weights.rows.shape[1])
+    apply_so3(x.numbers, weights.rows, False, both.transpose(0, 1))
+    s, hidden = _new_rows(h, 2, nodes, inputs), _new_rows(h, 2, nodes, width)
+    columns = weights.given.bias.shape[0]
+    kernel.half_invariants_kernel[(nodes,)](
+        both, weights.given.bias, *s, x.factor, weights.degrees, nodes, columns, **_invariants_launch(weights)
+    )
+    middle = Rows(torch.bmm(s.numbers, weights.hidden.numbers.transpose(1, 2)), s.factor)
+    grid, constants = _layer(nodes, weights)
+    kernel.half_layer_kernel[grid](
+        *middle, weights.hidden.factor, *_norm_weights(weights), *hidden, nodes, width, **constants
+    )
+    return Run(x, both, middle, hidden)
+
+
+def _reverse_run(grad: Tensor, run: Run, weights: HalfWeights, by_h: Tensor) -> None:
+    """Writes the gradient by h. grad: [2, n, O]. Uses up ``run``."""
+    nodes, width = by_h.shape[0], weights.given.hidden_weight.shape[1]
+    columns = weights.given.bias.shape[0]
+    out = half_matrices(grad)
+    by_hidden = torch.bmm(out.numbers, weights.out.numbers)
+    up = run.hidden  # nothing reads it any more
+    grid, constants = _layer(nodes, weights)
+    kernel.half_layer_backward_kernel[grid](
+        by_hidden, out.factor, weights.out.factor, *run.middle, weights.hidden.factor, *_norm_weights(weights), *up,
+        nodes, width, **constants,
+    )  # fmt: skip
+    by_s = torch.bmm(up.numbers, weights.hidden.numbers)
+    bounds = by_h.new_empty(nodes)
+    kernel.half_invariants_backward_kernel[(nodes,)](
+        run.both, weights.given.bias, by_s, up.factor, weights.hidden.factor, run.rows.factor, weights.degrees,
+        weights.largest, bounds, nodes, columns, SMALLEST, **_invariants_launch(weights),
+    )  # fmt: skip
+    products = run.rows.numbers  # the same for these
+    apply_so3(run.both.transpose(0, 1), weights.rows, True, products)
+    from_products(products, bounds, weights.row_factors, by_h)
+
+
+def query_key_value(h: Tensor, weights: QueryKeyWeights) -> Tensor:
+    """Queries and keys, [2, N, O]. h: [N, M, C], contiguous."""
+    half = half_weights(weights)
+    out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
+    for nodes in _runs(h, half):
+        hidden = _forward_run(h[nodes], half).hidden
+        products = torch.bmm(hidden.numbers, half.out.numbers.transpose(1, 2))
+        from_products(
+            products.transpose(0, 1),
+            hidden.factor.t(),
+            half.out.factor,
+            out[:, nodes].transpose(0, 1),
+            weights.out_bias,
+        )
+    return out
+
+
+def query_key_gradient(grad: Tensor, h: Tensor, weights: QueryKeyWeights) -> Tensor:
+    """Gradient by h of <grad, queries and keys>. grad: [N, 2, O], rows of numbers contiguous; h: [N, M, C]."""
+    half = half_weights(weights)
+    by_h = torch.empty_like(h)
+    for nodes in _runs(h, half):
+        _reverse_run(grad[nodes].transpose(0, 1), _forward_run(h[nodes], half), half, by_h[nodes])
+    return by_h

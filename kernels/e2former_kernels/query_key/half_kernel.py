@@ -1,0 +1,170 @@
+"""Triton kernels between the float16 products of the invariants, for frozen weights where TF32 is allowed.
+
+A product is P times the factor of its node and that of its weight (``common/half.py``). What the next product reads
+leaves a kernel as float16 rows of at most 1, with their factor.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _one_if_zero(top):
+    return tl.where(top > 0.0, top, 1.0)
+
+
+@triton.jit
+def _degree_sum(both, g, inside, b, step, G, factor, L: tl.constexpr):
+    """Sum over the orders of degree L of the products of both factors."""
+    total = 0.0 * b
+    for m in tl.static_range(L * L, (L + 1) * (L + 1)):
+        first = tl.load(both + m * step + g, mask=inside, other=0.0).to(tl.float32) * factor
+        second = tl.load(both + m * step + G + g, mask=inside, other=0.0).to(tl.float32) * factor
+        if L == 0:
+            first += b
+        total += first * second
+    return total
+
+
+@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
+def half_invariants_kernel(
+    both, bias, out, out_factor, rows, degrees, N, G, D: tl.constexpr, BG: tl.constexpr
+):  # fmt: skip
+    """s[n, l, g] of one node as in kernel.py, as rows out [2, N, D, W], the query's and the key's, and factors [2, N].
+
+    Sums are made twice, to know the largest before any is stored: the second time P comes from a cache.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    nodes = N.to(tl.int64)
+    g = tl.arange(0, BG)
+    inside = g < G
+    step = nodes * 2 * G
+    b = tl.load(bias + g, mask=inside, other=0.0)
+    width = G // 2
+    of_key = g >= width
+    row = tl.load(rows + n)
+    at = both + n * 2 * G
+    top = 0.0 * b
+    for l in tl.static_range(D):
+        top = tl.maximum(top, tl.abs(_degree_sum(at, g, inside, b, step, G, row * tl.load(degrees + l), l)))
+    query_top = _one_if_zero(tl.max(tl.where(of_key, 0.0, top), axis=0))
+    key_top = _one_if_zero(tl.max(tl.where(of_key, top, 0.0), axis=0))
+    tl.store(out_factor + n, query_top)
+    tl.store(out_factor + nodes + n, key_top)
+    inverse = 1.0 / tl.where(of_key, key_top, query_top)
+    to = out + tl.where(of_key, (nodes + n) * D * width + g - width, n * D * width + g)
+    for l in tl.static_range(D):
+        total = _degree_sum(at, g, inside, b, step, G, row * tl.load(degrees + l), l)
+        tl.store(to + l * width, (total * inverse).to(tl.float16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def half_invariants_backward_kernel(
+    both, bias, grad, grad_factor, weights, rows, degrees, largest, bounds, N, G, smallest,
+    D: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """In place: P becomes the gradient by P over bounds[n], the largest that it can be.
+
+    grad: [2, N, D, W], products with factors grad_factor [2, N] and weights [2]. largest: two numbers a, b; products of
+    a node are at most a rows[n] + b.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    nodes = N.to(tl.int64)
+    g = tl.arange(0, BG)
+    inside = g < G
+    step = nodes * 2 * G
+    b = tl.load(bias + g, mask=inside, other=0.0)
+    width = G // 2
+    of_key = g >= width
+    row = tl.load(rows + n)
+    by_query = tl.load(grad_factor + n) * tl.load(weights)
+    by_key = tl.load(grad_factor + nodes + n) * tl.load(weights + 1)
+    scale = tl.where(of_key, by_key, by_query)
+    column = grad + tl.where(of_key, (nodes + n) * D * width + g - width, n * D * width + g)
+    top = 0.0 * b
+    for l in tl.static_range(D):
+        top = tl.maximum(top, tl.abs(tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale))
+    bound = tl.max(top, axis=0) * (tl.load(largest) * row + tl.load(largest + 1))
+    bound = tl.maximum(bound, smallest)
+    tl.store(bounds + n, bound)
+    for l in tl.static_range(D):
+        factor = row * tl.load(degrees + l)
+        s = tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale
+        for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+            at = both + m * step + n * 2 * G + g
+            first = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
+            second = tl.load(at + G, mask=inside, other=0.0).to(tl.float32) * factor
+            if l == 0:
+                first += b
+            # s over the bound first: it is finite where products of large numbers are not
+            tl.store(at, (s / bound * second).to(tl.float16), mask=inside)
+            tl.store(at + G, (s / bound * first).to(tl.float16), mask=inside)
+
+
+@triton.jit
+def _normal(x, factor, bias, n, c, W, E, EPS: tl.constexpr):
+    """LayerNorm without its affine map, of the products of rows n, and the inverse deviation."""
+    here = (n[:, None] < E) & (c[None, :] < W)
+    v = tl.load(x + n[:, None] * W + c[None, :], mask=here, other=0.0).to(tl.float32) * factor[:, None]
+    v = tl.where(here, v + bias[None, :], 0.0)
+    v = tl.where(here, v - (tl.sum(v, axis=1) / W)[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / W + EPS)
+    return v * inverse[:, None], inverse
+
+
+@triton.jit
+def _store_rows(y, out, out_factor, n, c, W, E):
+    """Rows as float16 with their factor."""
+    top = _one_if_zero(tl.max(tl.abs(y), axis=1))
+    here = (n[:, None] < E) & (c[None, :] < W)
+    tl.store(out + n[:, None] * W + c[None, :], (y / top[:, None]).to(tl.float16), mask=here)
+    tl.store(out_factor + n, top, mask=n < E)
+
+
+@triton.jit
+def half_layer_kernel(
+    x, x_factor, weights, bias, norm_weight, norm_bias, out, out_factor, N, W,
+    EPS: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """SiLU(LN(x + b)) of products x [2, N, W] with factors x_factor [2, N] and weights [2]; rows out with factors."""
+    group = tl.program_id(1)
+    n = tl.program_id(0) * BE + tl.arange(0, BE)
+    c = tl.arange(0, BW)
+    inside = c < W
+    first = group.to(tl.int64) * N
+    factor = tl.load(x_factor + first + n, mask=n < N, other=0.0) * tl.load(weights + group)
+    b = tl.load(bias + group * W + c, mask=inside, other=0.0)
+    normal, _ = _normal(x + first * W, factor, b, n.to(tl.int64), c, W, N, EPS)
+    gamma = tl.load(norm_weight + group * W + c, mask=inside, other=0.0)
+    t = normal * gamma[None, :] + tl.load(norm_bias + group * W + c, mask=inside, other=0.0)[None, :]
+    y = t / (1.0 + tl.exp(-t))
+    _store_rows(y, out + first * W, out_factor + first, n.to(tl.int64), c, W, N)
+
+
+@triton.jit
+def half_layer_backward_kernel(
+    grad, grad_factor, grad_weights, x, x_factor, weights, bias, norm_weight, norm_bias, out, out_factor, N, W,
+    EPS: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """Gradient by x of half_layer_kernel's result, as rows with factors; grad: products, with factors as x has."""
+    group = tl.program_id(1)
+    n = tl.program_id(0) * BE + tl.arange(0, BE)
+    c = tl.arange(0, BW)
+    inside = c < W
+    first = group.to(tl.int64) * N
+    factor = tl.load(x_factor + first + n, mask=n < N, other=0.0) * tl.load(weights + group)
+    b = tl.load(bias + group * W + c, mask=inside, other=0.0)
+    normal, inverse = _normal(x + first * W, factor, b, n.to(tl.int64), c, W, N, EPS)
+    gamma = tl.load(norm_weight + group * W + c, mask=inside, other=0.0)
+    t = normal * gamma[None, :] + tl.load(norm_bias + group * W + c, mask=inside, other=0.0)[None, :]
+    sigmoid = 1.0 / (1.0 + tl.exp(-t))
+    at = n.to(tl.int64)[:, None] * W + c[None, :]
+    here = (n[:, None] < N) & inside[None, :]
+    a = tl.load(grad + first * W + at, mask=here, other=0.0).to(tl.float32)
+    a *= (tl.load(grad_factor + first + n, mask=n < N, other=0.0) * tl.load(grad_weights + group))[:, None]
+    a *= sigmoid * (1.0 + t * (1.0 - sigmoid)) * gamma[None, :]
+    a -= (tl.sum(a, axis=1) / W)[:, None] + normal * (tl.sum(a * normal, axis=1) / W)[:, None]
+    y = tl.where(here, a * inverse[:, None], 0.0)
+    _store_rows(y, out + first * W, out_factor + first, n.to(tl.int64), c, W, N)
