@@ -2,8 +2,8 @@
 
 The step is written once as a function of a run of receivers (:func:`attention_of_run`), made of the multilinear Triton
 operations of ``primitives.py`` and of small differentiable PyTorch pieces. Its derivatives of any order are evaluated
-run by run with recomputation (``common/chunked.py``); value and first derivative have fused kernels (``fused.py`` and,
-for the scores with a directional gate, ``directional.py``) for the cases that they cover.
+run by run with recomputation (``common/chunked.py``); value, first and second derivative have fused kernels
+(``fused.py``, ``second.py`` and, for the scores with a directional gate, ``directional.py``) for what they cover.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ L = <c, J^T grad> = <grad, J c>, where J c, the output's change along the cotang
 grad. One pass gives value and change of everything (``_dot``: the change), one reverse pass the gradients of both.
 
 Runs are those of the recomputation (``op.RUN_NUMBERS``), longer than those of the first derivative: some 4,500 numbers
-of working memory for an edge of a network with 128 heads and a radial network 128 wide, and half as many launches.
+of working memory for an edge of a network with 128 heads and a radial network 128 wide, and half as many launches. With
+a directional gate (``second_directional.py``) they are runs of their own, as the pieces of the recomputation take more.
 """
 
 from __future__ import annotations
