@@ -162,22 +162,18 @@ def wanted_inputs(ctx, first: int) -> list[int]:
     """Which inputs of an autograd function, counted from the ``first`` (all tensors), the pass asks for.
 
     ``needs_input_grad`` only knows which inputs require gradients: while forces are taken with ``autograd.grad(energy,
-    positions)`` it is true for every weight. The engine knows better, as long as the inputs are no leaves
-    (:func:`not_leaves`).
+    positions)`` it is true for every weight. The engine knows better.
     """
-    wanted = []
-    for n, (needed, (node, _)) in enumerate(zip(ctx.needs_input_grad[first:], ctx.next_functions, strict=True)):
-        if not needed or node is None:
-            continue
-        if node.name() == "torch::autograd::AccumulateGrad" or torch._C._will_engine_execute_node(node):
-            wanted.append(n)
-    return wanted
+    inputs = zip(ctx.needs_input_grad[first:], ctx.next_functions, strict=True)
+    return [n for n, (needed, (node, _)) in enumerate(inputs) if needed and node is not None and _runs(node)]
 
 
-def not_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, as views where they are leaves that require gradients (see :func:`wanted_inputs`)."""
-    track = torch.is_grad_enabled()
-    return [t.view_as(t) if track and t.requires_grad else t for t in tensors]
+def _runs(node) -> bool:
+    """Whether the pass comes to an autograd node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient the pass itself was asked for
+        return True
 
 
 class Chunked(torch.autograd.Function):
@@ -214,7 +210,7 @@ def chunked(
     Returns the concatenated result for all receivers, differentiable to any order. Working memory is one chunk's.
     """
     tensors = [t for _, t in arguments]
-    return Chunked.apply(plan_of(function, chunks, arguments), *not_leaves(tensors))[0]
+    return Chunked.apply(plan_of(function, chunks, arguments), *tensors)[0]
 
 
 def plan_of(

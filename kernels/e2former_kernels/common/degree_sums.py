@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_problem
+from e2former_kernels.common.tiles import ceil_div
 
 
 @triton.jit
@@ -28,5 +29,5 @@ def degree_sums(x: Tensor) -> Tensor:
         return torch.stack([x[l * l : (l + 1) ** 2].sum(0) for l in range(degrees)])
     x = x.contiguous()
     out, numbers = x.new_empty(degrees, *x.shape[1:]), x[0].numel()
-    _degree_sums_kernel[degrees, triton.cdiv(numbers, 1024)](x, out, numbers, BLOCK=1024)
+    _degree_sums_kernel[degrees, ceil_div(numbers, 1024)](x, out, numbers, BLOCK=1024)
     return out

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from e2former_kernels.common.degree_sums import degree_sums
 from e2former_kernels.common.derived import derived
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.run_sums import RunSums
-from e2former_kernels.common.step import node_plan
+from e2former_kernels.common.step import node_plan, run_step
 
 
 def _views(x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
@@ -139,7 +140,8 @@ class _Outer(torch.autograd.Function):
         grad, x = grad.contiguous(), x.contiguous()
         ctx.save_for_backward(grad, x)
         outputs, inputs = _views(grad, rows, [o for o, _ in shapes]), _views(x, rows, [i for _, i in shapes])
-        return tuple(torch.bmm(g.transpose(1, 2), a).sum(0) for g, a in zip(outputs, inputs, strict=True))
+        products = [torch.bmm(g.transpose(1, 2), a) for g, a in zip(outputs, inputs, strict=True)]
+        return tuple(p[0] if p.shape[0] == 1 else p.sum(0) for p in products)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -202,6 +204,9 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bi
     if torch.compiler.is_compiling():
         given = [x, *weights] if bias is None else [x, *weights, bias]
         return _registered_grouped(given, settings=Settings(list(rows)))
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        given = [x, *weights] if bias is None else [x, *weights, bias]
+        return run_step(_grouped_step(given, tuple(rows)), given)
     return _grouped(x, weights, tuple(rows), bias)
 
 
@@ -281,34 +286,59 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact_grad
     if torch.compiler.is_compiling():
         given = [x, weight] if bias is None else [x, weight, bias]
         return _registered_so3(given, settings=Settings([int(exact_gradient)]))
+    if weight.requires_grad and torch.is_grad_enabled():
+        given = [x, weight] if bias is None else [x, weight, bias]
+        return run_step(_so3_step(given, exact_gradient), given)
     return _So3.apply(False, exact_gradient, x, weight, bias)
 
 
-# --- as torch.compile has them ------------------------------------------------------------------------------------
+# --- as training and torch.compile have them ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _So3Step:
+    """(x, W, b) -> y, its gradients and their gradients (``common/step.py``): for weights that are trained."""
+
     plan: Plan
     exact: bool
+    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
+    linear: ClassVar[bool] = True
+
+    def _apply(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+        if "rows" not in self.cache:
+            self.cache["rows"] = so3_rows(weight)
+        x, width = x.contiguous(), weight.shape[2 if transpose else 1]
+        return apply_so3(x, self.cache["rows"], transpose, x.new_empty(*x.shape[:2], width))
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         x, weight, *bias = tensors
-        return _So3.apply(False, self.exact, x, weight, bias[0] if bias else None)
+        y = self._apply(x, weight, False)
+        if bias:
+            y[:, 0].add_(bias[0])
+        return y
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         x, weight, *_ = tensors
         gradients = {
-            0: lambda: _So3.apply(True, self.exact, grad, weight, None),
+            0: lambda: self._apply(grad, weight, True),
             1: lambda: _So3Outer.apply(self.exact, grad, x),
             2: lambda: grad[:, 0].sum(0),
         }
         return [gradients[n]() for n in wanted]
 
+    def second(
+        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
+    ) -> list[Tensor | None] | None:
+        if wanted != [0]:
+            return None
+        found = {
+            0: lambda: self._apply(cotangents[0], tensors[1], False),
+            2: lambda: _So3Outer.apply(self.exact, grad, cotangents[0]),
+        }
+        return [found[n]() if n in found else None for n in again]
 
-def _make_so3(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _So3Step:
-    exact = bool(settings.integers[0])
 
+def _so3_step(tensors: list[Tensor], exact: bool) -> _So3Step:
     def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _So3.apply(False, exact, x, weight, bias)
 
@@ -317,12 +347,19 @@ def _make_so3(tensors: list[Tensor], index: list[Tensor], settings: Settings) ->
 
 @dataclass(frozen=True)
 class _GroupedStep:
+    """(x, W, b) -> y, its gradients and their gradients (``common/step.py``): for weights that are trained."""
+
     plan: Plan
     rows: tuple[int, ...]
+    linear: ClassVar[bool] = True
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         groups = len(self.rows)
         return _grouped(tensors[0], tensors[1 : 1 + groups], self.rows, *tensors[1 + groups :])
+
+    def _by_weights(self, grad: Tensor, x: Tensor, weights: list[Tensor]) -> dict[int, Tensor]:
+        """By position among the tensors."""
+        return dict(enumerate(_Outer.apply(self.rows, [tuple(w.shape) for w in weights], grad, x), 1))
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         x, groups = tensors[0], len(self.rows)
@@ -330,14 +367,26 @@ class _GroupedStep:
         if 0 in wanted:
             found[0] = _Transposed.apply(self.rows, grad, *weights)
         if any(1 <= n <= groups for n in wanted):
-            found |= dict(enumerate(_Outer.apply(self.rows, [tuple(w.shape) for w in weights], grad, x), 1))
+            found |= self._by_weights(grad, x, weights)
         if 1 + groups in wanted:
             found[1 + groups] = grad[:, : weights[0].shape[0]].sum(0)
         return [found[n] for n in wanted]
 
+    def second(
+        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
+    ) -> list[Tensor | None] | None:
+        if wanted != [0]:
+            return None
+        groups, (change,) = len(self.rows), cotangents
+        weights, found = tensors[1 : 1 + groups], {}
+        if 0 in again:
+            found[0] = _Apply.apply(self.rows, change, *weights)
+        if any(2 <= n <= 1 + groups for n in again):
+            found |= {1 + n: by for n, by in self._by_weights(grad, change, weights).items()}
+        return [found.get(n) for n in again]
 
-def _make_grouped(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _GroupedStep:
-    rows = tuple(settings.integers)
+
+def _grouped_step(tensors: list[Tensor], rows: tuple[int, ...]) -> _GroupedStep:
     groups = len(rows)
 
     def function(x: Tensor, *rest: Tensor) -> Tensor:
@@ -351,7 +400,11 @@ def _grouped_shape(tensors: list[Tensor], index: list[Tensor], settings: Setting
     return x.new_empty(x.shape[0], sum(settings.integers) * weight.shape[0])
 
 
-_registered_grouped = register("grouped_linear", _make_grouped, _grouped_shape)
+_registered_grouped = register(
+    "grouped_linear", lambda tensors, _, settings: _grouped_step(tensors, tuple(settings.integers)), _grouped_shape
+)
 _registered_so3 = register(
-    "so3_linear", _make_so3, lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:2], tensors[1].shape[1])
+    "so3_linear",
+    lambda tensors, _, settings: _so3_step(tensors, bool(settings.integers[0])),
+    lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:2], tensors[1].shape[1]),
 )

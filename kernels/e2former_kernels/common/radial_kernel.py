@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from e2former_kernels.common.radial import LAYER_NORM_EPS, RadialWeights
-from e2former_kernels.common.tiles import next_power
+from e2former_kernels.common.tiles import ceil_div, next_power
 
 # Intervals of the table of W0 phi(d) for one distance of two Gaussian centres. Cubic Hermite interpolation of Gaussians
 # of width two such distances is then good to 8e-9 of their weights, its slope to 8e-7 (errors h^4/384 and
@@ -237,7 +237,7 @@ def norm_launch(groups: int, rows: int, width: int, norms: bool) -> tuple[tuple[
         "E": rows, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": norms,
         "num_warps": 4,
     }  # fmt: skip
-    return (triton.cdiv(rows, block), groups), constants
+    return (ceil_div(rows, block), groups), constants
 
 
 class RadialNetwork:

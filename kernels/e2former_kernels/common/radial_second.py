@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common import radial_second_kernel as kernel
 from e2former_kernels.common.radial import LAYER_NORM_EPS, RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
-from e2former_kernels.common.tiles import next_power
+from e2former_kernels.common.tiles import ceil_div, next_power
 
 TILE_NUMBERS = 512  # numbers of one tile of the row kernels, which hold a dozen such tiles: 4 a thread
 MAX_PROGRAMS = 4096  # programs that write partial sums of weight gradients, for each network
@@ -39,11 +38,14 @@ class Kept(NamedTuple):
 class RadialGradients:
     """Radial networks, evaluated on runs of edges with what their gradients need.
 
-    cutoff: Å. last: with the last linear layer (K results) or without it (K = h results).
+    cutoff: Å. last: with the last linear layer (K results) or without it (K = h results). network: the same, where it
+    is made already.
     """
 
-    def __init__(self, weights: RadialWeights, cutoff: float, last: bool = True) -> None:
-        self.network = RadialNetwork(weights, cutoff, last)
+    def __init__(
+        self, weights: RadialWeights, cutoff: float, last: bool = True, network: RadialNetwork | None = None
+    ) -> None:
+        self.network = RadialNetwork(weights, cutoff, last) if network is None else network
         self.weights, self.last = self.network.weights, last
         self.groups, self.hidden, self.num_basis = weights.basis.shape
         self.spacing = float(cutoff / (self.num_basis - 1))
@@ -52,12 +54,12 @@ class RadialGradients:
         """Grid and constants of the row kernels, and the tiles of one program."""
         padded = next_power(self.hidden)
         block = max(TILE_NUMBERS // padded, 1)
-        steps = triton.cdiv(triton.cdiv(edges, block), MAX_PROGRAMS) if sums else 1
+        steps = ceil_div(ceil_div(edges, block), MAX_PROGRAMS) if sums else 1
         constants = {
             "E": edges, "G": self.groups, "H": self.hidden, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block,
             "NORM": self.weights.norm0_weight is not None, "TANGENT": tangent, "num_warps": 4,
         }  # fmt: skip
-        return (triton.cdiv(edges, block * steps), self.groups), constants, steps
+        return (ceil_div(edges, block * steps), self.groups), constants, steps
 
     def forward(
         self, distance: Tensor, target_species: Tensor, source_species: Tensor, distance_dot: Tensor | None = None
@@ -98,9 +100,9 @@ class RadialGradients:
     ) -> tuple[Tensor, Tensor | None, RadialWeights | None]:
         """Gradients of <grad, features>: by distance [E], by distance_dot [E] if there is one, by the weights.
 
-        grad: [T, E, G, K], as :meth:`forward`'s result, whose tensors are used up. weights: whether those of the
-        weights are wanted (else None). distance: whether that by the distance is; without it, what comes in its place
-        lacks a term.
+        grad: [T, E, G, K], as :meth:`forward`'s result. kept: its other one, whose layers are used up. weights: whether
+        those of the weights are wanted (else None). distance: whether that by the distance is; without it, what comes
+        in its place lacks a term.
         """
         w, edges, groups, hidden = self.weights, kept.distance.numel(), self.groups, self.hidden
         tangent = kept.distance_dot is not None
@@ -112,44 +114,43 @@ class RadialGradients:
         by_out = by_out_bias = None
         if self.last:
             flat = grad.view(parts * edges, groups, -1)
-            up = torch.empty_like(kept.last)
-            for g in range(groups):
-                torch.mm(flat[:, g], w.out[g], out=up[g].view(-1, hidden))
             if weights:
                 by_out = self._products([flat[:, g] for g in range(groups)], kept.last)
                 by_out_bias = grad[0].sum(0)
+            up = kept.last
+            for g in range(groups):
+                torch.mm(flat[:, g], w.out[g], out=up[g].view(-1, hidden))
         else:
-            up = torch.empty_like(kept.middle)
+            up = kept.middle
         grid, constants, steps = self._launch(edges, tangent, weights)
-        sums = grad.new_empty(grid[0], 3, groups, hidden) if weights else grad
+        sums = grad.new_empty(grid[0], 5, groups, hidden) if weights else grad  # norm 1, b1, norm 0
         kernel.second_pair_backward_kernel[grid](
             up if self.last else grad, kept.middle, w.hidden_bias, *self.network._norm(1), up, sums, steps=steps,
-            EDGE_MAJOR=not self.last, WEIGHTS=weights, **constants,
+            SUMS=5, EDGE_MAJOR=not self.last, WEIGHTS=weights, **constants,
         )  # fmt: skip
-        sums1 = sums.sum(0) if weights else None
         by_hidden = self._products([up[g].view(-1, hidden) for g in range(groups)], kept.first) if weights else None
-        down = torch.bmm(up.view(groups, -1, hidden), w.hidden).view_as(up)
+        down = kept.first
+        torch.bmm(up.view(groups, -1, hidden), w.hidden, out=down.view(groups, -1, hidden))
         by_distance = grad.new_empty(groups, edges)
         by_dot = torch.empty_like(by_distance) if tangent else by_distance
         table, slopes, lookup = self.network._first(kept.distance, True)
-        sums = grad.new_empty(grid[0], 2, groups, hidden) if weights else grad
         kernel.first_pair_backward_kernel[grid](
             down, kept.distance, kept.distance_dot if tangent else kept.distance, kept.target_species,
             kept.source_species, table, slopes, w.target_table, w.source_table, *self.network._norm(0), down,
-            by_distance, by_dot, sums, steps=steps, WEIGHTS=weights, STORE=weights or (tangent and distance), **lookup,
-            **constants,
+            by_distance, by_dot, sums[:, 3:] if weights else sums, steps=steps, SUMS=5, WEIGHTS=weights,
+            STORE=weights or (tangent and distance), **lookup, **constants,
         )  # fmt: skip
         by_distance, by_dot = (x[0] if groups == 1 else x.sum(0) for x in (by_distance, by_dot))
         if tangent and distance:
             self._add_curvature(down, kept.distance, by_distance)
         found = None
         if weights:
-            sums0 = sums.sum(0)
+            by_norm1, by_bias1, by_hidden_bias, *by_norm0 = sums.sum(0).unbind(0)
             by_basis, by_target, by_source = self._first_layer_gradients(down, kept)
             norms = w.norm0_weight is not None
             found = RadialWeights(
-                by_basis, by_target, by_source, sums0[0] if norms else None, sums0[1] if norms else None,
-                by_hidden, sums1[2], sums1[0] if norms else None, sums1[1] if norms else None, by_out, by_out_bias,
+                by_basis, by_target, by_source, *(by_norm0 if norms else (None, None)), by_hidden, by_hidden_bias,
+                by_norm1 if norms else None, by_bias1 if norms else None, by_out, by_out_bias,
             )  # fmt: skip
         return by_distance, by_dot if tangent else None, found
 
@@ -168,24 +169,21 @@ class RadialGradients:
     def _first_layer_gradients(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of basis [G, h, n_b] and the two tables [Z, G, h] from first_pair_backward_kernel's result."""
         edges, num_basis, elements = kept.distance.numel(), self.num_basis, self.weights.target_table.shape[0]
-        width = 8 * triton.cdiv(num_basis + 2 * elements, 8)  # rows that start on 32 bytes
+        width = 8 * ceil_div(num_basis + 2 * elements, 8)  # rows that start on 32 bytes
         inputs = grad.new_empty(edges, width)
         tangent = kept.distance_dot is not None
         slopes = grad.new_empty(edges, num_basis) if tangent else inputs
-        kernel.inputs_kernel[triton.cdiv(edges, 16), triton.cdiv(width, 128)](
+        kernel.inputs_kernel[ceil_div(edges, 16), ceil_div(width, 128)](
             kept.distance, kept.target_species, kept.source_species, inputs, slopes, edges, num_basis, elements, width,
             self.spacing, BE=16, BW=128, TANGENT=tangent,
         )  # fmt: skip
-        out = grad.new_empty(self.groups, self.hidden, width)
+        out = grad.new_empty(width, self.groups, self.hidden)
         for g in range(self.groups):
-            torch.mm(grad[g, 0].t(), inputs, out=out[g])
-        basis = out[..., :num_basis].contiguous()
-        if tangent:
-            for g in range(self.groups):
-                basis[g].addmm_(grad[g, 1].t(), slopes)
-        tables = out[..., num_basis : num_basis + 2 * elements].unflatten(-1, (2, elements)).permute(2, 3, 0, 1)
-        tables = tables.contiguous()
-        return basis, tables[0], tables[1]
+            torch.mm(inputs.t(), grad[g, 0], out=out[:, g])
+            if tangent:
+                out[:num_basis, g].addmm_(slopes.t(), grad[g, 1])
+        by_target, by_source = out[num_basis : num_basis + 2 * elements].view(2, elements, *out.shape[1:])
+        return out[:num_basis].permute(1, 2, 0), by_target, by_source
 
     def _add_curvature(self, grad: Tensor, distance: Tensor, out: Tensor) -> None:
         """out[e] += <gradient by W0 phi'(d), W0 phi''(d)>."""
@@ -195,7 +193,7 @@ class RadialGradients:
             x.addmm_(grad[g, 1], self.weights.basis[g])
         padded = next_power(num_basis)
         block = max(2048 // padded, 1)
-        kernel.curvature_kernel[(triton.cdiv(edges, block),)](
+        kernel.curvature_kernel[(ceil_div(edges, block),)](
             x, distance, out, edges, num_basis, self.spacing, BE=block, BW=padded
         )
 

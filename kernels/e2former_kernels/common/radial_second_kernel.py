@@ -134,12 +134,13 @@ def first_pair_backward_kernel(
     grad, distance, distance_dot, target_species, source_species, table, slopes, target_table, source_table,
     gamma, beta, out, grad_distance, grad_distance_dot, sums, E, G, H, intervals, scale, steps,
     EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
-    TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, STORE: tl.constexpr,
+    TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of first_pair_kernel's result to those by distance and distance_dot, [G, E] each.
 
     STORE: out[g, 0, e] is the gradient by x = W0 phi(d) + ..., out[g, 1, e] that by its slope W0 phi'(d).
-    WEIGHTS: sums[program] = [by gamma, by beta], [G, h] each, of the ``steps`` tiles of the program.
+    WEIGHTS: sums[program] = [by gamma, by beta], [G, h] each, of the ``steps`` tiles of the program; a row of ``sums``
+    has SUMS [G, h].
     """
     g = tl.program_id(1)
     c = tl.arange(0, HP)
@@ -187,7 +188,7 @@ def first_pair_backward_kernel(
             sum_gamma += tl.where(both, to_gamma, 0.0)
             sum_beta += tl.where(both, to_beta, 0.0)
     if WEIGHTS:
-        to = sums + tl.program_id(0).to(tl.int64) * 2 * G * H + at
+        to = sums + tl.program_id(0).to(tl.int64) * SUMS * G * H + at
         tl.store(to, tl.sum(sum_gamma, axis=0), mask=inside)
         tl.store(to + G * H, tl.sum(sum_beta, axis=0), mask=inside)
 
@@ -229,11 +230,12 @@ def second_pair_kernel(
 def second_pair_backward_kernel(
     grad, x, bias, gamma, beta, out, sums, E, G, H, steps,
     EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, EDGE_MAJOR: tl.constexpr,
-    TANGENT: tl.constexpr, WEIGHTS: tl.constexpr,
+    TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of second_pair_kernel by x, [G, T, E, h]. grad: as the result of second_pair_kernel.
 
-    WEIGHTS: sums[program] = [by gamma, by beta, by b1], [G, h] each, of the ``steps`` tiles of the program.
+    WEIGHTS: sums[program] = [by gamma, by beta, by b1], [G, h] each, of the ``steps`` tiles of the program; a row of
+    ``sums`` has SUMS [G, h].
     """
     g = tl.program_id(1)
     c = tl.arange(0, HP)
@@ -276,7 +278,7 @@ def second_pair_backward_kernel(
             sum_beta += tl.where(both, to_beta, 0.0)
             sum_bias += tl.where(both, q, 0.0)
     if WEIGHTS:
-        to = sums + tl.program_id(0).to(tl.int64) * 3 * G * H + at
+        to = sums + tl.program_id(0).to(tl.int64) * SUMS * G * H + at
         tl.store(to, tl.sum(sum_gamma, axis=0), mask=inside)
         tl.store(to + G * H, tl.sum(sum_beta, axis=0), mask=inside)
         tl.store(to + 2 * G * H, tl.sum(sum_bias, axis=0), mask=inside)

@@ -173,6 +173,9 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
                 saved = [grad, *inputs]
                 given = [torch.zeros_like(inputs[n]) if c is None else c for n, c in zip(wanted, given, strict=True)]
                 found = step.plan.vjp(wanted, inputs).vjp(again, saved).run([*given, *saved])
+            found = [
+                torch.zeros_like([grad, *inputs][n]) if t is None else t for n, t in zip(again, found, strict=True)
+            ]
             return _own(found, [*cotangents, grad, *tensors])
 
     @value.register_fake

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from e2former_kernels.common.column_sums import column_sums
+
 
 class RunSums(dict[str, Tensor]):
     """Named sums, added up in the order of the runs: the same bits every time.
@@ -17,6 +19,11 @@ class RunSums(dict[str, Tensor]):
             self[name] += term
         else:
             self[name] = term
+
+    def add_columns(self, **matrices: Tensor) -> None:
+        """Add the sum over the rows of each matrix, of up to four at once."""
+        for name, term in zip(matrices, column_sums(*matrices.values()), strict=True):
+            self.add(name, term)
 
     def add_product(self, name: str, a: Tensor, b: Tensor) -> None:
         """Add a @ b, of two matrices or two batches of matrices, without a copy of the product."""

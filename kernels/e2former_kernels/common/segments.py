@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.tiles import next_power
+from e2former_kernels.common.tiles import ceil_div, next_power
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def segment_sum(values: Tensor, row_ptr: Tensor, target: Tensor) -> Tensor:
     out = values.new_zeros(nodes, width)
     if out.numel() and values.numel():
         block = min(next_power(width), 128)
-        grid = (nodes, triton.cdiv(width, block))
+        grid = (nodes, ceil_div(width, block))
         _segment_sum_kernel[grid](values.contiguous(), row_ptr, out, width, BLOCK=block, num_warps=1)
     return out
 

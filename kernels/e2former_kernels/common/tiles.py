@@ -12,6 +12,11 @@ def next_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, which kernels may call too, takes microseconds: as much as an allocation."""
+    return -(-a // b)
+
+
 class RowTiles(NamedTuple):
     """A tile of [rows, heads] numbers, the rows split in two parts whose sizes are powers of two.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from e2former_kernels.common.envelope_kernel import polynomial
 from e2former_kernels.common.harmonics_kernel import next_order, next_order_slopes
+from e2former_kernels.common.tiles import ceil_div
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 
 
@@ -125,7 +126,7 @@ def weighted_harmonics(vec: Tensor, lmax: int, cutoff: float, exponent: int) -> 
     distance, out = vec.new_empty(edges), vec.new_empty(edges, (lmax + 1) ** 2)
     if edges:
         scales = harmonic_scales(lmax, vec.dtype, vec.device)
-        harmonics_kernel[(triton.cdiv(edges, 128),)](
+        harmonics_kernel[(ceil_div(edges, 128),)](
             vec, scales, distance, out, edges, float(cutoff), L=lmax, P=exponent, BLOCK=128
         )
     return distance, out
@@ -138,7 +139,7 @@ def weighted_harmonics_backward(
     out = torch.empty_like(vec)
     if vec.shape[0]:
         scales = harmonic_scales(lmax, vec.dtype, vec.device)
-        harmonics_backward_kernel[(triton.cdiv(vec.shape[0], 128),)](
+        harmonics_backward_kernel[(ceil_div(vec.shape[0], 128),)](
             grad.contiguous(), grad_distance.contiguous(), vec, scales, out, vec.shape[0], float(cutoff),
             L=lmax, P=exponent, BLOCK=128,
         )  # fmt: skip

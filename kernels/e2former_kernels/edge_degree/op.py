@@ -8,7 +8,8 @@ harmonics times hidden features, and one matrix product per degree follows for e
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from e2former_kernels.edge_degree.spline import place_edges, spline_backward, sp
 # Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
 TRAINING_NUMBERS = 5 << 26
+SECOND_NUMBERS = 3 << 27
 RUN_NUMBERS = 1 << 30
 PAD = 4  # columns beside the sums of features
 
@@ -56,11 +58,29 @@ class _Embedding:
     radial: RadialWeights  # the structure: which tensors there are
     plan: Plan | None = None
     table: RadialTable | None = None  # of the networks without their last layer, where the weights are frozen
+    training_chunks: Sequence[EdgeChunk] = ()  # runs of gradients by weights and of the second derivative
+    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
     def weights(self, tensors: list[Tensor]) -> RadialWeights:
         rest = iter(tensors)
         hidden = (None if t is None else next(rest) for t in self.radial[:-2])
         return RadialWeights(*hidden, *self.radial[-2:])
+
+    def _network(self, tensors: list[Tensor]) -> RadialNetwork | None:
+        """The networks, the same in all passes of a training step; None where a table stands."""
+        if self.table is not None:
+            return None
+        if "network" in self.cache:
+            return self.cache["network"]
+        network = RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
+        if any(t.requires_grad for t in tensors[1:]):
+            self.cache["network"] = network
+        return network
+
+    def radial_gradients(self, tensors: list[Tensor]) -> RadialGradients:
+        """The networks with their gradients."""
+        network = self._network(tensors)
+        return RadialGradients(self.weights(tensors[1:]), self.cutoff, last=False, network=network)
 
     def elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
         return edge_elements(chunk, self.source, self.species)
@@ -89,9 +109,7 @@ class _Embedding:
         return joined[..., :-PAD].contiguous(), joined[..., -PAD]
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        vec, network = tensors[0], None
-        if self.table is None:
-            network = RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
+        vec, network = tensors[0], self._network(tensors)
 
         def run(chunk: EdgeChunk) -> Tensor:  # a function: nothing of a run is there when the next begins
             part = vec[chunk.edges].contiguous()
@@ -107,12 +125,11 @@ class _Embedding:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        weights = self.weights(tensors[1:])
         network = radial = by_weights = None
         if any(n > 0 for n in wanted):
-            radial = RadialGradients(weights, self.cutoff, last=False)
-        elif self.table is None:
-            network = RadialNetwork(weights, self.cutoff, last=False)
+            radial = self.radial_gradients(tensors)
+        else:
+            network = self._network(tensors)
         vectors = []
 
         def run(chunk: EdgeChunk) -> None:
@@ -143,7 +160,7 @@ class _Embedding:
                 grad_vec = weighted_harmonics_backward(grad_y, slope, vec, self.lmax, self.cutoff, self.exponent)
                 vectors.append(grad_vec)
 
-        for chunk in self.chunks if radial is None else self.plan.chunks:  # training: longer runs, fewer launches
+        for chunk in self.chunks if radial is None else self.training_chunks:
             run(chunk)
         found = [t for t in by_weights or () if t is not None]
         return [(vectors[0] if len(vectors) == 1 else torch.cat(vectors)) if n == 0 else found[n - 1] for n in wanted]
@@ -216,7 +233,9 @@ def _step(
     step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial, table=table)
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
     further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
-    return dataclasses.replace(step, plan=further)
+    second_numbers = groups * 8 * hidden + 3 * num_basis + 6 * (lmax + 1) ** 2
+    training = LazyPlan(lambda: plan(SECOND_NUMBERS, second_numbers))
+    return dataclasses.replace(step, plan=further, training_chunks=training)
 
 
 def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _Embedding:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from e2former_kernels.common.tiles import next_power
+from e2former_kernels.common.tiles import ceil_div, next_power
 from e2former_kernels.edge_degree import kernel
 
 
@@ -23,7 +22,7 @@ def launch_harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, o
     (_, degrees, width), (nodes, rows, _) = out.shape, grad.shape
     if out.numel():
         block = min(next_power(width), 128)
-        kernel.harmonic_features_kernel[nodes, triton.cdiv(width, block)](
+        kernel.harmonic_features_kernel[nodes, ceil_div(width, block)](
             harmonics, grad, row_ptr, out, rows, degrees, width, BL=degrees, BK=block, num_warps=1
         )
 
@@ -36,7 +35,7 @@ def harmonic_sum(harmonics: Tensor, features: Tensor, row_ptr: Tensor) -> Tensor
     out = features.new_empty(nodes, rows, width)
     if out.numel():
         block = min(next_power(width), 128)
-        kernel.harmonic_sum_kernel[nodes, triton.cdiv(width, block)](
+        kernel.harmonic_sum_kernel[nodes, ceil_div(width, block)](
             harmonics.contiguous(), features.contiguous(), row_ptr, out, rows, degrees, width,
             BM=next_power(rows), BK=block, num_warps=_warps(next_power(rows) * block),
         )  # fmt: skip

@@ -2,8 +2,7 @@ r"""Second derivative of the edge-degree embedding with kernels, run by run: wha
 
 As in ``equivariant_attention/second.py``: the first derivative by vec is J^T grad, and L = <c, J^T grad> = <grad, J c>
 with J c the change of the output along the cotangent c. The sums :math:`\sum_e Y_{em} a_{e l(m) c}` change by the sums
-of Y' a + Y a' with Y' the change of the harmonics and a' that of the radial features. Runs are those of the
-recomputation (``op.RUN_NUMBERS``).
+of Y' a + Y a' with Y' the change of the harmonics and a' that of the radial features.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_second import RadialGradients, add_gradients
+from e2former_kernels.common.radial_second import add_gradients
 from e2former_kernels.common.segments import segment_sum
 from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_sum, launch_harmonic_features
 from e2former_kernels.edge_degree.second_harmonics_kernel import harmonics_second, harmonics_tangent
@@ -40,7 +39,7 @@ def second_derivative(
     by_grad = torch.empty_like(grad) if 0 in again else None
     by_vec = torch.empty_like(vec) if 1 in again else None
     by_weights: RadialWeights | None = None
-    network = RadialGradients(step.weights(tensors[1:]), step.cutoff, last=False)
+    network = step.radial_gradients(tensors)
     options = (step.lmax, step.cutoff, step.exponent)
 
     def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
@@ -67,7 +66,7 @@ def second_derivative(
         if by_vec is not None:
             harmonics_second(by_y, by_y_dot, by_distance, by_distance_dot, *edges, *options, out=by_vec[chunk.edges])
 
-    for chunk in step.plan.chunks:
+    for chunk in step.training_chunks:
         run(chunk)
     found = [by_grad, by_vec, *(t for t in by_weights or () if t is not None)]
     return [found[n] for n in again]

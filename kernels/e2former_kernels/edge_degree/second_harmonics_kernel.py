@@ -13,6 +13,7 @@ from torch import Tensor
 
 from e2former_kernels.common.envelope_kernel import polynomial, polynomial_bend
 from e2former_kernels.common.harmonics_kernel import next_order, next_order_slopes
+from e2former_kernels.common.tiles import ceil_div
 from e2former_kernels.edge_degree.harmonics_kernel import harmonic_scales
 
 
@@ -201,7 +202,7 @@ def harmonics_tangent(
     out, out_dot = (vec.new_empty(edges, (lmax + 1) ** 2) for _ in range(2))
     if edges:
         scales = harmonic_scales(lmax, vec.dtype, vec.device)
-        harmonics_tangent_kernel[(triton.cdiv(edges, 128),)](
+        harmonics_tangent_kernel[(ceil_div(edges, 128),)](
             vec, vec_dot, scales, distance, distance_dot, out, out_dot, edges, float(cutoff),
             L=lmax, P=exponent, BLOCK=128,
         )  # fmt: skip
@@ -223,7 +224,7 @@ def harmonics_second(
     """Gradient of :func:`harmonics_tangent` by vec, to out [E, 3], from those by its results."""
     if vec.shape[0]:
         scales = harmonic_scales(lmax, vec.dtype, vec.device)
-        harmonics_second_kernel[(triton.cdiv(vec.shape[0], 128),)](
+        harmonics_second_kernel[(ceil_div(vec.shape[0], 128),)](
             grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, vec.shape[0], float(cutoff),
             L=lmax, P=exponent, BLOCK=128,
         )  # fmt: skip

@@ -26,12 +26,10 @@ _DOT = 4  # position of the receivers' projection among the tensors of the opera
 class DirectionalAttention(FusedAttention):
     """The attention step of these scores; beside the value's tensors it has the receivers' projection.
 
-    weights_of: the radial weights and those of the gate, from all tensors. training_chunks: runs of the kernels of
-    training, longer than those of ``plan``, whose pieces take more memory.
+    weights_of: the radial weights and those of the gate, from all tensors.
     """
 
     weights_of: Callable[[list[Tensor]], tuple[RadialWeights, DotWeights]]
-    training_chunks: Sequence[EdgeChunk]
     first_weight: ClassVar[int] = _DOT + 1
 
     def _make_network(self, tensors: list[Tensor]) -> GateNetwork:
@@ -57,9 +55,6 @@ class DirectionalAttention(FusedAttention):
             beside[_DOT] = dot.new_empty(dot.shape)
         arguments = chunk, edges, self._elements(chunk), dot[chunk.nodes].contiguous(), beside[_DOT][chunk.nodes]
         return network.backward(grad, kept, *arguments)
-
-    def _training_chunks(self) -> Sequence[EdgeChunk]:
-        return self.training_chunks
 
     def _gate(self, tensors: list[Tensor], changes: Sequence[Tensor] = ()) -> GateGradients:
         return GateGradients(self.spec, *self.weights_of(tensors), tensors[_DOT], *changes)

@@ -79,14 +79,15 @@ class FusedAttention:
     """One attention step over its runs of receivers: everything but the tensors that may need gradients.
 
     directions: B of the kernels, 3 for the relative form of order 1, else 1. coupling: [P, 3 M] or None.
-    radial: the structure of the radial weights (which of them are there). plan: the same function for
-    :mod:`e2former_kernels.common.chunked`. table: splines of the radial network, where its weights are frozen.
-    cache: what the backward pass takes over from the forward pass.
+    training_chunks: runs of the gradients by weights and of the second derivative. radial: the structure of the radial
+    weights (which of them are there). plan: the same function for :mod:`e2former_kernels.common.chunked`. table:
+    splines of the radial network, where its weights are frozen. cache: what a pass takes over from those before it.
     """
 
     spec: AttentionSpec
     directions: int
     chunks: list[EdgeChunk]
+    training_chunks: Sequence[EdgeChunk]
     source: Tensor
     species: Tensor
     coupling: Tensor | None
@@ -105,24 +106,27 @@ class FusedAttention:
 
         changes: of the tensors between value and weights.
         """
-        return RadialGate(self._weights(tensors[_RADIAL:]), self.spec.cutoff)
+        return RadialGate(self._weights(tensors[_RADIAL:]), self.spec.cutoff, self._network(tensors))
 
-    def _training_chunks(self) -> Sequence[EdgeChunk]:
-        return self.plan.chunks
+    def _trained(self, tensors: list[Tensor]) -> bool:
+        return any(w.requires_grad for w in tensors[self.first_weight :])
 
     def _make_network(self, tensors: list[Tensor]) -> RadialNetwork:
         return RadialNetwork(self._weights(tensors[_RADIAL:]), self.spec.cutoff)
 
+    def transposed(self) -> Tensor | None:
+        """The coupling's transpose."""
+        if self.coupling is not None and "transposed" not in self.cache:
+            self.cache["transposed"] = self.coupling.t().contiguous()
+        return self.cache.get("transposed")
+
     def _network(self, tensors: list[Tensor]) -> RadialNetwork | None:
-        """The radial network, the one of the forward pass where the weights are frozen; None where a table stands."""
+        """The radial network, one for all passes; None where a table stands."""
         if self.table is not None:
             return None
-        if "network" in self.cache:
-            return self.cache["network"]
-        network = self._make_network(tensors)
-        if not any(w.requires_grad for w in tensors[self.first_weight :]):
-            self.cache["network"] = network
-        return network
+        if "network" not in self.cache:
+            self.cache["network"] = self._make_network(tensors)
+        return self.cache["network"]
 
     def _geometry(self, edges: int) -> tuple[tuple[int, ...], dict]:
         spec = self.spec
@@ -174,7 +178,7 @@ class FusedAttention:
         return network.backward(grad, kept, edges.position, *self._elements(chunk)), None
 
     def _half(self, tensors: list[Tensor]) -> bool:
-        return half_products(tensors[_VALUE]) and not any(t.requires_grad for t in tensors[self.first_weight :])
+        return half_products(tensors[_VALUE]) and not self._trained(tensors)
 
     def _elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
         return edge_elements(chunk, self.source, self.species)
@@ -257,17 +261,18 @@ class FusedAttention:
         weights_wanted = [n for n in wanted if n >= self.first_weight]
         table = None if weights_wanted else self.table
         network = None if weights_wanted else self._network(tensors)
-        self.cache.pop("network", None)
+        if not self._trained(tensors):
+            self.cache.pop("network", None)
         known = self.cache.get("statistics") if table is self.table else None
         statistics = self._statistics(query) if known is None else known
-        chunks = self._training_chunks() if weights_wanted else self.chunks  # training: longer runs, fewer launches
+        chunks = self.training_chunks if weights_wanted else self.chunks
         fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
         grad_vec, grad_query = torch.empty_like(vec), torch.empty_like(query)
         by_sender = _KEY in wanted or _VALUE in wanted
         grad_key, grad_value = (fresh(key), fresh(value)) if by_sender else (key, value)
         gate = self._gate(tensors) if weights_wanted else None
         beside: dict[int, Tensor] = {}
-        coupling = None if self.coupling is None else self.coupling.t().contiguous()
+        coupling = self.transposed()
         half = self._half(tensors)
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
         blocks = triton.cdiv(heads, tiles.heads)

@@ -9,17 +9,19 @@ from torch import Tensor
 
 from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.common.radial import RadialWeights
+from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import Kept, RadialGradients, add_gradients
 
 
 class RadialGate:
     """Features [T, e, 1, 2H] of runs, gate and head, from one radial network. T = 2 with tangents, else 1.
 
-    weights_found: gradients by the weights there are, added up over runs; None as long as none were asked for.
+    network: the same, where it is made already. weights_found: gradients by the weights there are, added up over runs;
+    None as long as none were asked for.
     """
 
-    def __init__(self, weights: RadialWeights, cutoff: float) -> None:
-        self.network = RadialGradients(weights, cutoff)
+    def __init__(self, weights: RadialWeights, cutoff: float, network: RadialNetwork | None = None) -> None:
+        self.network = RadialGradients(weights, cutoff, network=network)
         self.weights_found: tuple[Tensor | None, ...] | None = None
 
     def forward(

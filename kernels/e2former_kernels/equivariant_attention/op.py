@@ -38,12 +38,14 @@ from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_C
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
 # everything fits in one run (940 MB in float32, which a CUDA graph can replay) and where it does not (540 MB), in
-# training (1.3 GB, fewer launches), of the second derivative and weight gradients of a directional gate (2.7 GB), and
-# of the differentiable pieces behind higher derivatives (4 GB).
+# training (1.3 GB, fewer launches), of its second derivatives and weight gradients (2.7 GB; 1.6 GB where there is no
+# directional gate and everything does not fit in one run), and of the differentiable pieces behind higher derivatives
+# (4 GB).
 SINGLE_NUMBERS = 7 << 25
 FUSED_NUMBERS = 1 << 27
 TRAINING_NUMBERS = 5 << 26
 GATE_NUMBERS = 5 << 27
+SECOND_NUMBERS = 3 << 27
 RUN_NUMBERS = 1 << 30
 
 
@@ -273,6 +275,14 @@ def check_arguments(
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
 
 
+def second_numbers_of(spec: AttentionSpec, pieces: Pieces) -> int:
+    """Working memory of one edge, in numbers, in the second derivative of score ``qk``: 2,600 for the paper's network.
+
+    Two numbers, a value and its change, of the radial network's layers, of features, scores and weights, and gradients.
+    """
+    return 6 * pieces.radial.hidden.shape[-1] + 14 * spec.num_heads + 32
+
+
 def gate_numbers_of(spec: AttentionSpec, pieces: Pieces) -> int:
     """Working memory of one edge, in numbers, in the second derivative with a directional gate.
 
@@ -370,10 +380,17 @@ def _step(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial):
         budget = single = TRAINING_NUMBERS
     fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
+    second_numbers, second_budget = second_numbers_of(spec, pieces), SECOND_NUMBERS
+    if spec.score != "qk":
+        second_numbers, second_budget = gate_numbers_of(spec, pieces), GATE_NUMBERS
+    second_numbers += directions * per_row // 32
+    second_size = max_run_edges or run_size(source.numel(), second_numbers, second_budget, GATE_NUMBERS)
+    of_edges = source, target, row_ptr, source_order, source_ptr
     parts = {
         "spec": spec,
         "directions": directions,
-        "chunks": edge_plan(source, target, row_ptr, source_order, source_ptr, fused_size, senders=senders),
+        "chunks": edge_plan(*of_edges, fused_size, senders=senders),
+        "training_chunks": LazyPlan(lambda: edge_plan(*of_edges, second_size, senders=senders)),
         "source": source,
         "species": species,
         "coupling": coupling.flatten(1).contiguous() if relative else None,
@@ -388,13 +405,7 @@ def _step(
         given = outline.like(tensors)
         return given.radial, given.dot_weights
 
-    gate_numbers = gate_numbers_of(spec, pieces) + directions * per_row // 32
-    gate_size = max_run_edges or run_size(source.numel(), gate_numbers, GATE_NUMBERS)
-
-    def gate_runs() -> list[EdgeChunk]:
-        return edge_plan(source, target, row_ptr, source_order, source_ptr, gate_size, senders=senders)
-
-    return DirectionalAttention(**parts, weights_of=weights_of, training_chunks=LazyPlan(gate_runs))
+    return DirectionalAttention(**parts, weights_of=weights_of)
 
 
 def _settings(

@@ -4,9 +4,9 @@ The first derivative's results are J^T grad, with J the derivative of the output
 L = <c, J^T grad> = <grad, J c>, where J c, the output's change along the cotangents c, is also the gradient of L by
 grad. One pass gives value and change of everything (``_dot``: the change), one reverse pass the gradients of both.
 
-Runs are those of the recomputation (``op.RUN_NUMBERS``), longer than those of the first derivative: some 4,500 numbers
-of working memory for an edge of a network with 128 heads and a radial network 128 wide, and half as many launches. With
-a directional gate (``second_directional.py``) they are runs of their own, as the pieces of the recomputation take more.
+Runs are longer than those of the first derivative (``op.SECOND_NUMBERS``), for fewer launches: some 2,800 numbers of
+working memory for an edge of a network with 128 heads and a radial network 128 wide; more with a directional gate
+(``second_directional.py``).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def second_derivative(
     weights = any(n > first_weight for n in again)
     by_scale = spec.order == 1 and 1 + _VEC in again
     gate = step._gate(tensors, dots[_RADIAL:])
-    chunks = step._training_chunks()
+    chunks = step.training_chunks
     fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
     by_grad = torch.empty_like(grad) if 0 in again else None
     by_vec = torch.empty_like(vec) if 1 + _VEC in again else None
@@ -173,12 +173,12 @@ def second_derivative(
     message_tiles = row_tiles(rows, heads, directions, *MESSAGE_TILE)
     sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
     blocks = triton.cdiv(heads, message_tiles.heads)
-    transposed = None if step.coupling is None else step.coupling.t().contiguous()
+    transposed = step.transposed()
 
     def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
         number, receivers, source = chunk.num_edges, chunk.num_nodes, step.source[chunk.edges]
         edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
-        elements = step.species[chunk.nodes].index_select(0, chunk.target), step.species.index_select(0, source)
+        elements = step._elements(chunk)
         features, kept = gate.forward(chunk, elements, edges.vec, edges.distance, edges.vec_dot, edges.distance_dot)
         scores = _scores(spec, chunk, source, edges, query, key, features)
         messages = (scores.weight, scores.weight_dot, edges.scale, edges.scale_dot)
@@ -231,6 +231,7 @@ def second_derivative(
             )  # fmt: skip
         if by_vec is None and all(n <= _RADIAL for n in again):
             return
+        del scores, messages, by_weight, outer, features  # the last pass needs as much again
         by_distance, by_distance_dot, by_harmonics = gate.backward(by_features, kept, weights, by_vec is not None)
         if by_vec is not None and number:
             grid, constants = _geometry_launch(spec, directions, number)

@@ -156,8 +156,8 @@ class GateGradients(GateNetwork):
         grid, constants, steps = self._norm_launch(number, tangent, weights)
         sums = by_gate.new_empty(grid[0], 3, self.spec.num_heads) if weights else by_gate
         radial_second_kernel.second_pair_backward_kernel[grid](
-            by_gate, kept.scalar, w.bias, w.norm_weight, w.norm_bias, by_gate, sums, steps=steps, WEIGHTS=weights,
-            **constants,
+            by_gate, kept.scalar, w.bias, w.norm_weight, w.norm_bias, by_gate, sums, steps=steps, SUMS=3,
+            WEIGHTS=weights, **constants,
         )  # fmt: skip
         return by_gate, sums.sum(0) if weights else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from e2former_kernels.common.half import half_products
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.feedforward.half import half_gradient, half_value
-from e2former_kernels.feedforward.passes import Weights, gradients, value
+from e2former_kernels.feedforward.passes import Weights, gradients, of_rows, value
 from e2former_kernels.feedforward.reference import gated_feedforward_reference
 
 
@@ -26,23 +26,32 @@ def _half(x: Tensor, weights: Weights) -> bool:
 class _FeedForward:
     plan: Plan
     residual: bool
+    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
+
+    def _of_rows(self, weights: Weights) -> Weights:
+        if "weights" in self.cache:
+            return self.cache["weights"]
+        rows = of_rows(weights)
+        if any(w.requires_grad for w in weights):
+            self.cache["weights"] = rows
+        return rows
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         x, weights = tensors[0].contiguous(), Weights(*tensors[1:])
         if _half(x, weights):
             return half_value(x, weights, self.residual)
-        out = value(x, weights)
+        out = value(x, self._of_rows(weights))
         return out.add_(x) if self.residual else out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         grad, x, weights = grad.contiguous(), tensors[0].contiguous(), Weights(*tensors[1:])
         if _half(x, weights):
             return [half_gradient(grad, x, weights, self.residual)]
-        by_x, by_weights, _ = gradients(grad, x, None, weights, any(wanted))
+        by_x, by_weights, _ = gradients(grad, x, None, self._of_rows(weights), any(wanted))
         if self.residual:
             by_x.add_(grad)
         found = [by_x, *(by_weights or ())]
-        return [found[n] for n in wanted]
+        return [torch.zeros_like(tensors[n]) if found[n] is None else found[n] for n in wanted]
 
     def second(
         self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
@@ -51,7 +60,8 @@ class _FeedForward:
             return None
         x, x_dot = tensors[0].contiguous(), cotangents[0].contiguous()
         by_weights = any(n > 1 for n in again)
-        by_x, by_weights, change = gradients(grad.contiguous(), x, x_dot, Weights(*tensors[1:]), by_weights)
+        weights = self._of_rows(Weights(*tensors[1:]))
+        by_x, by_weights, change = gradients(grad.contiguous(), x, x_dot, weights, by_weights)
         found = [change.add_(x_dot) if self.residual else change, by_x, *(by_weights or ())]
         return [found[n] for n in again]
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common.degree_sums import degree_sums
 from e2former_kernels.common.grouped_linear import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import node_runs
-from e2former_kernels.common.tiles import next_power
+from e2former_kernels.common.tiles import ceil_div, next_power
 from e2former_kernels.feedforward.kernel import (
     gate_backward_kernel,
     gate_change_backward_kernel,
@@ -45,14 +44,14 @@ class Gradients(NamedTuple):
     """Gradients of <grad, value>, or of <grad, change> where there is one."""
 
     by_x: Tensor
-    by_weights: Weights | None
+    by_weights: Weights | None  # None in it: zeros
     change: Tensor | None
 
 
 def _gate(kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:
     _, rows, channels = y.shape
     block = min(next_power(channels), 256)
-    kernel[y.shape[0], triton.cdiv(channels, block)](
+    kernel[y.shape[0], ceil_div(channels, block)](
         *tensors, channels, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=round(rows**0.5), BC=block, num_warps=2,
         **constants,
     )  # fmt: skip
@@ -61,42 +60,42 @@ def _gate(kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:
 def _first(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """y = W1 x + b1 and the gates of it. x: normalised."""
     y = apply_so3(x, weights.weight1, False, torch.empty_like(x))
-    y[:, 0] += weights.bias1
+    y[:, 0].add_(weights.bias1)
     return y, torch.addmm(weights.gate_bias, y[:, 0], weights.gate_weight.t())
 
 
-def _of_rows(weights: Weights) -> Weights:
+def of_rows(weights: Weights) -> Weights:
+    """The weights as the passes take them: with the SO3 linears' for every row, [M, C, C]."""
     return weights._replace(weight1=so3_rows(weights.weight1), weight2=so3_rows(weights.weight2))
 
 
 def value(x: Tensor, weights: Weights) -> Tensor:
-    """The network. x: [N, M, C], contiguous."""
-    out, weights = torch.empty_like(x), _of_rows(weights)
+    """The network. x: [N, M, C], contiguous; weights: of rows."""
+    out = torch.empty_like(x)
     if x.numel():
         for run in node_runs(x.shape[0]):
             y, gates = _first(launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None), weights)
             _gate(gate_kernel, y, y, gates)
             apply_so3(y, weights.weight2, False, out[run.nodes])
-        out[:, 0] += weights.bias2
+        out[:, 0].add_(weights.bias2)
     return out
 
 
 def gradients(grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, by_weights: bool) -> Gradients:
     """Gradients of <grad, value at x>, or of <grad, change along x_dot>, by x and, where asked for, the weights.
 
-    grad, x, x_dot: [N, M, C], contiguous.
+    grad, x, x_dot: [N, M, C], contiguous; weights: of rows, the gradients of degrees.
     """
     by_x = torch.empty_like(x)
     change = None if x_dot is None else torch.empty_like(x)
     sums = RunSums() if by_weights else None
-    rows = _of_rows(weights)
     for run in node_runs(x.shape[0]) if x.numel() else ():
         nodes = run.nodes
         if x_dot is None:
-            _first_derivative(grad[nodes], x[nodes], rows, by_x[nodes], sums)
+            _first_derivative(grad[nodes], x[nodes], weights, by_x[nodes], sums)
         else:
-            _second_derivative(grad[nodes], x[nodes], x_dot[nodes], rows, by_x[nodes], change[nodes], sums)
-    return Gradients(by_x, None if sums is None else _of_weights(sums, weights), change)
+            _second_derivative(grad[nodes], x[nodes], x_dot[nodes], weights, by_x[nodes], change[nodes], sums)
+    return Gradients(by_x, None if sums is None else _of_weights(sums), change)
 
 
 def _first_derivative(grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: RunSums | None) -> None:
@@ -106,17 +105,16 @@ def _first_derivative(grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, s
         z = torch.empty_like(y)
         _gate(gate_change_kernel, y, y, y, gates, gates, z, TANGENT=False)
         add_so3_outer(sums, "weight2", grad, z)
-        sums.add("bias2", grad[:, 0].sum(0))
-        scalar = y[:, 0].clone()
     part = apply_so3(grad, weights.weight2, True, torch.empty_like(y))
     _gate(gate_backward_kernel, y, part, y, gates)
     torch.mm(gates, weights.gate_weight, out=part[:, 0])
     if sums is not None:
-        sums.add_product("gate_weight", gates.t(), scalar)
-        sums.add("gate_bias", gates.sum(0))
+        sums.add_product("gate_weight", gates.t(), y[:, 0])
         add_so3_outer(sums, "weight1", part, normal)
-        sums.add("bias1", part[:, 0].sum(0))
-    _of_norm(apply_so3(part, weights.weight1, True, y), None, x, None, weights, by_x, sums)
+    by_normal = apply_so3(part, weights.weight1, True, y)
+    _of_norm(by_normal, None, x, None, weights, by_x, sums)
+    if sums is not None:
+        sums.add_columns(bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0])
 
 
 def _second_derivative(
@@ -132,22 +130,21 @@ def _second_derivative(
     if sums is not None:
         add_so3_outer(sums, "weight2", grad, z)
     part = apply_so3(grad, weights.weight2, True, z)
-    scalar_dot = y_dot[:, 0].clone()
     _gate(gate_change_backward_kernel, y, part, y, y_dot, gates, gates_dot)
     if sums is not None:
         sums.add_product("gate_weight", gates.t(), y[:, 0])
-        sums.add_product("gate_weight", gates_dot.t(), scalar_dot)
-        sums.add("gate_bias", gates.sum(0))
+        sums.add_product("gate_weight", gates_dot.t(), y_dot[:, 0])
     # part and y_dot hold the gradients by y_dot and y
     torch.mm(gates_dot, weights.gate_weight, out=part[:, 0])
     torch.mm(gates, weights.gate_weight, out=y_dot[:, 0])
     if sums is not None:
         add_so3_outer(sums, "weight1", y_dot, normal)
         add_so3_outer(sums, "weight1", part, normal_dot)
-        sums.add("bias1", y_dot[:, 0].sum(0))
     by_normal = apply_so3(y_dot, weights.weight1, True, y)
     by_normal_dot = apply_so3(part, weights.weight1, True, normal_dot)
     _of_norm(by_normal, by_normal_dot, x, x_dot, weights, by_x, sums)
+    if sums is not None:
+        sums.add_columns(gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
 
 
 def _of_norm(
@@ -162,9 +159,8 @@ def _of_norm(
     _, by_weight = launch_norm_reverse(x, weights.norm_weight, grad, x_dot, grad_dot, sums is not None, by_x)
     if sums is not None:
         sums.add("norm_weight", by_weight)
-        sums.add("norm_bias", grad[:, 0].sum(0))
 
 
-def _of_weights(sums: RunSums, weights: Weights) -> Weights:
+def _of_weights(sums: RunSums) -> Weights:
     found = {name: degree_sums(t) if name in ("weight1", "weight2") else t for name, t in sums.items()}
-    return Weights(*(found[n] if n in found else torch.zeros_like(t) for n, t in weights._asdict().items()))
+    return Weights(*(found.get(name) for name in Weights._fields))

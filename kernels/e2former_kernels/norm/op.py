@@ -10,7 +10,7 @@ from torch import Tensor
 from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.step import node_plan, run_step
+from e2former_kernels.common.step import Change, node_plan, run_step
 from e2former_kernels.norm.passes import launch_norm, launch_norm_reverse, launch_norm_tangent
 from e2former_kernels.norm.reference import equivariant_rms_norm_reference
 
@@ -28,6 +28,12 @@ class _Norm:
         return launch_norm(x.contiguous(), weight, bias, rest[0] if self.shifted else None)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        return self._gradients(grad, tensors, wanted)
+
+    def _gradients(
+        self, grad: Tensor, tensors: list[Tensor], wanted: list[int], *change: Tensor
+    ) -> list[Tensor | None]:
+        """Of <grad, value>, and of <change[1], change of the value along change[0]> if it is given."""
         weight = len(tensors) - 2
         found: dict[int, Tensor | None] = {}
         if self.shifted:
@@ -36,7 +42,11 @@ class _Norm:
             found[weight + 1] = grad[:, 0].sum(0)
         if 0 in wanted or weight in wanted:
             found[0], found[weight] = launch_norm_reverse(
-                tensors[0].contiguous(), tensors[weight], grad.contiguous(), by_weight=weight in wanted
+                tensors[0].contiguous(),
+                tensors[weight],
+                grad.contiguous(),
+                *(t.contiguous() for t in change),
+                by_weight=weight in wanted,
             )
         return [found[n] for n in wanted]
 
@@ -60,7 +70,13 @@ class _Norm:
                 found[1], found[1 + weight] = launch_norm_reverse(
                     x, tensors[weight], None, x_dot, grad.contiguous(), 1 + weight in again
                 )
-        return [torch.zeros_like(tensors[n - 1]) if found.get(n) is None else found[n] for n in again]
+        return [found.get(n) for n in again]
+
+    def leaves(self, change: Change) -> bool:
+        return change.cotangents[0] is not None and change.wanted in ([0], [0, 1][: 1 + self.shifted])
+
+    def both(self, grad: Tensor, tensors: list[Tensor], wanted: list[int], change: Change) -> list[Tensor]:
+        return self._gradients(grad.contiguous(), tensors, wanted, change.cotangents[0], change.grad)
 
 
 def _function(*tensors: Tensor) -> Tensor:

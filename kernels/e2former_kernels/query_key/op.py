@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from e2former_kernels.common.half import half_products
 from e2former_kernels.common.registered import register
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.query_key.half import query_key_gradient, query_key_value
-from e2former_kernels.query_key.passes import forward_run, gradients, outputs, row_weights, runs
+from e2former_kernels.query_key.passes import RowWeights, forward_run, gradients, outputs, row_weights, runs
 from e2former_kernels.query_key.reference import QueryKeyWeights, check_query_key, query_key_reference
 
 
@@ -25,6 +25,15 @@ def _half(h: Tensor, weights: QueryKeyWeights) -> bool:
 @dataclass(frozen=True)
 class _QueryKey:
     plan: Plan
+    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
+
+    def _rows(self, weights: QueryKeyWeights) -> RowWeights:
+        if "rows" in self.cache:
+            return self.cache["rows"]
+        rows = row_weights(weights)
+        if any(w.requires_grad for w in weights):
+            self.cache["rows"] = rows
+        return rows
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         h, *rest = (t.contiguous() for t in tensors)
@@ -32,7 +41,7 @@ class _QueryKey:
         if _half(h, weights):
             return query_key_value(h, weights).transpose(0, 1)
         out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
-        rows = row_weights(weights)
+        rows = self._rows(weights)
         for run in runs(h, rows, 1):
             outputs(forward_run(h[run.nodes], None, rows).hidden[:, 0], rows, out[:, run.nodes])
         return out.transpose(0, 1)  # in memory queries and keys lie apart, as the attention reads them
@@ -42,7 +51,7 @@ class _QueryKey:
         weights = QueryKeyWeights(*rest)
         if _half(h, weights):
             return [query_key_gradient(grad.contiguous(), h, weights)]
-        by_h, by_weights, _ = gradients(grad.contiguous(), h, None, weights, any(wanted))
+        by_h, by_weights, _ = gradients(grad.contiguous(), h, None, self._rows(weights), any(wanted))
         found = [by_h, *(by_weights or ())]
         return [found[n] for n in wanted]
 
@@ -52,9 +61,8 @@ class _QueryKey:
         if wanted != [0]:
             return None
         h, *rest = (t.contiguous() for t in tensors)
-        by_h, by_weights, tangent = gradients(
-            grad.contiguous(), h, cotangents[0].contiguous(), QueryKeyWeights(*rest), any(n > 1 for n in again)
-        )
+        rows, by_weights = self._rows(QueryKeyWeights(*rest)), any(n > 1 for n in again)
+        by_h, by_weights, tangent = gradients(grad.contiguous(), h, cotangents[0].contiguous(), rows, by_weights)
         found = [tangent, by_h, *(by_weights or ())]
         return [found[n] for n in again]
 

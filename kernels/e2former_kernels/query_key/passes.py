@@ -28,6 +28,7 @@ from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 # a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
 LEAST_BYTES = 1 << 27
 MOST_BYTES = 1 << 29
+TRAINING_BYTES = 1 << 30  # of a run in training, whose second derivatives keep more beside
 TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
 MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
 
@@ -52,7 +53,7 @@ class Gradients(NamedTuple):
     """Gradients of <grad, value>, or of <grad, tangent> where there is one."""
 
     by_h: Tensor
-    by_weights: QueryKeyWeights | None
+    by_weights: QueryKeyWeights | None  # None in it: zeros
     tangent: Tensor | None  # [N, 2, O]
 
 
@@ -61,6 +62,8 @@ def runs(h: Tensor, row_weights: RowWeights, parts: int) -> list[NodeRun]:
     rows = row_weights.rows
     node = parts * h.shape[1] * rows.shape[1] * rows.element_size()
     budget = min(max(h.shape[0] * node // 2, LEAST_BYTES), MOST_BYTES)
+    if any(w.requires_grad for w in row_weights.given):
+        budget = TRAINING_BYTES
     return node_runs(h.shape[0], max(-(-budget // node), 16)) if h.numel() else []
 
 
@@ -133,8 +136,6 @@ def _reverse_run(
     weights, weight = row_weights
     if sums is not None:
         sums.add_product("out_weight", grad.transpose(1, 2), hidden[:, -1])
-        if h_dot is None:
-            sums.add("out_bias", grad.sum(1))
     # nothing reads run.hidden any more: it becomes the gradient by itself, which is zero for a value beside its tangent
     if h_dot is not None:
         hidden[:, 0].zero_()
@@ -143,29 +144,30 @@ def _reverse_run(
     terms = up if sums is None else up.new_empty(grid[0], 3, *weights.hidden_bias.shape)
     second_pair_backward_kernel[grid](
         hidden, up, weights.hidden_bias, weights.norm_weight, weights.norm_bias, up, terms, steps=steps,
-        WEIGHTS=sums is not None, **constants,
+        SUMS=3, WEIGHTS=sums is not None, **constants,
     )  # fmt: skip
     if sums is not None:
-        sums.add("rows", terms.sum(0))
         sums.add_product("hidden_weight", up.flatten(1, 2).transpose(1, 2), s.flatten(1, 2))
     torch.bmm(up.flatten(1, 2), weights.hidden_weight, out=s.flatten(1, 2))
     _invariants(invariants_backward_kernel, both, weights.bias, s, WEIGHTS=sums is not None)
     apply_so3(both[0].transpose(0, 1), weight, True, by_h)
     if sums is not None:
-        sums.add("bias", both[0, 0, :, : weights.bias.shape[0]].sum(0))
+        columns = {"rows": terms.flatten(1), "bias": both[0, 0, :, : weights.bias.shape[0]]}
+        if h_dot is None:
+            columns |= {"query_bias": grad[0], "key_bias": grad[1]}
+        sums.add_columns(**columns)
         for x, products in zip([h] if h_dot is None else [h, h_dot], both, strict=True):
             add_so3_outer(sums, "weight", products.transpose(0, 1), x)
 
 
-def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, weights: QueryKeyWeights, by_weights: bool) -> Gradients:
+def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, rows: RowWeights, by_weights: bool) -> Gradients:
     """Gradients of <grad, value at h>, or of <grad, tangent along h_dot>, by h and, where asked for, the weights.
 
     grad: [N, 2, O]; h, h_dot: [N, M, C]; all contiguous.
     """
-    by_h = torch.empty_like(h)
+    by_h, weights = torch.empty_like(h), rows.given
     tangent = None if h_dot is None else torch.empty_like(grad)
     sums = RunSums() if by_weights else None
-    rows = row_weights(weights)
 
     def of_run(nodes: slice) -> None:  # a function: nothing of a run is there when the next begins
         part_dot = None if h_dot is None else h_dot[nodes]
@@ -183,7 +185,7 @@ def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, weights: QueryKeyWe
 def _of_weights(sums: RunSums, weights: QueryKeyWeights) -> QueryKeyWeights:
     if not sums:  # no nodes
         return QueryKeyWeights(*map(torch.zeros_like, weights))
-    by_norm_weight, by_norm_bias, by_hidden_bias = sums["rows"]
+    by_norm_weight, by_norm_bias, by_hidden_bias = sums["rows"].view(3, *weights.hidden_bias.shape)
     return QueryKeyWeights(
         weight=degree_sums(sums["weight"]),
         bias=sums["bias"],
@@ -192,5 +194,5 @@ def _of_weights(sums: RunSums, weights: QueryKeyWeights) -> QueryKeyWeights:
         norm_weight=by_norm_weight,
         norm_bias=by_norm_bias,
         out_weight=sums["out_weight"],
-        out_bias=sums["out_bias"] if "out_bias" in sums else torch.zeros_like(weights.out_bias),
+        out_bias=torch.stack([sums["query_bias"], sums["key_bias"]]) if "query_bias" in sums else None,
     )
