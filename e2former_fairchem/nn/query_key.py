@@ -69,7 +69,8 @@ class QueryKey(nn.Module):
                 self.out_weight,
                 self.out_bias,
             )
-            return query_key(h, weights, h_again).unflatten(-1, (self.num_heads, self.head_dim)).unbind(1)
+            both = query_key(h, weights, h_again).transpose(0, 1)  # as they lie in memory
+            return both.unflatten(-1, (self.num_heads, self.head_dim)).unbind(0)
         nodes = h.shape[0]
         s = self.invariants(h).unflatten(-1, (2, self.width)).permute(2, 1, 0, 3).flatten(2)
         x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.tiles import ceil_div
 
-AT_ONCE = 4  # matrices of a launch
+AT_ONCE = 5  # matrices of a launch
 COLUMNS, ROWS = 128, 16  # of a tile
 MAX_PARTS = 64  # partial sums of a column
 
@@ -29,16 +29,17 @@ def _part(x, stride, rows, width, block, steps, BR: tl.constexpr, BC: tl.constex
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["r0", "r1", "r2", "r3", "steps"])
+@triton.jit(do_not_specialize=["r0", "r1", "r2", "r3", "r4", "steps"])
 def _column_sums_kernel(
-    x0, x1, x2, x3, s0, s1, s2, s3, r0, r1, r2, r3, w0, w1, w2, w3, out, total, steps,
+    x0, x1, x2, x3, x4, s0, s1, s2, s3, s4, r0, r1, r2, r3, r4, w0, w1, w2, w3, w4, out, total, steps,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """out[program] [total]: part of the column sums of x0 to x3 [r, w], stride s, one after the other."""
+    """out[program] [total]: part of the column sums of x0 to x4 [r, w], stride s, one after the other."""
     block = tl.program_id(1)
     b1 = (w0 + BC - 1) // BC
     b2 = b1 + (w1 + BC - 1) // BC
     b3 = b2 + (w2 + BC - 1) // BC
+    b4 = b3 + (w3 + BC - 1) // BC
     to = out + tl.program_id(0).to(tl.int64) * total
     c = tl.arange(0, BC)
     if block < b1:
@@ -50,13 +51,16 @@ def _column_sums_kernel(
     elif block < b3:
         at = (block - b2) * BC + c
         tl.store(to + w0 + w1 + at, _part(x2, s2, r2, w2, block - b2, steps, BR, BC), mask=at < w2)
-    else:
+    elif block < b4:
         at = (block - b3) * BC + c
         tl.store(to + w0 + w1 + w2 + at, _part(x3, s3, r3, w3, block - b3, steps, BR, BC), mask=at < w3)
+    else:
+        at = (block - b4) * BC + c
+        tl.store(to + w0 + w1 + w2 + w3 + at, _part(x4, s4, r4, w4, block - b4, steps, BR, BC), mask=at < w4)
 
 
 def column_sums(*matrices: Tensor) -> Sequence[Tensor]:
-    """Sums over the rows of up to four matrices [n, width], n of their own, columns side by side in memory.
+    """Sums over the rows of up to five matrices [n, width], n of their own, columns side by side in memory.
 
     Returns as many vectors, parts of one. No gradient.
     """

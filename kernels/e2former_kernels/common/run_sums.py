@@ -21,7 +21,7 @@ class RunSums(dict[str, Tensor]):
             self[name] = term
 
     def add_columns(self, **matrices: Tensor) -> None:
-        """Add the sum over the rows of each matrix, of up to four at once."""
+        """Add the sum over the rows of each matrix, of up to five at once."""
         for name, term in zip(matrices, column_sums(*matrices.values()), strict=True):
             self.add(name, term)
 

@@ -177,7 +177,7 @@ class _Gradient(torch.autograd.Function):
         found = None
         if hasattr(ctx.step, "second") and not torch.is_grad_enabled():
             with _no_autocast(saved[0].device):
-                found = _Gradient.second(ctx, list(cotangents), again)
+                found = _Gradient.second(ctx, list(cotangents), saved, again)
         if found is None:
             plan = ctx.step.plan.vjp(ctx.wanted, saved[1:]).vjp(again, saved)
             given = [
@@ -188,9 +188,11 @@ class _Gradient(torch.autograd.Function):
         return _placed(found, 3, len(saved))
 
     @staticmethod
-    def second(ctx, cotangents: list[Tensor | None], again: list[int]) -> dict[int, Tensor] | None:
+    def second(
+        ctx, cotangents: list[Tensor | None], saved: tuple[Tensor, ...], again: list[int]
+    ) -> dict[int, Tensor] | None:
         """What ``Step.second`` returns, by position, less what is left to the first derivative."""
-        step, left, (grad, *tensors) = ctx.step, ctx.value.left, ctx.saved_tensors
+        step, left, (grad, *tensors) = ctx.step, ctx.value.left, saved
         later = [n for n in again if n] if left.wait(ctx.value) else []
         if later and hasattr(step, "both"):
             change = Change(cotangents, grad, ctx.wanted)

@@ -47,9 +47,7 @@ class _FeedForward:
         grad, x, weights = grad.contiguous(), tensors[0].contiguous(), Weights(*tensors[1:])
         if _half(x, weights):
             return [half_gradient(grad, x, weights, self.residual)]
-        by_x, by_weights, _ = gradients(grad, x, None, self._of_rows(weights), any(wanted))
-        if self.residual:
-            by_x.add_(grad)
+        by_x, by_weights, _ = gradients(grad, x, None, self._of_rows(weights), any(wanted), self.residual)
         found = [by_x, *(by_weights or ())]
         return [torch.zeros_like(tensors[n]) if found[n] is None else found[n] for n in wanted]
 
@@ -61,8 +59,8 @@ class _FeedForward:
         x, x_dot = tensors[0].contiguous(), cotangents[0].contiguous()
         by_weights = any(n > 1 for n in again)
         weights = self._of_rows(Weights(*tensors[1:]))
-        by_x, by_weights, change = gradients(grad.contiguous(), x, x_dot, weights, by_weights)
-        found = [change.add_(x_dot) if self.residual else change, by_x, *(by_weights or ())]
+        by_x, by_weights, change = gradients(grad.contiguous(), x, x_dot, weights, by_weights, self.residual)
+        found = [change, by_x, *(by_weights or ())]
         return [found[n] for n in again]
 
 

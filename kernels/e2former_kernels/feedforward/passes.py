@@ -81,10 +81,12 @@ def value(x: Tensor, weights: Weights) -> Tensor:
     return out
 
 
-def gradients(grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, by_weights: bool) -> Gradients:
+def gradients(
+    grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, by_weights: bool, residual: bool = False
+) -> Gradients:
     """Gradients of <grad, value at x>, or of <grad, change along x_dot>, by x and, where asked for, the weights.
 
-    grad, x, x_dot: [N, M, C], contiguous; weights: of rows, the gradients of degrees.
+    grad, x, x_dot: [N, M, C], contiguous; weights: of rows, the gradients of degrees. residual: of x + the network.
     """
     by_x = torch.empty_like(x)
     change = None if x_dot is None else torch.empty_like(x)
@@ -92,13 +94,17 @@ def gradients(grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, b
     for run in node_runs(x.shape[0]) if x.numel() else ():
         nodes = run.nodes
         if x_dot is None:
-            _first_derivative(grad[nodes], x[nodes], weights, by_x[nodes], sums)
+            _first_derivative(grad[nodes], x[nodes], weights, by_x[nodes], sums, residual)
         else:
             _second_derivative(grad[nodes], x[nodes], x_dot[nodes], weights, by_x[nodes], change[nodes], sums)
+    if change is not None and residual:
+        change += x_dot
     return Gradients(by_x, None if sums is None else _of_weights(sums), change)
 
 
-def _first_derivative(grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: RunSums | None) -> None:
+def _first_derivative(
+    grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: RunSums | None, residual: bool
+) -> None:
     normal = launch_norm(x, weights.norm_weight, weights.norm_bias, None)
     y, gates = _first(normal, weights)
     if sums is not None:
@@ -112,9 +118,9 @@ def _first_derivative(grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, s
         sums.add_product("gate_weight", gates.t(), y[:, 0])
         add_so3_outer(sums, "weight1", part, normal)
     by_normal = apply_so3(part, weights.weight1, True, y)
-    _of_norm(by_normal, None, x, None, weights, by_x, sums)
+    norm = _of_norm(by_normal, None, x, None, weights, by_x, sums, grad if residual else None)
     if sums is not None:
-        sums.add_columns(bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0])
+        sums.add_columns(**norm, bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0])
 
 
 def _second_derivative(
@@ -142,9 +148,9 @@ def _second_derivative(
         add_so3_outer(sums, "weight1", part, normal_dot)
     by_normal = apply_so3(y_dot, weights.weight1, True, y)
     by_normal_dot = apply_so3(part, weights.weight1, True, normal_dot)
-    _of_norm(by_normal, by_normal_dot, x, x_dot, weights, by_x, sums)
+    norm = _of_norm(by_normal, by_normal_dot, x, x_dot, weights, by_x, sums)
     if sums is not None:
-        sums.add_columns(gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
+        sums.add_columns(**norm, gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
 
 
 def _of_norm(
@@ -155,12 +161,19 @@ def _of_norm(
     weights: Weights,
     by_x: Tensor,
     sums: RunSums | None,
-) -> None:
-    _, by_weight = launch_norm_reverse(x, weights.norm_weight, grad, x_dot, grad_dot, sums is not None, by_x)
-    if sums is not None:
-        sums.add("norm_weight", by_weight)
+    beside: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Writes the gradient by x, plus ``beside``; returns partial sums of that by the norm's weight, [programs, M C]."""
+    _, parts = launch_norm_reverse(
+        x, weights.norm_weight, grad, x_dot, grad_dot, sums is not None, by_x, parts=True, beside=beside
+    )  # fmt: skip
+    return {} if parts is None else {"norm_weight": parts.flatten(1)}
 
 
 def _of_weights(sums: RunSums) -> Weights:
-    found = {name: degree_sums(t) if name in ("weight1", "weight2") else t for name, t in sums.items()}
+    found: dict[str, Tensor] = dict(sums)
+    if found:
+        channels = found["weight1"].shape[-1]
+        found["norm_weight"] = found["norm_weight"].view(-1, channels)
+        found |= {name: degree_sums(found[name]) for name in ("weight1", "weight2", "norm_weight")}
     return Weights(*(found.get(name) for name in Weights._fields))

@@ -69,13 +69,13 @@ def norm_tangent_kernel(
 
 @triton.jit
 def norm_reverse_kernel(
-    grad, grad_dot, x, x_dot, weight, out, sums, N, M, C, L, steps,
+    grad, grad_dot, x, x_dot, weight, beside, out, sums, N, M, C, L, steps,
     EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    VALUE: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr,
+    VALUE: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient by x of <grad, norm> (VALUE) + <grad_dot, change of the norm along x_dot> (TANGENT), ``steps`` nodes.
 
-    WEIGHTS: sums[program], [M, C]: the rows of the gradient by the norm's weight.
+    BESIDE: plus ``beside``. WEIGHTS: sums[program], [M, C]: the rows of the gradient by the norm's weight.
     """
     m, c = tl.arange(0, BM), tl.arange(0, BC)
     inside = (m[:, None] < M) & (c[None, :] < C)
@@ -111,6 +111,9 @@ def norm_reverse_kernel(
             by_v += b * slope - (scale * scale * scale * by_slope) * balance * w
             by_scale += tl.sum(b * w) - 3.0 * scale * scale * cross * by_slope
         by_v -= (scale * scale * scale * by_scale) * balance * v
-        tl.store(out + row, _centre(by_v, m, inside, C), mask=here)
+        by_x = _centre(by_v, m, inside, C)
+        if BESIDE:
+            by_x += tl.load(beside + row, mask=here, other=0.0)
+        tl.store(out + row, by_x, mask=here)
     if WEIGHTS:
         tl.store(sums + tl.program_id(0).to(tl.int64) * M * C + at, total, mask=inside)

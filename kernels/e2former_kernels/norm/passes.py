@@ -65,10 +65,13 @@ def launch_norm_reverse(
     grad_dot: Tensor | None = None,
     by_weight: bool = False,
     out: Tensor | None = None,
+    parts: bool = False,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of <grad, norm> + <grad_dot, change of the norm along x_dot> by x [N, M, C], and by the weight [L, C].
 
-    All contiguous; ``grad`` or the pair may be missing.
+    All contiguous; ``grad`` or the pair may be missing. parts: partial sums of the latter instead, [programs, M, C].
+    beside: [N, M, C], added to the former.
     """
     nodes = x.shape[0]
     out = torch.empty_like(x) if out is None else out
@@ -81,12 +84,12 @@ def launch_norm_reverse(
     if programs:
         norm_reverse_kernel[(programs,)](
             x if grad is None else grad, x if grad_dot is None else grad_dot, x,
-            x if x_dot is None else x_dot,
-            weight.contiguous(), out, sums, N=nodes, steps=steps, VALUE=grad is not None, TANGENT=grad_dot is not None,
-            WEIGHTS=by_weight, **constants,
+            x if x_dot is None else x_dot, weight.contiguous(), x if beside is None else beside, out, sums, N=nodes,
+            steps=steps, VALUE=grad is not None, TANGENT=grad_dot is not None, WEIGHTS=by_weight,
+            BESIDE=beside is not None, **constants,
         )  # fmt: skip
-    if not by_weight:
-        return out, None
+    if not by_weight or parts:
+        return out, sums if by_weight else None
     return out, degree_sums(sums.sum(0))
 
 

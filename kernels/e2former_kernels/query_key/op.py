@@ -22,6 +22,11 @@ def _half(h: Tensor, weights: QueryKeyWeights) -> bool:
     return half_products(h) and not any(w.requires_grad for w in weights)
 
 
+def _apart(grad: Tensor) -> Tensor:
+    """[N, 2, O] as [2, N, O], how it lies in memory where queries and keys went apart."""
+    return grad.transpose(0, 1).contiguous()
+
+
 @dataclass(frozen=True)
 class _QueryKey:
     plan: Plan
@@ -50,8 +55,8 @@ class _QueryKey:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
         if _half(h, weights):
-            return [query_key_gradient(grad.contiguous(), h, weights)]
-        by_h, by_weights, _ = gradients(grad.contiguous(), h, None, self._rows(weights), any(wanted))
+            return [query_key_gradient(_apart(grad).transpose(0, 1), h, weights)]
+        by_h, by_weights, _ = gradients(_apart(grad), h, None, self._rows(weights), any(wanted))
         found = [by_h, *(by_weights or ())]
         return [found[n] for n in wanted]
 
@@ -62,8 +67,8 @@ class _QueryKey:
             return None
         h, *rest = (t.contiguous() for t in tensors)
         rows, by_weights = self._rows(QueryKeyWeights(*rest)), any(n > 1 for n in again)
-        by_h, by_weights, tangent = gradients(grad.contiguous(), h, cotangents[0].contiguous(), rows, by_weights)
-        found = [tangent, by_h, *(by_weights or ())]
+        by_h, by_weights, tangent = gradients(_apart(grad), h, cotangents[0].contiguous(), rows, by_weights)
+        found = [tangent.transpose(0, 1), by_h, *(by_weights or ())]
         return [found[n] for n in again]
 
 

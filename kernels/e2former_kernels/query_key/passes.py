@@ -54,7 +54,7 @@ class Gradients(NamedTuple):
 
     by_h: Tensor
     by_weights: QueryKeyWeights | None  # None in it: zeros
-    tangent: Tensor | None  # [N, 2, O]
+    tangent: Tensor | None  # [2, N, O]
 
 
 def runs(h: Tensor, row_weights: RowWeights, parts: int) -> list[NodeRun]:
@@ -163,7 +163,7 @@ def _reverse_run(
 def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, rows: RowWeights, by_weights: bool) -> Gradients:
     """Gradients of <grad, value at h>, or of <grad, tangent along h_dot>, by h and, where asked for, the weights.
 
-    grad: [N, 2, O]; h, h_dot: [N, M, C]; all contiguous.
+    grad: [2, N, O]; h, h_dot: [N, M, C]; all contiguous.
     """
     by_h, weights = torch.empty_like(h), rows.given
     tangent = None if h_dot is None else torch.empty_like(grad)
@@ -173,9 +173,8 @@ def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, rows: RowWeights, b
         part_dot = None if h_dot is None else h_dot[nodes]
         run = forward_run(h[nodes], part_dot, rows)
         if tangent is not None:
-            to = tangent[nodes].transpose(0, 1)
-            torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=to)
-        _reverse_run(grad[nodes].transpose(0, 1), h[nodes], part_dot, run, rows, by_h[nodes], sums)
+            torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=tangent[:, nodes])
+        _reverse_run(grad[:, nodes], h[nodes], part_dot, run, rows, by_h[nodes], sums)
 
     for nodes, *_ in runs(h, rows, 1 if h_dot is None else 2):
         of_run(nodes)

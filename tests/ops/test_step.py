@@ -1,0 +1,91 @@
+"""Steps: what first and second derivatives of a pass share, and sums that belong to neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.column_sums import column_sums
+from e2former_kernels.common.grouped_linear import grouped_linear, so3_linear
+from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
+)
+
+
+def norm(make):
+    return equivariant_rms_norm, equivariant_rms_norm_reference, [make(5, 4, 6), make(2, 6), make(6)]
+
+
+def so3(make):
+    def reference(x, weight, bias):
+        return torch.cat([F.linear(x[:, :1], weight[0], bias), F.linear(x[:, 1:], weight[1])], 1)
+
+    return so3_linear, reference, [make(5, 4, 6), make(2, 3, 6), make(3)]
+
+
+def grouped(make):
+    def op(x, first, second, bias):
+        return grouped_linear(x, [first, second], (1, 3), bias)
+
+    def reference(x, first, second, bias):
+        parts = [F.linear(x[:, :6], first, bias), *(F.linear(y, second) for y in x[:, 6:].split(8, 1))]
+        return torch.cat(parts, 1)
+
+    return op, reference, [make(5, 30), make(4, 6), make(4, 8), make(4)]
+
+
+@interpreted
+@pytest.mark.parametrize("case", [norm, so3, grouped])
+@pytest.mark.parametrize("bent", [True, False])  # the first derivative may come before the second where it is not
+def test_passes_of_both_derivatives_add_up(make, case, bent: bool) -> None:
+    op, reference, inputs = case(make)
+
+    def losses(function) -> tuple[torch.Tensor, torch.Tensor]:
+        y = function(*inputs)
+        (slope,) = torch.autograd.grad(y.sin().sum() if bent else y[:, :2].sum(), inputs[0], create_graph=True)
+        return y.square().sum(), slope.square().sum()
+
+    def gradients(*losses: torch.Tensor) -> list[torch.Tensor]:
+        found = torch.autograd.grad(sum(losses), inputs, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+    ours, theirs = losses(op), losses(reference)
+    together = gradients(*ours)
+    # once more, each alone, and together again: nothing is left from a pass for another
+    for a in ([ours[0]], [ours[1]], ours):
+        expected = gradients(*(theirs[n] for n, t in enumerate(ours) if any(t is x for x in a)))
+        for g, e in zip(gradients(*a), expected, strict=True):
+            torch.testing.assert_close(g, e)
+    assert all(torch.equal(a, b) for a, b in zip(together, gradients(*ours), strict=True))
+
+
+@interpreted
+def test_a_failed_pass_leaves_nothing(make) -> None:
+    op, _, inputs = norm(make)
+    y = op(*inputs)
+    (slope,) = torch.autograd.grad(y.sin().sum(), inputs[0], create_graph=True)
+    loss = y.square().sum() + slope.square().sum()
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+
+    def fail(_) -> None:
+        raise RuntimeError("on purpose")
+
+    hook = y.register_hook(fail)  # between the two derivatives
+    with pytest.raises(RuntimeError, match="on purpose"):
+        torch.autograd.grad(loss, inputs, retain_graph=True)
+    hook.remove()
+    found = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_column_sums(make, number: int) -> None:
+    shapes = [(40, 3), (2100, 5), (1, 130), (7, 128), (17, 1)][:number]
+    matrices = [make(rows, 3, width).detach()[:, 1] for rows, width in shapes]
+    for found, x in zip(column_sums(*matrices), matrices, strict=True):
+        torch.testing.assert_close(found, x.sum(0))
