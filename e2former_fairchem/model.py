@@ -17,10 +17,16 @@ from e2former_fairchem.nn.embedding import AtomEmbedding, ChargeSpinEmbedding, E
 from e2former_fairchem.nn.linear import SO3Linear
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_fairchem.nn.radial import SpeciesEmbedding
+from e2former_fairchem.segments import gather_rows
 from e2former_fairchem.spatial_order import SpatialOrder, spatial_order
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
+
+
+def _pointer(index: Tensor, rows: int) -> Tensor:
+    """CSR pointer [rows + 1] of an ascending index."""
+    return torch.searchsorted(index, torch.arange(rows + 1, device=index.device))
 
 
 class LongRangeBlocks(nn.Module):
@@ -130,7 +136,8 @@ class E2FormerV2(nn.Module):
         convolution = with_geometry(convolution, self.config, graph)
         convolution = replace(convolution, elements=elements, compute_again=again)
         images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
-        system = self.charge_spin(charge, spin).index_select(0, graph.own(batch))
+        own = graph.own(batch)
+        system = gather_rows(self.charge_spin(charge, spin), own, lambda: (None, _pointer(own, charge.numel())))
         species = graph.present(atomic_numbers)
         x = self.edge_degree(species, graph, convolution)
         if self.atom_embedding is not None:

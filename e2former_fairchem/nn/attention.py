@@ -20,6 +20,8 @@ from e2former_fairchem.nn.radial_tables import TableCache
 from e2former_fairchem.so3 import path_table
 from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import float32_products, grouped_linear
+from e2former_kernels.common.radial import RadialWeights
+from e2former_kernels.common.radial_table import RadialTable
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
@@ -161,6 +163,15 @@ class EquivariantAttention(nn.Module):
         recursion = tuple(getattr(self, f"recursion{n}") for n in range(self.num_recursions))
         return EAASTables(self.coupling, self.aligned_index, self.aligned_value, recursion, self.row_paths)
 
+    def radial_and_table(self, convolution: Convolution) -> tuple[RadialWeights, RadialTable | None]:
+        """Weights of the radial network, and its splines where there are some."""
+        target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
+        radial = self.radial(target_table, source_table)
+        if convolution.elements is None or self.dot is not None:
+            return radial, None
+        parameters = (target_table, source_table, *self.radial.parameters())
+        return radial, self.tables_of_radial.get(convolution.elements, parameters, lambda: radial, self.spec.cutoff)
+
     def forward(
         self,
         h: Tensor,
@@ -179,11 +190,7 @@ class EquivariantAttention(nn.Module):
         query, key = self.query_key(h, backend, h_again)
         key, value = graph.fetch(key, self.value(h, backend))
         target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
-        radial = self.radial(target_table, source_table)
-        table = None
-        if convolution.elements is not None and self.dot is None:
-            parameters = (target_table, source_table, *self.radial.parameters())
-            table = self.tables_of_radial.get(convolution.elements, parameters, lambda: radial, self.spec.cutoff)
+        radial, table = self.radial_and_table(convolution)
         dot = None if self.dot is None else self.dot.project(h, backend)
         dot_weights = None if self.dot is None else self.dot(target_table, source_table)
         factored = convolution.node_factored and self.spec.order == 1
@@ -230,21 +237,28 @@ class EquivariantAttention(nn.Module):
             rows = own - contracted
         return self._output(rows, backend)
 
-    def _output(self, rows: Tensor, backend: str) -> Tensor:
-        """rows: [N, P or (lmax+1)^2, C] -> [N, (lmax+1)^2, C].
-
-        The kernels take the path projection and the map behind it as one, where that is less work for a node.
-        """
+    @property
+    def one_map(self) -> bool:
+        """Whether path projection and the map behind it are less work for a node as one map."""
         if self.paths is None:
-            return self.out(rows, backend)
+            return False
         channels, width = self.out.weight.shape[1:]
-        numbers = rows.shape[1] * rows.shape[2]
-        less = numbers * channels < width * (numbers + self.spec.num_rows * channels)
-        if backend != "triton" or not less or torch.is_autocast_enabled(rows.device.type):
-            return self.out(self.paths(rows, backend), backend)
+        numbers = self.coupling.shape[0] * self.paths.channels
+        return numbers * channels < width * (numbers + self.spec.num_rows * channels)
+
+    def behind_paths(self) -> list[Tensor]:
+        """That map for every degree, [C, paths * C]."""
 
         def product(weight: Tensor) -> list[Tensor]:
             with float32_products():
                 return [w @ b for w, b in zip(weight, self.paths.scaled(), strict=True)]
 
-        return of_rows(rows, derived("behind paths", self.out.weight, product, list(self.paths.weights)), self.out.bias)
+        return derived("behind paths", self.out.weight, product, list(self.paths.weights))
+
+    def _output(self, rows: Tensor, backend: str) -> Tensor:
+        """rows: [N, P or (lmax+1)^2, C] -> [N, (lmax+1)^2, C]."""
+        if self.paths is None:
+            return self.out(rows, backend)
+        if backend != "triton" or not self.one_map or torch.is_autocast_enabled(rows.device.type):
+            return self.out(self.paths(rows, backend), backend)
+        return of_rows(rows, self.behind_paths(), self.out.bias)

@@ -11,6 +11,7 @@ from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.nn.attention import EquivariantAttention
 from e2former_fairchem.nn.convolution import Convolution, ImageNodes
 from e2former_fairchem.nn.feedforward import GatedFeedForward
+from e2former_fairchem.nn.half_block import half_attention, serves
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 
 if TYPE_CHECKING:
@@ -46,10 +47,27 @@ class TransformerBlock(nn.Module):
 
         atomic_numbers: of the graph's senders.
         """
+        if serves(self, x, system, graph, convolution):
+            x = half_attention(self, x, system, atomic_numbers, graph, convolution)
+        else:
+            x = self.attend(system, atomic_numbers, graph, convolution, images, x, graph.vec)
+        return self.feedforward.of_norm(x, self.norm2, convolution.backend)
+
+    def attend(
+        self,
+        system: Tensor,
+        atomic_numbers: Tensor,
+        graph: Graph,
+        convolution: Convolution,
+        images: ImageNodes | None,
+        x: Tensor,
+        vec: Tensor,
+    ) -> Tensor:
+        """x + Attn(N1(x) + s). vec: the graph's edge vectors, [E, 3]."""
         backend = convolution.backend
         h = self.norm1(x, system, backend=backend)
         again = None
         if convolution.compute_again:
             again = partial(self.norm1, x.detach(), system.detach(), backend=backend)
-        x = x + self.attention(h, atomic_numbers, graph, convolution, images, again)
-        return self.feedforward.of_norm(x, self.norm2, backend)
+        graph = graph if vec is graph.vec else graph.with_vec(vec)
+        return x + self.attention(h, atomic_numbers, graph, convolution, images, again)

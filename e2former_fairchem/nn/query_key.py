@@ -54,22 +54,25 @@ class QueryKey(nn.Module):
         first, second = both.chunk(2, -1)
         return torch.matmul(self.rows_of, (first * second).flatten(1)).view(self.lmax + 1, h.shape[0], 2 * self.width)
 
+    def weights(self) -> QueryKeyWeights:
+        """The parameters as the kernels take them."""
+        return QueryKeyWeights(
+            self.weight,
+            self.bias,
+            self.hidden_weight,
+            self.hidden_bias,
+            self.norm_weight,
+            self.norm_bias,
+            self.out_weight,
+            self.out_bias,
+        )
+
     def forward(
         self, h: Tensor, backend: str = "reference", h_again: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]; h_again: gives it once more. Returns query and key, each [N, H, S]."""
         if backend == "triton":
-            weights = QueryKeyWeights(
-                self.weight,
-                self.bias,
-                self.hidden_weight,
-                self.hidden_bias,
-                self.norm_weight,
-                self.norm_bias,
-                self.out_weight,
-                self.out_bias,
-            )
-            both = query_key(h, weights, h_again).transpose(0, 1)  # as they lie in memory
+            both = query_key(h, self.weights(), h_again).transpose(0, 1)  # as they lie in memory
             return both.unflatten(-1, (self.num_heads, self.head_dim)).unbind(0)
         nodes = h.shape[0]
         s = self.invariants(h).unflatten(-1, (2, self.width)).permute(2, 1, 0, 3).flatten(2)

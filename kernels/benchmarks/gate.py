@@ -60,7 +60,9 @@ def check_network(precision: str, atoms: int = 96, device: str = "cuda", **confi
     found["forces"] = relative_error(forces, forces64)
     found["same_bits"] = bool((model.energy_forces(system)[1] == forces).all())
     for name, conserving in (("training", True), ("training_direct", False)):
-        pair = compare_gradients(gradients(model, system, conserving), gradients(reference, exact, conserving))
+        trained, again = (gradients(model, system, conserving) for _ in range(2))
+        found["same_bits"] &= all(p is None or torch.equal(p, q) for p, q in zip(trained, again, strict=True))
+        pair = compare_gradients(trained, gradients(reference, exact, conserving))
         found[name], found[f"{name}_worst"] = pair
     model.requires_grad_(False)
     for _ in range(EVALUATIONS):

@@ -56,16 +56,24 @@ def _launch_rows(x: Tensor, out: Tensor, scale: Tensor, nodes: int, strides: tup
         _half_rows_kernel[grid](x, out, scale, nodes, *strides, NUMBERS=numbers, BLOCK=block, num_warps=warps)
 
 
-def half_rows(x: Tensor) -> Rows:
-    """x [N, ...] as float16 numbers of at most 1, and each row's factor [N], float32. x: float32, contiguous."""
-    out, scale = torch.empty_like(x, dtype=torch.float16), x.new_empty(x.shape[0])
+def new_rows(like: Tensor, *shape: int, leading: int = 1) -> Rows:
+    """Uninitialised rows on the device of ``like`` (float32), a factor for each index of the leading dimensions."""
+    return Rows(torch.empty(shape, dtype=torch.float16, device=like.device), like.new_empty(shape[:leading]))
+
+
+def half_rows(x: Tensor, out: Rows | None = None) -> Rows:
+    """x [N, ...] as float16 numbers of at most 1, and each row's factor [N], float32. x: float32, contiguous.
+
+    out: where to, contiguous.
+    """
+    out, scale = new_rows(x, *x.shape) if out is None else out
     _launch_rows(x, out, scale, x.shape[0], (x.stride(0), 0))
     return Rows(out, scale)
 
 
 def half_matrices(x: Tensor) -> Rows:
     """x [A, N, C] row by row, with factors [A, N]; the result is contiguous. x: any strides but of columns."""
-    out, scale = torch.empty(x.shape, dtype=torch.float16, device=x.device), x.new_empty(x.shape[:2])
+    out, scale = new_rows(x, *x.shape, leading=2)
     _launch_rows(x, out, scale, x.shape[1], (x.stride(1), x.stride(0)))
     return Rows(out, scale)
 
@@ -79,6 +87,15 @@ def _half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.flatten(1).abs().amax(1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (weight / scale.view(-1, *[1] * (weight.ndim - 1))).half(), scale
+
+
+def row_bias(bias: Tensor, rows: int) -> Tensor:
+    """A frozen bias [C] of row 0 as one of every row, [M, C]."""
+
+    def make(bias: Tensor) -> Tensor:
+        return torch.cat([bias.unsqueeze(0), bias.new_zeros(rows - 1, bias.shape[0])])
+
+    return derived("of rows", bias, make)
 
 
 @triton.jit
@@ -117,5 +134,39 @@ def from_products(
             products, factor, groups, out if bias is None else bias, out if beside is None else beside, out,
             *products.stride()[:2], factor.stride(0), of_group, *out.stride()[:2], columns, BIAS=bias is not None,
             BESIDE=beside is not None, BLOCK=next_power(columns), num_warps=1 if columns <= 512 else 4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rows_from_products_kernel(
+    x, rows, groups, bias, out, out_factor, stride, group_stride, row_stride, M, C,
+    BIAS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    m, c = tl.arange(0, BM), tl.arange(0, BC)
+    inside = (m[:, None] < M) & (c[None, :] < C)
+    at = m[:, None] * C + c[None, :]
+    factor = tl.load(rows + n * row_stride) * tl.load(groups + m, mask=m < M, other=0.0)
+    y = tl.load(x + n * stride + m[:, None] * group_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    y *= factor[:, None]
+    if BIAS:
+        y += tl.load(bias + at, mask=inside, other=0.0)
+    top = tl.max(tl.abs(y))
+    top = tl.where(top > 0.0, top, 1.0)
+    tl.store(out + n * M * C + at, (y / top).to(tl.float16), mask=inside)
+    tl.store(out_factor + n, top)
+
+
+def rows_from_products(products: Tensor, factor: Tensor, groups: Tensor, bias: Tensor | None = None) -> Rows:
+    """:func:`from_products` as rows again, [N, M, C] with factors [N]. factor: [N], any stride."""
+    nodes, matrices, columns = products.shape
+    out = new_rows(factor, *products.shape)
+    if products.numel():
+        numbers = next_power(matrices) * next_power(columns)
+        _rows_from_products_kernel[(nodes,)](
+            products, factor, groups, factor if bias is None else bias, *out, *products.stride()[:2], factor.stride(0),
+            matrices, columns, BIAS=bias is not None, BM=next_power(matrices), BC=next_power(columns),
+            num_warps=8 if numbers > 4096 else 4,
         )  # fmt: skip
     return out

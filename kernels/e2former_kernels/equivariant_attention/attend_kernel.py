@@ -32,7 +32,8 @@ def _softplus(a):
 
 @triton.jit
 def score_kernel(
-    query, key, key_factor, features, row, position, envelope, source, row_ptr, score, top, total, inverse_root, eps,
+    query, query_factor, key, key_factor, features, row, position, envelope, source, row_ptr, score, top, total,
+    inverse_root, eps,
     H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
     BH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +48,10 @@ def score_kernel(
     at = h[:, None] * S + s[None, :]
     mask = in_h[:, None] & (s[None, :] < S)
     first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
-    q = tl.load(query + i * H * S + at, mask=mask, other=0.0)
     dtype = score.dtype.element_ty
+    q = tl.load(query + i * H * S + at, mask=mask, other=0.0).to(dtype)
+    if HALF:
+        inverse_root *= tl.load(query_factor + i)
     m = tl.zeros([BH], dtype=dtype)
     if NORM == 1:
         m = m - float("inf")
@@ -165,8 +168,8 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def attend_backward_kernel(
-    query, key, key_factor, features, row, position, envelope, scale, value, value_factor, grad, grad_factor, source,
-    row_ptr, top, total, pair, slope, mean, best, grad_scale, E, inverse_root,
+    query, query_factor, key, key_factor, features, row, position, envelope, scale, value, value_factor, grad,
+    grad_factor, source, row_ptr, top, total, pair, slope, mean, best, grad_scale, E, inverse_root,
     R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
     B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +194,9 @@ def attend_backward_kernel(
     at_s = h[:, None] * S + s[None, :]
     mask_s = in_h[:, None] & (s[None, :] < S)
     MASKED_S: tl.constexpr = MASKED or BS != S
-    q = tl.load(query + i * (H * S) + at_s, mask=mask_s, other=0.0)
+    q = tl.load(query + i * (H * S) + at_s, mask=mask_s, other=0.0).to(dtype)
+    if HALF:
+        inverse_root *= tl.load(query_factor + i)
     ra = tl.arange(0, RA)
     at_a = ra[:, None] * H + h[None, :]
     mask_a = (ra[:, None] < R) & in_h[None, :]

@@ -8,7 +8,7 @@ atoms that edges gather are taken to float16 first (``common/half.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -58,6 +58,27 @@ class Edges(NamedTuple):
     envelope: Tensor
     scale: Tensor
     source: Tensor
+
+
+class Given(NamedTuple):
+    """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C]; rows in float32 or all in float16."""
+
+    vec: Tensor
+    query: Rows
+    key: Rows
+    value: Rows
+
+    @property
+    def half(self) -> bool:
+        """Whether rows are float16."""
+        return self.key.factor is not None
+
+    @property
+    def value_rows(self) -> tuple[int, int]:
+        """R, H: a value row as the kernels see it."""
+        _, rows, channels = self.value.numbers.shape
+        heads = self.query.numbers.shape[1]
+        return rows * channels // heads, heads
 
 
 EVERY = slice(None)
@@ -180,29 +201,32 @@ class FusedAttention:
     def _half(self, tensors: list[Tensor]) -> bool:
         return half_products(tensors[_VALUE]) and not self._trained(tensors)
 
+    def _given(self, tensors: list[Tensor], half: bool) -> Given:
+        vec, *rest = tensors[:_RADIAL]
+        return Given(vec, *(_rows(t.contiguous(), half) for t in rest))
+
     def _elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
         return edge_elements(chunk, self.source, self.species)
 
-    def _scores(
-        self, chunk: EdgeChunk, edges: Edges, query: Tensor, key: Rows, features: Tensor, statistics: Statistics
-    ) -> Tensor:
+    def _scores(self, chunk: EdgeChunk, edges: Edges, given: Given, features: Tensor, statistics: Statistics) -> Tensor:
         """Scores [e, H] of a run; fills its part of the softmax's statistics."""
-        heads, width = query.shape[1:]
+        heads, width = given.query.numbers.shape[1:]
         score = edges.vec.new_empty(chunk.num_edges, heads)
         if chunk.num_nodes:
-            half = key.factor is not None
-            widest, warps, together = SCORE_TILE[half]
+            widest, warps, together = SCORE_TILE[given.half]
             block = min(next_power(heads), widest)
             attend_kernel.score_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
-                query[chunk.nodes], *key.of(EVERY), features, edges.row, edges.position, edges.envelope, edges.source,
-                chunk.row_ptr, score, statistics.top[chunk.nodes], statistics.total[chunk.nodes],
-                1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width, NORM=NORMS[self.spec.norm],
-                TABLE=self.table is not None, HALF=half, BH=block, BS=next_power(width), BE=together, num_warps=warps,
+                *given.query.of(chunk.nodes), *given.key.of(EVERY), features, edges.row, edges.position,
+                edges.envelope, edges.source, chunk.row_ptr, score, statistics.top[chunk.nodes],
+                statistics.total[chunk.nodes], 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width,
+                NORM=NORMS[self.spec.norm], TABLE=self.table is not None, HALF=given.half, BH=block,
+                BS=next_power(width), BE=together, num_warps=warps,
             )  # fmt: skip
         return score
 
-    def _statistics(self, query: Tensor) -> Statistics:
-        return Statistics(*(query.new_empty(query.shape[:2]) for _ in range(2)))
+    @staticmethod
+    def _statistics(given: Given) -> Statistics:
+        return Statistics(*(given.vec.new_empty(given.query.numbers.shape[:2]) for _ in range(2)))
 
     @staticmethod
     def _tiles(tiles: RowTiles) -> dict:
@@ -211,72 +235,100 @@ class FusedAttention:
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C], radial weights -> [N, P or M, C]."""
-        vec, query, key, value = tensors[:_RADIAL]
-        query, key = query.contiguous(), key.contiguous()
+        given, value = self._given(tensors, self._half(tensors)), tensors[_VALUE]
+        nodes, channels = given.query.numbers.shape[0], value.shape[2]
+        out = value.new_empty(nodes, value.shape[1] if self.coupling is None else self.coupling.shape[0], channels)
+
+        def finish(chunk: EdgeChunk, outer: Tensor) -> None:
+            launch_contract(self.coupling, outer.view(chunk.num_nodes, -1, channels), out[chunk.nodes])
+
+        keep = any(t.requires_grad for t in tensors)
+        self.value_of_runs(given, tensors, None if self.coupling is None else finish, out, keep)
+        return out
+
+    def value_of_runs(
+        self,
+        given: Given,
+        tensors: list[Tensor],
+        finish: Callable[[EdgeChunk, Tensor], None] | None,
+        out: Tensor | None,
+        keep: bool,
+    ) -> None:
+        """Sums over neighbours, run by run: to ``finish`` as [n, B, R, H], or with B = 1 without it into out.
+
+        tensors: for the weights of the features. keep: the softmax's statistics, for :meth:`gradients_of_runs`.
+        """
         network = self._network(tensors)
-        _, rows, channels = value.shape
-        heads = query.shape[1]
-        rows = rows * channels // heads
+        rows, heads = given.value_rows
         tiles = row_tiles(rows, heads, self.directions, *ATTEND_TILE)
-        out_rows = value.shape[1] if self.coupling is None else self.coupling.shape[0]
-        out = value.new_empty(query.shape[0], out_rows, channels)
-        statistics = self._statistics(query)
-        half = self._half(tensors)
-        keys, values = (_rows(t, half) for t in (key, value))
+        statistics = self._statistics(given)
 
         def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
-            edges = self._edges(chunk, vec, self.table)
+            edges = self._edges(chunk, given.vec, self.table)
             if network is None:
                 features = self.table.knots
             else:
                 features, _ = self._features(network, chunk, edges, tensors)
-            score = self._scores(chunk, edges, query, keys, features, statistics)
-            if self.coupling is None:
+            score = self._scores(chunk, edges, given, features, statistics)
+            if finish is None:
                 summed = out[chunk.nodes].view(chunk.num_nodes, 1, rows, heads)
             else:
-                summed = value.new_empty(chunk.num_nodes, self.directions, rows, heads)
+                summed = given.vec.new_empty(chunk.num_nodes, self.directions, rows, heads)
             if summed.numel():
                 attend_kernel.attend_kernel[chunk.num_nodes, triton.cdiv(heads, tiles.heads)](
-                    score, features, edges.row, edges.position, edges.envelope, edges.scale, *values.of(EVERY),
+                    score, features, edges.row, edges.position, edges.envelope, edges.scale, *given.value.of(EVERY),
                     edges.source, chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes], summed,
-                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=network is None, HALF=half, B=self.directions,
-                    UNROLL=ATTEND_UNROLL[half], **self._tiles(tiles),
+                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=network is None, HALF=given.half,
+                    B=self.directions, UNROLL=ATTEND_UNROLL[given.half], **self._tiles(tiles),
                 )  # fmt: skip
-            if self.coupling is not None:
-                launch_contract(self.coupling, summed.view(chunk.num_nodes, -1, channels), out[chunk.nodes])
+            if finish is not None:
+                finish(chunk, summed)
 
         for chunk in self.chunks:
             run(chunk)
-        if any(t.requires_grad for t in tensors):
+        if keep:
             self.cache["statistics"] = statistics
-        return out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         """Gradients of the wanted inputs."""
-        vec, query, key, value = tensors[:_RADIAL]
-        grad, query, key = grad.contiguous(), query.contiguous(), key.contiguous()
-        channels, (heads, width) = value.shape[2], query.shape[1:]
-        rows = value.shape[1] * channels // heads
-        norm, directions = NORMS[self.spec.norm], self.directions
+        half = self._half(tensors)
+        given, channels, grad = self._given(tensors, half), tensors[_VALUE].shape[2], grad.contiguous()
+        coupling = self.transposed()
+
+        def outer(chunk: EdgeChunk) -> Rows:
+            part = _rows(grad[chunk.nodes], half)
+            if coupling is None:
+                return part
+            into = part.numbers.new_empty(chunk.num_nodes, coupling.shape[0], channels)
+            launch_contract(coupling, part.numbers, into)
+            return part._replace(numbers=into)
+
+        return self.gradients_of_runs(given, outer, tensors, wanted)
+
+    def gradients_of_runs(
+        self, given: Given, outer: Callable[[EdgeChunk], Rows], tensors: list[Tensor], wanted: list[int]
+    ) -> list[Tensor]:
+        """Gradients of the wanted inputs, run by run. outer: gradient by a run's sums over neighbours, [n, B, R, H]."""
+        vec = given.vec
+        rows, heads = given.value_rows
+        width = given.query.numbers.shape[2]
+        norm, directions, half = NORMS[self.spec.norm], self.directions, given.half
         weights_wanted = [n for n in wanted if n >= self.first_weight]
         table = None if weights_wanted else self.table
         network = None if weights_wanted else self._network(tensors)
         if not self._trained(tensors):
             self.cache.pop("network", None)
         known = self.cache.get("statistics") if table is self.table else None
-        statistics = self._statistics(query) if known is None else known
+        statistics = self._statistics(given) if known is None else known
         chunks = self.training_chunks if weights_wanted else self.chunks
-        fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
-        grad_vec, grad_query = torch.empty_like(vec), torch.empty_like(query)
+        fresh = vec.new_empty if len(chunks) == 1 else vec.new_zeros
+        grad_vec, grad_query = torch.empty_like(vec), vec.new_empty(given.query.numbers.shape)
         by_sender = _KEY in wanted or _VALUE in wanted
-        grad_key, grad_value = (fresh(key), fresh(value)) if by_sender else (key, value)
+        grad_key, grad_value = (fresh(t.numbers.shape) if by_sender else vec for t in (given.key, given.value))
         gate = self._gate(tensors) if weights_wanted else None
         beside: dict[int, Tensor] = {}
-        coupling = self.transposed()
-        half = self._half(tensors)
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
         blocks = triton.cdiv(heads, tiles.heads)
-        keys, queries, values = (_rows(t, half) for t in (key, query, value))
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
 
         def run(chunk: EdgeChunk) -> None:
@@ -289,12 +341,8 @@ class FusedAttention:
             else:
                 features = table.knots
             if known is None and norm <= 1:
-                self._scores(chunk, edges, query, keys, features, statistics)
-            part = _rows(grad[chunk.nodes], half)
-            if coupling is not None:
-                outer = part.numbers.new_empty(receivers, coupling.shape[0], channels)
-                launch_contract(coupling, part.numbers, outer)
-                part = part._replace(numbers=outer)
+                self._scores(chunk, edges, given, features, statistics)
+            part = outer(chunk)
             weight, pair = (vec.new_empty(number, heads) for _ in range(2))
             mean = vec.new_empty(receivers, heads)
             best = torch.empty(receivers if norm == 1 else 0, heads, dtype=torch.int64, device=vec.device)
@@ -307,20 +355,20 @@ class FusedAttention:
                 constants = {"H": heads, "S": width, "NORM": norm, "TABLE": table is not None, "HALF": half}
                 if number:  # it reads ahead
                     attend_kernel.attend_backward_kernel[receivers, blocks](
-                        query[chunk.nodes], *keys.of(EVERY), *of_features, edges.scale, *values.of(EVERY),
-                        *part.of(EVERY), edges.source, chunk.row_ptr, *of_softmax, pair, weight, mean, best,
-                        grad_parts[:directions], number, root, R=rows, B=directions, BS=width_tile, **constants,
-                        **self._tiles(tiles),
+                        *given.query.of(chunk.nodes), *given.key.of(EVERY), *of_features, edges.scale,
+                        *given.value.of(EVERY), *part.of(EVERY), edges.source, chunk.row_ptr, *of_softmax, pair, weight,
+                        mean, best, grad_parts[:directions], number, root, R=rows, B=directions, BS=width_tile,
+                        **constants, **self._tiles(tiles),
                     )  # fmt: skip
                 attend_kernel.score_backward_kernel[receivers, blocks](
-                    *keys.of(EVERY), *of_features, edges.source, chunk.row_ptr, *of_softmax, mean, best, pair, weight,
-                    grad_features, grad_parts[directions:], grad_query[chunk.nodes], number, root,
+                    *given.key.of(EVERY), *of_features, edges.source, chunk.row_ptr, *of_softmax, mean, best, pair,
+                    weight, grad_features, grad_parts[directions:], grad_query[chunk.nodes], number, root,
                     self.spec.softmax_constant, 0.0 if table is None else table.scale, BH=tiles.heads,
                     EACH=min(EACH, tiles.heads), BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
                 )  # fmt: skip
             if by_sender and chunk.order_ptr.numel() > 1:
                 attend_kernel.sender_kernel[chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)](
-                    weight, pair, edges.scale, *part.of(EVERY), *queries.of(chunk.nodes), chunk.target, chunk.order,
+                    weight, pair, edges.scale, *part.of(EVERY), *given.query.of(chunk.nodes), chunk.target, chunk.order,
                     chunk.order_ptr, chunk.order if chunk.senders is None else chunk.senders, grad_value, grad_key,
                     R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
                     ACCUMULATE=chunk.senders is not None, UNROLL=SENDER_UNROLL[half], **self._tiles(sender_tiles),

@@ -222,3 +222,20 @@ def contract_kernel(
     b = tl.load(x + n * K * C + k[:, None] * C + c[None, :], mask=(k[:, None] < K) & inside, other=0.0)
     y = tl.dot(a, b.to(a.dtype), input_precision=PRECISION, out_dtype=a.dtype).to(out.dtype.element_ty)
     tl.store(out + n * P * C + p[:, None] * C + c[None, :], y, mask=(p[:, None] < P) & inside)
+
+
+@triton.jit
+def contract_rows_kernel(
+    matrix, x, out, out_factor, P, K, C, PP: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The result of contract_kernel as float16 rows with their factor (common/half.py); a program has all channels."""
+    n = tl.program_id(0).to(tl.int64)
+    c, p, k = tl.arange(0, BC), tl.arange(0, PP), tl.arange(0, KP)
+    a = tl.load(matrix + p[:, None] * K + k[None, :], mask=(p[:, None] < P) & (k[None, :] < K), other=0.0)
+    b = tl.load(x + n * K * C + k[:, None] * C + c[None, :], mask=(k[:, None] < K) & (c[None, :] < C), other=0.0)
+    y = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
+    top = tl.max(tl.abs(y))
+    top = tl.where(top > 0.0, top, 1.0)
+    inside = (p[:, None] < P) & (c[None, :] < C)
+    tl.store(out + n * P * C + p[:, None] * C + c[None, :], (y / top).to(tl.float16), mask=inside)
+    tl.store(out_factor + n, top)

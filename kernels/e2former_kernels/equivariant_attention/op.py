@@ -37,12 +37,12 @@ from e2former_kernels.equivariant_attention.reference import DotWeights, Form, i
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
-# everything fits in one run (940 MB in float32, which a CUDA graph can replay) and where it does not (540 MB), in
+# everything fits in one run (940 MB in float32, which a CUDA graph can replay) and where it does not (1.1 GB), in
 # training (1.3 GB, fewer launches), of its second derivatives and weight gradients (2.7 GB; 1.6 GB where there is no
 # directional gate and everything does not fit in one run), and of the differentiable pieces behind higher derivatives
 # (4 GB).
 SINGLE_NUMBERS = 7 << 25
-FUSED_NUMBERS = 1 << 27
+FUSED_NUMBERS = 1 << 28
 TRAINING_NUMBERS = 5 << 26
 GATE_NUMBERS = 5 << 27
 SECOND_NUMBERS = 3 << 27
@@ -308,7 +308,7 @@ class _Recomputed:
         return list(self.plan.vjp(wanted, tensors).run([grad, *tensors]))
 
 
-class _Graph(NamedTuple):
+class GraphTensors(NamedTuple):
     """Tensors that have no gradient."""
 
     source: Tensor
@@ -321,14 +321,15 @@ class _Graph(NamedTuple):
     image: Tensor | None
 
 
-def _step(
+def make_step(
     spec: AttentionSpec,
     pieces: Pieces,
-    graph: _Graph,
+    graph: GraphTensors,
     form: Form,
     table: RadialTable | None,
-    max_run_edges: int | None,
+    max_run_edges: int | None = None,
 ) -> FusedAttention | _Recomputed:
+    """The operation on one graph. Raises as :func:`equivariant_attention` does."""
     source, target, row_ptr, species, coupling, source_order, source_ptr, image = graph
     problem = triton_problem(pieces.value.device)
     if problem is not None:
@@ -439,7 +440,7 @@ def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -
         lmax, heads, basis, cutoff, score, norm, order, inverse_distance, exponent, tuple(bell) if bell else None
     )
     pieces = Pieces.of(with_gaps(tensors, known[10:]))
-    return _step(spec, pieces, _Graph(*graph), form, table, max_run or None)
+    return make_step(spec, pieces, GraphTensors(*graph), form, table, max_run or None)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -452,7 +453,7 @@ _registered = register("equivariant_attention", _make_step, _shape)
 
 @torch.compiler.disable()
 def _run(spec: AttentionSpec, pieces: Pieces, value_again: Callable[[], Tensor] | None, *rest) -> Tensor:
-    step = _step(spec, pieces, *rest)
+    step = make_step(spec, pieces, *rest)
     with computed_again((pieces.value, value_again)):
         return run_step(step, there(pieces.every()))
 
@@ -504,7 +505,7 @@ def equivariant_attention(
     pieces = Pieces(*nodes, radial, dot_weights)
     if coupling is not None:
         coupling = coupling.to(dtype)
-    graph = _Graph(source, target, row_ptr, species, coupling, source_order, source_ptr, image)
+    graph = GraphTensors(source, target, row_ptr, species, coupling, source_order, source_ptr, image)
     if torch.compiler.is_compiling():
         index = (*graph, *(table or (None,) * 5)[:2])
         settings = _settings(spec, pieces, index, form, table, max_run_edges)

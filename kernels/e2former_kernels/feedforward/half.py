@@ -13,7 +13,7 @@ from torch import Tensor
 
 from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import apply_so3, float32_products, so3_rows
-from e2former_kernels.common.half import Rows, from_products, half_rows, half_weight
+from e2former_kernels.common.half import Rows, from_products, half_rows, half_weight, new_rows, row_bias
 from e2former_kernels.common.step import node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import half_kernel as kernel
@@ -58,9 +58,6 @@ def half_weights(weights: Weights) -> HalfWeights:
 
     rows, back = derived("behind row 0", weights.weight1, behind, [weights.gate_weight])
 
-    def padded(bias: Tensor) -> Tensor:
-        return torch.cat([bias.unsqueeze(0), bias.new_zeros(back.shape[0] - 1, bias.shape[0])])
-
     return HalfWeights(
         weights,
         Rows(rows, first_degrees),
@@ -69,7 +66,7 @@ def half_weights(weights: Weights) -> HalfWeights:
         Rows(so3_rows(second), second_degrees),
         back,
         so3_rows(second_degrees),
-        derived("padded", weights.bias2, padded),
+        row_bias(weights.bias2, back.shape[0]),
     )
 
 
@@ -100,7 +97,7 @@ def half_value(x: Tensor, weights: Weights, residual: bool) -> Tensor:
     for run in node_runs(x.shape[0]) if x.numel() else ():
         part = x[run.nodes]
         y, gates = _first(part, half)
-        z = Rows(torch.empty_like(part, dtype=torch.float16), torch.empty_like(y.factor))
+        z = new_rows(part, *part.shape)
         kernel.half_gate_kernel[(part.shape[0],)](
             *_gate_arguments(y, gates, half), *z, part.shape[2], **_launch(part)
         )  # fmt: skip

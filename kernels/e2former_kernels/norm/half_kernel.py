@@ -10,7 +10,8 @@ from e2former_kernels.norm.kernel import _centre, _degree
 
 @triton.jit
 def norm_rows_kernel(
-    x, weight, bias, out, out_factor, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+    x, weight, bias, shift, out, out_factor, M, C, L,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The norm of one node as float16 numbers of at most 1, and their factor."""
     n = tl.program_id(0).to(tl.int64)
@@ -24,6 +25,8 @@ def norm_rows_kernel(
     gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
     y = centred * (1.0 / tl.sqrt(variance + EPS)) * gamma
     beta = tl.load(bias + c, mask=c < C, other=0.0)
+    if SHIFT:
+        beta += tl.load(shift + n * C + c, mask=c < C, other=0.0)
     y += tl.where(m[:, None] == 0, beta[None, :], 0.0)
     top = tl.max(tl.abs(y))
     top = tl.where(top > 0.0, top, 1.0)
@@ -33,10 +36,13 @@ def norm_rows_kernel(
 
 @triton.jit
 def norm_rows_reverse_kernel(
-    grad, grad_factor, row_factors, beside, x, weight, out, M, C, L,
-    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BESIDE: tl.constexpr,
+    grad, grad_factor, row_factors, more, more_factor, more_row_factors, beside, x, weight, out, M, C, L,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, MORE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by x from that by the norm, grad[n, m, c] grad_factor[n] row_factors[m]; BESIDE: added to ``beside``."""
+    """Gradient by x from that by the norm, grad[n, m, c] grad_factor[n] row_factors[m], with MORE a second such term.
+
+    BESIDE: added to ``beside``.
+    """
     n = tl.program_id(0).to(tl.int64)
     m, c = tl.arange(0, BM), tl.arange(0, BC)
     inside = (m[:, None] < M) & (c[None, :] < C)
@@ -47,7 +53,11 @@ def norm_rows_reverse_kernel(
     v = _centre(tl.load(x + row, mask=inside, other=0.0), m, inside, C)
     scale = 1.0 / tl.sqrt(tl.sum(v * v * balance) + EPS)
     factor = tl.load(grad_factor + n) * tl.load(row_factors + m, mask=m < M, other=0.0)
-    a = tl.load(grad + row, mask=inside, other=0.0).to(tl.float32) * factor[:, None] * gamma
+    a = tl.load(grad + row, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    if MORE:
+        factor = tl.load(more_factor + n) * tl.load(more_row_factors + m, mask=m < M, other=0.0)
+        a += tl.load(more + row, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    a *= gamma
     by_v = a * scale - (scale * scale * scale * tl.sum(a * v)) * balance * v
     by_x = _centre(by_v, m, inside, C)
     if BESIDE:

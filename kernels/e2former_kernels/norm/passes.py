@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.degree_sums import degree_sums
-from e2former_kernels.common.half import Rows
+from e2former_kernels.common.half import Rows, new_rows
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.norm.half_kernel import norm_rows_kernel, norm_rows_reverse_kernel
 from e2former_kernels.norm.kernel import norm_kernel, norm_reverse_kernel, norm_tangent_kernel
@@ -93,21 +93,34 @@ def launch_norm_reverse(
     return out, degree_sums(sums.sum(0))
 
 
-def launch_norm_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Rows:
+def launch_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Rows:
     """The norm of x [N, M, C], contiguous, as float16 rows with a factor per node."""
-    rows = Rows(torch.empty_like(x, dtype=torch.float16), x.new_empty(x.shape[0]))
+    rows = new_rows(x, *x.shape)
     if x.numel():
-        norm_rows_kernel[(x.shape[0],)](x, weight.contiguous(), bias.contiguous(), *rows, **_constants(x, weight))
+        norm_rows_kernel[(x.shape[0],)](
+            x, weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous(), *rows,
+            SHIFT=shift is not None, **_constants(x, weight),
+        )  # fmt: skip
     return rows
 
 
 def launch_norm_rows_reverse(
-    x: Tensor, weight: Tensor, grad: Rows, row_factors: Tensor, beside: Tensor | None, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    grad: Rows,
+    row_factors: Tensor,
+    beside: Tensor | None,
+    out: Tensor,
+    more: tuple[Rows, Tensor] | None = None,
 ) -> Tensor:
-    """Gradient by x of <grad, norm>, plus ``beside``, into out; all [N, M, C], contiguous. row_factors: [M]."""
+    """Gradient by x of <grad, norm>, plus ``beside``, into out; all [N, M, C], contiguous. row_factors: [M].
+
+    more: a second term of grad, with its row_factors.
+    """
     if x.numel():
+        further, factors = (grad, row_factors) if more is None else more
         norm_rows_reverse_kernel[(x.shape[0],)](
-            *grad, row_factors, x if beside is None else beside, x, weight.contiguous(), out, BESIDE=beside is not None,
-            **_constants(x, weight),
+            *grad, row_factors, *further, factors, x if beside is None else beside, x, weight.contiguous(), out,
+            MORE=more is not None, BESIDE=beside is not None, **_constants(x, weight),
         )  # fmt: skip
     return out

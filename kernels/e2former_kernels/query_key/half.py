@@ -15,7 +15,7 @@ from torch import Tensor
 
 from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import apply_so3, so3_rows
-from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight
+from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight, new_rows
 from e2former_kernels.common.step import node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.query_key import half_kernel as kernel
@@ -47,7 +47,6 @@ class HalfWeights(NamedTuple):
 class Run(NamedTuple):
     """What a run of n nodes keeps for its gradient: products P [M, n, 4 G] and those of the hidden layer [2, n, G]."""
 
-    rows: Rows  # of h
     both: Tensor
     middle: Rows  # the factors are of the layer's inputs
     hidden: Rows
@@ -88,78 +87,81 @@ def _layer(nodes: int, weights: HalfWeights) -> tuple[tuple[int, int], dict]:
     return (triton.cdiv(nodes, block), 2), constants
 
 
-def _new_rows(like: Tensor, *shape: int) -> Rows:
-    numbers = torch.empty(shape, dtype=torch.float16, device=like.device)
-    return Rows(numbers, like.new_empty(shape[:2]))
-
-
 def _norm_weights(weights: HalfWeights) -> tuple[Tensor, Tensor, Tensor]:
     return weights.given.hidden_bias, weights.given.norm_weight, weights.given.norm_bias
 
 
-def _forward_run(h: Tensor, weights: HalfWeights) -> Run:
-    nodes, rows, _ = h.shape
+def _forward_run(h: Rows, weights: HalfWeights) -> Run:
+    nodes, rows, _ = h.numbers.shape
     width, inputs = weights.given.hidden_weight.shape[1:]
-    x = half_rows(h)
-    both = x.numbers.new_empty(rows, nodes, weights.rows.shape[1])
-    apply_so3(x.numbers, weights.rows, False, both.transpose(0, 1))
-    s, hidden = _new_rows(h, 2, nodes, inputs), _new_rows(h, 2, nodes, width)
+    both = h.numbers.new_empty(rows, nodes, weights.rows.shape[1])
+    apply_so3(h.numbers, weights.rows, False, both.transpose(0, 1))
+    s, hidden = (new_rows(h.factor, 2, nodes, n, leading=2) for n in (inputs, width))
     columns = weights.given.bias.shape[0]
     kernel.half_invariants_kernel[(nodes,)](
-        both, weights.given.bias, *s, x.factor, weights.degrees, nodes, columns, **_invariants_launch(weights)
+        both, weights.given.bias, *s, h.factor, weights.degrees, nodes, columns, **_invariants_launch(weights)
     )
     middle = Rows(torch.bmm(s.numbers, weights.hidden.numbers.transpose(1, 2)), s.factor)
     grid, constants = _layer(nodes, weights)
     kernel.half_layer_kernel[grid](
         *middle, weights.hidden.factor, *_norm_weights(weights), *hidden, nodes, width, **constants
     )
-    return Run(x, both, middle, hidden)
+    return Run(both, middle, hidden)
 
 
-def _reverse_run(grad: Tensor, run: Run, weights: HalfWeights, by_h: Tensor) -> None:
-    """Writes the gradient by h. grad: [2, n, O]. Uses up ``run``."""
-    nodes, width = by_h.shape[0], weights.given.hidden_weight.shape[1]
+def _reverse_run(grad: Rows, h: Rows, run: Run, weights: HalfWeights, bounds: Tensor) -> None:
+    """h's numbers become the gradient by h over ``bounds`` [n] and row_factors. grad: [2, n, O]. Uses up ``run``."""
+    nodes, width = bounds.shape[0], weights.given.hidden_weight.shape[1]
     columns = weights.given.bias.shape[0]
-    out = half_matrices(grad)
-    by_hidden = torch.bmm(out.numbers, weights.out.numbers)
+    by_hidden = torch.bmm(grad.numbers, weights.out.numbers)
     up = run.hidden  # nothing reads it any more
     grid, constants = _layer(nodes, weights)
     kernel.half_layer_backward_kernel[grid](
-        by_hidden, out.factor, weights.out.factor, *run.middle, weights.hidden.factor, *_norm_weights(weights), *up,
-        nodes, width, **constants,
+        by_hidden, grad.factor.contiguous(), weights.out.factor, *run.middle, weights.hidden.factor,
+        *_norm_weights(weights), *up, nodes, width, **constants,
     )  # fmt: skip
     by_s = torch.bmm(up.numbers, weights.hidden.numbers)
-    bounds = by_h.new_empty(nodes)
     kernel.half_invariants_backward_kernel[(nodes,)](
-        run.both, weights.given.bias, by_s, up.factor, weights.hidden.factor, run.rows.factor, weights.degrees,
+        run.both, weights.given.bias, by_s, up.factor, weights.hidden.factor, h.factor, weights.degrees,
         weights.largest, bounds, nodes, columns, SMALLEST, **_invariants_launch(weights),
     )  # fmt: skip
-    products = run.rows.numbers  # the same for these
-    apply_so3(run.both.transpose(0, 1), weights.rows, True, products)
-    from_products(products, bounds, weights.row_factors, by_h)
+    apply_so3(run.both.transpose(0, 1), weights.rows, True, h.numbers)
+
+
+def query_key_products(h: Rows, weights: HalfWeights) -> Rows:
+    """Products of the last layer [2, N, O], without its bias, and their factors [2, N]. h: [N, M, C]."""
+    nodes = h.numbers.shape[0]
+    products = new_rows(h.factor, 2, nodes, weights.given.out_weight.shape[1], leading=2)
+    for run in _runs(h.numbers, weights):
+        hidden = _forward_run(Rows(*h.of(run)), weights).hidden
+        torch.bmm(hidden.numbers, weights.out.numbers.transpose(1, 2), out=products.numbers[:, run])
+        products.factor[:, run] = hidden.factor
+    return products
+
+
+def query_key_reverse(grad: Rows, h: Rows, weights: HalfWeights) -> Rows:
+    """Gradient by h of <grad, queries and keys>, times ``row_factors`` of the weights. grad: [2, N, O].
+
+    Uses up h: its numbers become the gradient's.
+    """
+    bounds = torch.empty_like(h.factor)
+    for run in _runs(h.numbers, weights):
+        part = Rows(*h.of(run))
+        _reverse_run(Rows(*(t[:, run] for t in grad)), part, _forward_run(part, weights), weights, bounds[run])
+    return Rows(h.numbers, bounds)
 
 
 def query_key_value(h: Tensor, weights: QueryKeyWeights) -> Tensor:
     """Queries and keys, [2, N, O]. h: [N, M, C], contiguous."""
     half = half_weights(weights)
-    out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
-    for nodes in _runs(h, half):
-        hidden = _forward_run(h[nodes], half).hidden
-        products = torch.bmm(hidden.numbers, half.out.numbers.transpose(1, 2))
-        from_products(
-            products.transpose(0, 1),
-            hidden.factor.t(),
-            half.out.factor,
-            out[:, nodes].transpose(0, 1),
-            weights.out_bias,
-        )
+    products, factor = query_key_products(half_rows(h), half)
+    out = h.new_empty(products.shape)
+    from_products(products.transpose(0, 1), factor.t(), half.out.factor, out.transpose(0, 1), weights.out_bias)
     return out
 
 
 def query_key_gradient(grad: Tensor, h: Tensor, weights: QueryKeyWeights) -> Tensor:
-    """Gradient by h of <grad, queries and keys>. grad: [N, 2, O], rows of numbers contiguous; h: [N, M, C]."""
+    """Gradient by h of <grad, queries and keys>. grad: [N, 2, O]; h: [N, M, C], contiguous."""
     half = half_weights(weights)
-    by_h = torch.empty_like(h)
-    for nodes in _runs(h, half):
-        _reverse_run(grad[nodes].transpose(0, 1), _forward_run(h[nodes], half), half, by_h[nodes])
-    return by_h
+    products, factor = query_key_reverse(half_matrices(grad.transpose(0, 1)), half_rows(h), half)
+    return from_products(products, factor, half.row_factors, torch.empty_like(h))

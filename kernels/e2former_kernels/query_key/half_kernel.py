@@ -89,18 +89,19 @@ def half_invariants_backward_kernel(
     bound = tl.max(top, axis=0) * (tl.load(largest) * row + tl.load(largest + 1))
     bound = tl.maximum(bound, smallest)
     tl.store(bounds + n, bound)
+    inverse = 1.0 / bound
     for l in tl.static_range(D):
         factor = row * tl.load(degrees + l)
-        s = tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale
+        # over the bound first: that is finite where products of large numbers are not
+        s = tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale * inverse
         for m in tl.static_range(l * l, (l + 1) * (l + 1)):
             at = both + m * step + n * 2 * G + g
             first = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
             second = tl.load(at + G, mask=inside, other=0.0).to(tl.float32) * factor
             if l == 0:
                 first += b
-            # s over the bound first: it is finite where products of large numbers are not
-            tl.store(at, (s / bound * second).to(tl.float16), mask=inside)
-            tl.store(at + G, (s / bound * first).to(tl.float16), mask=inside)
+            tl.store(at, (s * second).to(tl.float16), mask=inside)
+            tl.store(at + G, (s * first).to(tl.float16), mask=inside)
 
 
 @triton.jit

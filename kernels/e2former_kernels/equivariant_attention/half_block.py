@@ -1,0 +1,197 @@
+r"""x + attention of the normalised x as one function of node features and edge vectors, with float16 rows throughout.
+
+For score ``qk`` and messages of order 1 with frozen weights where TF32 is allowed. What the operations of
+:mod:`e2former_kernels` do one after another with float32 tensors between them is done here with rows of float16 and a
+factor per node (``common/half.py``), which the kernels between the products read and write; gradients that meet are
+added where they are read. Second derivatives go through the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from e2former_kernels.common.derived import derived
+from e2former_kernels.common.grouped_linear import apply_groups, apply_so3, so3_rows
+from e2former_kernels.common.half import (
+    Rows,
+    from_products,
+    half_rows,
+    half_weight,
+    new_rows,
+    row_bias,
+    rows_from_products,
+)
+from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.equivariant_attention.fused import FusedAttention, Given
+from e2former_kernels.equivariant_attention.primitives import contract_rows, launch_contract
+from e2former_kernels.norm.passes import launch_norm_rows, launch_norm_rows_reverse
+from e2former_kernels.query_key.half import half_weights, query_key_products, query_key_reverse
+from e2former_kernels.query_key.reference import QueryKeyWeights
+
+__all__ = ["BlockWeights", "HalfBlock", "attention_block"]
+
+
+class BlockWeights(NamedTuple):
+    """All frozen. norm_weight: [L+1, C]; norm_bias, value_bias, out_bias: [C]; value_weight: [L+1, C, C].
+
+    out: of each degree, [C, paths C]: from the path rows that lead to a row of the degree to that row of the result.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    query_key: QueryKeyWeights
+    value_weight: Tensor
+    value_bias: Tensor
+    out: Sequence[Tensor]
+    out_bias: Tensor
+
+
+class _OutMap(NamedTuple):
+    """The map behind the attention. weights: float16, of each degree; factors: of the rows of its result, [M].
+
+    back: the transposed coupling [3 M, P], by path rows times their degree's factor over the largest one; largest: [].
+    """
+
+    weights: list[Tensor]
+    factors: Tensor
+    back: Tensor
+    largest: Tensor
+
+
+def _out_map(weights: BlockWeights, coupling: Tensor) -> _OutMap:
+    first, *others = weights.out
+    channels = first.shape[0]
+
+    def make(_: Tensor) -> _OutMap:
+        halves = [half_weight(w.unsqueeze(0)) for w in weights.out]
+        factors = torch.cat([factor for _, factor in halves])
+        paths = [(2 * l + 1) * (w.shape[1] // channels) for l, w in enumerate(weights.out)]
+        of_path = torch.cat([f.expand(n) for f, n in zip(factors, paths, strict=True)])
+        largest = factors.max()
+        back = (coupling * (of_path / largest).unsqueeze(1)).t().contiguous()
+        return _OutMap([w.squeeze(0) for w, _ in halves], so3_rows(factors), back, largest)
+
+    return derived("behind attention", first, make, [*others, coupling])
+
+
+class HalfBlock:
+    """The function for one graph.
+
+    step: the attention over the graph. tensors: those of the operation, for the weights of its features; queries, keys
+    and values among them are not read. shift: [N, C], added to the scalar row of the norm.
+    """
+
+    def __init__(
+        self, step: FusedAttention, tensors: list[Tensor], weights: BlockWeights, shift: Tensor | None
+    ) -> None:
+        self.step, self.tensors, self.weights, self.shift = step, tensors, weights, shift
+        self.query_key = half_weights(weights.query_key)
+        value, degrees = half_weight(weights.value_weight)
+        self.value = Rows(so3_rows(value), so3_rows(degrees))
+        self.out = _out_map(weights, step.coupling)
+        self.degrees = [2 * l + 1 for l in range(len(weights.out))]
+        self.kept: tuple[Rows, Rows] | None = None  # queries and keys
+
+    def _normal(self, x: Tensor) -> Rows:
+        return launch_norm_rows(x, self.weights.norm_weight, self.weights.norm_bias, self.shift)
+
+    def _values(self, h: Rows) -> Rows:
+        products = apply_so3(h.numbers, self.value.numbers, False, torch.empty_like(h.numbers))
+        bias = row_bias(self.weights.value_bias, h.numbers.shape[1])
+        return rows_from_products(products, h.factor, self.value.factor, bias)
+
+    def _queries_and_keys(self, h: Rows) -> tuple[Rows, Rows]:
+        products, bias = query_key_products(h, self.query_key), self.weights.query_key.out_bias
+        heads = self.step.spec.num_heads
+        rows = [
+            rows_from_products(p.unsqueeze(1), f, self.query_key.out.factor[n : n + 1], bias[n])
+            for n, (p, f) in enumerate(zip(*products, strict=True))
+        ]
+        return tuple(Rows(r.numbers.view(r.numbers.shape[0], heads, -1), r.factor) for r in rows)
+
+    def evaluate(self, x: Tensor, vec: Tensor, keep: bool) -> Tensor:
+        """The function. x: [N, M, C], contiguous; vec: [E, 3]. keep: what :meth:`gradients` takes over."""
+        h = self._normal(x)
+        query, key = self._queries_and_keys(h)
+        given = Given(vec, query, key, self._values(h))
+        y, channels = torch.empty_like(x), x.shape[2]
+        bias = row_bias(self.weights.out_bias, x.shape[1])
+        del h
+
+        def finish(chunk: EdgeChunk, outer: Tensor) -> None:
+            rows, factor = contract_rows(self.step.coupling, outer.view(chunk.num_nodes, -1, channels))
+            products = rows.new_empty(chunk.num_nodes, *x.shape[1:])
+            apply_groups(rows.flatten(1), self.out.weights, self.degrees, False, products.flatten(1))
+            from_products(products, factor, self.out.factors, y[chunk.nodes], bias, x[chunk.nodes])
+
+        self.step.value_of_runs(given, self.tensors, finish, None, keep)
+        self.kept = (query, key) if keep else None
+        return y
+
+    def gradients(self, grad: Tensor, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients by x and vec of <grad, the function>, once after :meth:`evaluate`. grad, x: contiguous."""
+        h = self._normal(x)
+        given = Given(vec, *self.kept, self._values(h))
+        channels, coupling = x.shape[2], self.out.back
+        paths = coupling.shape[1]
+
+        def outer(chunk: EdgeChunk) -> Rows:
+            rows, factor = half_rows(grad[chunk.nodes])
+            products = rows.new_empty(chunk.num_nodes, paths, channels)
+            apply_groups(rows.flatten(1), self.out.weights, self.degrees, True, products.flatten(1))
+            into = rows.new_empty(chunk.num_nodes, coupling.shape[0], channels)
+            launch_contract(coupling, products, into)
+            return Rows(into, factor * self.out.largest)
+
+        found = self.step.gradients_of_runs(given, outer, self.tensors, [0, 1, 2, 3])
+        del given
+        by_vec, by_query, by_key, by_value = found
+        del found
+        value = half_rows(by_value)
+        del by_value
+        through_value = Rows(
+            apply_so3(value.numbers, self.value.numbers, True, value.numbers.new_empty(x.shape)), value.factor
+        )
+        both = new_rows(x, 2, x.shape[0], by_query[0].numel(), leading=2)
+        for part, (numbers, factor) in zip((by_query, by_key), zip(*both, strict=True), strict=True):
+            half_rows(part.flatten(1), Rows(numbers, factor))
+        through_scores = query_key_reverse(both, h, self.query_key)
+        by_x = launch_norm_rows_reverse(
+            x, self.weights.norm_weight, through_scores, self.query_key.row_factors, grad, torch.empty_like(x),
+            (through_value, self.value.factor),
+        )  # fmt: skip
+        return by_x, by_vec
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, block: HalfBlock, operations: Callable[[Tensor, Tensor], Tensor], x: Tensor, vec: Tensor
+    ) -> Tensor:
+        ctx.block, ctx.operations = block, operations
+        x = x.contiguous()
+        ctx.save_for_backward(x, vec)
+        return block.evaluate(x, vec, any(ctx.needs_input_grad))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, vec = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return None, None, *ctx.block.gradients(grad.contiguous(), x, vec)
+        wanted = [n for n, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        given = x.view_as(x), vec.view_as(vec)  # x depends on vec by the layers before: not through these
+        found = torch.autograd.grad(ctx.operations(*given), [given[n] for n in wanted], grad, create_graph=True)
+        by = dict(zip(wanted, found, strict=True))
+        return None, None, by.get(0), by.get(1)
+
+
+def attention_block(block: HalfBlock, operations: Callable[[Tensor, Tensor], Tensor], x: Tensor, vec: Tensor) -> Tensor:
+    """The function of ``block``; ``operations(x, vec)`` is the same with operations, for derivatives beyond the first.
+
+    x: [N, M, C]; vec: [E, 3]; both float32.
+    """
+    return _Block.apply(block, operations, x, vec)
