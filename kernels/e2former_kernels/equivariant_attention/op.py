@@ -23,6 +23,7 @@ from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
+from e2former_kernels.common.half import half_products
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
 from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_network
@@ -37,11 +38,11 @@ from e2former_kernels.equivariant_attention.reference import DotWeights, Form, i
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
-# everything fits in one run (940 MB in float32, which a CUDA graph can replay) and where it does not (1.1 GB), in
+# everything fits in one run (1.3 GB in float32, which a CUDA graph can replay) and where it does not (1.1 GB), in
 # training (1.3 GB, fewer launches), of its second derivatives and weight gradients (2.7 GB; 1.6 GB where there is no
 # directional gate and everything does not fit in one run), and of the differentiable pieces behind higher derivatives
 # (4 GB).
-SINGLE_NUMBERS = 7 << 25
+SINGLE_NUMBERS = 5 << 26
 FUSED_NUMBERS = 1 << 28
 TRAINING_NUMBERS = 5 << 26
 GATE_NUMBERS = 5 << 27
@@ -368,8 +369,10 @@ def make_step(
         check_table(table, pieces.value, 2 * spec.num_heads, pieces.radial)
     relative = spec.order == 1 and form == "relative"
     directions = 3 if relative else 1
-    # of an edge, and its share of the receivers' outer products, at some thirty edges each
-    per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // 32
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial)
+    # of an edge, and its share of the receivers' outer products, at some thirty edges each; their gradients may be half
+    share = 64 if half_products(pieces.value) and not trained else 32
+    per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // share
     if table is None:
         per_edge += 4 * spec.num_heads + 3 * hidden
     if spec.score == "qk_dot":
@@ -378,7 +381,7 @@ def make_step(
     elif spec.score == "qk_dot_scalar":
         per_edge += 5 * spec.num_heads + 3 * spec.num_rows
     budget, single = FUSED_NUMBERS, SINGLE_NUMBERS
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial):
+    if trained:
         budget = single = TRAINING_NUMBERS
     fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
     second_numbers, second_budget = second_numbers_of(spec, pieces), SECOND_NUMBERS
