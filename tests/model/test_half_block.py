@@ -84,6 +84,16 @@ def test_errors_are_roundings(config: dict, calls: list[int]) -> None:
         assert torch.equal(case.features(), found[0])
 
 
+def test_no_edges(calls: list[int]) -> None:
+    case, exact = Case(), Case(torch.float64, kernel_backend="reference")
+    for c in (case, exact):
+        c.pos.data.mul_(100.0)
+    x = case.features()
+    assert error(x.detach(), exact.features().detach()) < 8 * ROUNDING
+    (slope,) = torch.autograd.grad(x.sum(), case.pos)
+    assert len(calls) == SHAPE["num_layers"] and not slope.any()
+
+
 def test_several_runs(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     from e2former_kernels.equivariant_attention import op
     from e2former_kernels.query_key import half

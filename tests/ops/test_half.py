@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.half import from_products, half_matrices, half_rows, half_weight
+from e2former_kernels.common.half import from_products, half_matrices, half_rows, half_weight, rows_from_products
 from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
 from e2former_kernels.feedforward import op as feedforward_op
 from e2former_kernels.query_key import QueryKeyWeights, query_key
@@ -54,6 +54,34 @@ def test_product(nodes_first: bool) -> None:
     error = (out.double() - torch.bmm(x.double(), weight.double())).abs()
     assert bool((error <= 4 * ROUNDING * terms).all())
     torch.testing.assert_close(biased, out + bias.unsqueeze(1))
+
+
+@pytest.mark.parametrize("widest", [1 << 15, 1])
+def test_contraction(widest: int, monkeypatch) -> None:
+    """Rows of a contraction, also where a program cannot hold them all."""
+    from e2former_kernels.equivariant_attention import primitives
+
+    monkeypatch.setattr(primitives, "LARGEST_CONTRACTION", widest)
+    matrix = torch.randn(5, 7)
+    x = torch.randn(len(SIZES), 7, 6) * torch.tensor(SIZES).view(-1, 1, 1)
+    rows, factor = primitives.contract_rows(matrix, x)
+    expected = torch.einsum("pk,nkc->npc", matrix.double(), x.double())
+    back = rows.double() * factor.double().view(-1, 1, 1)
+    error = (back - expected).abs().flatten(1).amax(1)
+    assert bool((error <= 2 * ROUNDING * expected.abs().flatten(1).amax(1)).all())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_of_products(biased: bool) -> None:
+    """Products as rows again: what one gets from them as float32 and then as rows."""
+    products, groups = torch.randn(6, 4, 5).half(), torch.rand(4) + 0.5
+    factor, bias = torch.tensor(SIZES).clamp(1e-15, 1e15), torch.randn(4, 5) if biased else None
+    wide = from_products(products, factor, groups, torch.empty(6, 4, 5), bias)
+    found, expected = rows_from_products(products, factor, groups, bias), half_rows(wide)
+    torch.testing.assert_close(found.factor, expected.factor)
+    torch.testing.assert_close(found.numbers, expected.numbers, rtol=0, atol=ROUNDING)
+    together = from_products(products, factor, groups, torch.empty(6, 4, 5), bias, wide)
+    torch.testing.assert_close(together, 2 * wide)
 
 
 def weights(degrees: int, channels: int, width: int, outputs: int) -> QueryKeyWeights:
