@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from e2former_kernels.norm.kernel import _centre, _degree
+from e2former_kernels.norm.kernel import _centre, _degree, norm_of_node
 
 
 @triton.jit
@@ -16,18 +16,9 @@ def norm_rows_kernel(
     """The norm of one node as float16 numbers of at most 1, and their factor."""
     n = tl.program_id(0).to(tl.int64)
     m, c = tl.arange(0, BM), tl.arange(0, BC)
+    y = norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS, SHIFT)
     inside = (m[:, None] < M) & (c[None, :] < C)
     at = m[:, None] * C + c[None, :]
-    centred = _centre(tl.load(x + n * M * C + at, mask=inside, other=0.0), m, inside, C)
-    degree = _degree(m)
-    balance = 1.0 / ((2 * degree + 1) * L * C).to(centred.dtype)
-    variance = tl.sum(centred * centred * balance[:, None])
-    gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
-    y = centred * (1.0 / tl.sqrt(variance + EPS)) * gamma
-    beta = tl.load(bias + c, mask=c < C, other=0.0)
-    if SHIFT:
-        beta += tl.load(shift + n * C + c, mask=c < C, other=0.0)
-    y += tl.where(m[:, None] == 0, beta[None, :], 0.0)
     top = tl.max(tl.abs(y))
     top = tl.where(top > 0.0, top, 1.0)
     tl.store(out + n * M * C + at, (y / top).to(tl.float16), mask=inside)

@@ -20,11 +20,8 @@ def _centre(x, m, inside, C):
 
 
 @triton.jit
-def norm_kernel(x, weight, bias, shift, out, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                SHIFT: tl.constexpr):  # fmt: skip
-    """The norm of one node."""
-    n = tl.program_id(0).to(tl.int64)
-    m, c = tl.arange(0, BM), tl.arange(0, BC)
+def norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS: tl.constexpr, SHIFT: tl.constexpr):
+    """The norm of node n, rows m and columns c."""
     inside = (m[:, None] < M) & (c[None, :] < C)
     at = m[:, None] * C + c[None, :]
     centred = _centre(tl.load(x + n * M * C + at, mask=inside, other=0.0), m, inside, C)
@@ -36,8 +33,18 @@ def norm_kernel(x, weight, bias, shift, out, M, C, L, EPS: tl.constexpr, BM: tl.
     beta = tl.load(bias + c, mask=c < C, other=0.0)
     if SHIFT:
         beta += tl.load(shift + n * C + c, mask=c < C, other=0.0)
-    y += tl.where(m[:, None] == 0, beta[None, :], 0.0)
-    tl.store(out + n * M * C + at, y, mask=inside)
+    return y + tl.where(m[:, None] == 0, beta[None, :], 0.0)
+
+
+@triton.jit
+def norm_kernel(x, weight, bias, shift, out, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+                SHIFT: tl.constexpr):  # fmt: skip
+    """The norm of one node."""
+    n = tl.program_id(0).to(tl.int64)
+    m, c = tl.arange(0, BM), tl.arange(0, BC)
+    y = norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS, SHIFT)
+    inside = (m[:, None] < M) & (c[None, :] < C)
+    tl.store(out + n * M * C + m[:, None] * C + c[None, :], y, mask=inside)
 
 
 @triton.jit

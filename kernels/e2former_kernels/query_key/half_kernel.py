@@ -105,14 +105,20 @@ def half_invariants_backward_kernel(
 
 
 @triton.jit
-def _normal(x, factor, bias, n, c, W, E, EPS: tl.constexpr):
-    """LayerNorm without its affine map, of the products of rows n, and the inverse deviation."""
-    here = (n[:, None] < E) & (c[None, :] < W)
-    v = tl.load(x + n[:, None] * W + c[None, :], mask=here, other=0.0).to(tl.float32) * factor[:, None]
-    v = tl.where(here, v + bias[None, :], 0.0)
+def _normal(x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS: tl.constexpr):
+    """LayerNorm of rows n of a group's products without and with its affine map, the inverse deviation, and gamma."""
+    here = (n[:, None] < N) & (c[None, :] < W)
+    inside = c < W
+    factor = tl.load(x_factor + first + n, mask=n < N, other=0.0) * tl.load(weights + group)
+    at = x + first * W + n[:, None] * W + c[None, :]
+    v = tl.load(at, mask=here, other=0.0).to(tl.float32) * factor[:, None]
+    v = tl.where(here, v + tl.load(bias + group * W + c, mask=inside, other=0.0)[None, :], 0.0)
     v = tl.where(here, v - (tl.sum(v, axis=1) / W)[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / W + EPS)
-    return v * inverse[:, None], inverse
+    normal = v * inverse[:, None]
+    gamma = tl.load(norm_weight + group * W + c, mask=inside, other=0.0)[None, :]
+    t = normal * gamma + tl.load(norm_bias + group * W + c, mask=inside, other=0.0)[None, :]
+    return normal, t, inverse, gamma
 
 
 @triton.jit
@@ -131,17 +137,14 @@ def half_layer_kernel(
 ):  # fmt: skip
     """SiLU(LN(x + b)) of products x [2, N, W] with factors x_factor [2, N] and weights [2]; rows out with factors."""
     group = tl.program_id(1)
-    n = tl.program_id(0) * BE + tl.arange(0, BE)
+    n = (tl.program_id(0) * BE + tl.arange(0, BE)).to(tl.int64)
     c = tl.arange(0, BW)
-    inside = c < W
     first = group.to(tl.int64) * N
-    factor = tl.load(x_factor + first + n, mask=n < N, other=0.0) * tl.load(weights + group)
-    b = tl.load(bias + group * W + c, mask=inside, other=0.0)
-    normal, _ = _normal(x + first * W, factor, b, n.to(tl.int64), c, W, N, EPS)
-    gamma = tl.load(norm_weight + group * W + c, mask=inside, other=0.0)
-    t = normal * gamma[None, :] + tl.load(norm_bias + group * W + c, mask=inside, other=0.0)[None, :]
+    _, t, _, _ = _normal(
+        x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS
+    )  # fmt: skip
     y = t / (1.0 + tl.exp(-t))
-    _store_rows(y, out + first * W, out_factor + first, n.to(tl.int64), c, W, N)
+    _store_rows(y, out + first * W, out_factor + first, n, c, W, N)
 
 
 @triton.jit
@@ -151,21 +154,18 @@ def half_layer_backward_kernel(
 ):  # fmt: skip
     """Gradient by x of half_layer_kernel's result, as rows with factors; grad: products, with factors as x has."""
     group = tl.program_id(1)
-    n = tl.program_id(0) * BE + tl.arange(0, BE)
+    n = (tl.program_id(0) * BE + tl.arange(0, BE)).to(tl.int64)
     c = tl.arange(0, BW)
-    inside = c < W
     first = group.to(tl.int64) * N
-    factor = tl.load(x_factor + first + n, mask=n < N, other=0.0) * tl.load(weights + group)
-    b = tl.load(bias + group * W + c, mask=inside, other=0.0)
-    normal, inverse = _normal(x + first * W, factor, b, n.to(tl.int64), c, W, N, EPS)
-    gamma = tl.load(norm_weight + group * W + c, mask=inside, other=0.0)
-    t = normal * gamma[None, :] + tl.load(norm_bias + group * W + c, mask=inside, other=0.0)[None, :]
+    normal, t, inverse, gamma = _normal(
+        x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS
+    )  # fmt: skip
     sigmoid = 1.0 / (1.0 + tl.exp(-t))
-    at = n.to(tl.int64)[:, None] * W + c[None, :]
-    here = (n[:, None] < N) & inside[None, :]
+    at = n[:, None] * W + c[None, :]
+    here = (n[:, None] < N) & (c[None, :] < W)
     a = tl.load(grad + first * W + at, mask=here, other=0.0).to(tl.float32)
     a *= (tl.load(grad_factor + first + n, mask=n < N, other=0.0) * tl.load(grad_weights + group))[:, None]
-    a *= sigmoid * (1.0 + t * (1.0 - sigmoid)) * gamma[None, :]
+    a *= sigmoid * (1.0 + t * (1.0 - sigmoid)) * gamma
     a -= (tl.sum(a, axis=1) / W)[:, None] + normal * (tl.sum(a * normal, axis=1) / W)[:, None]
     y = tl.where(here, a * inverse[:, None], 0.0)
-    _store_rows(y, out + first * W, out_factor + first, n.to(tl.int64), c, W, N)
+    _store_rows(y, out + first * W, out_factor + first, n, c, W, N)
