@@ -23,7 +23,7 @@ from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_table import RadialTable
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
-from e2former_kernels.equivariant_attention import attend_kernel, edge_kernel
+from e2former_kernels.equivariant_attention import attend_backward_kernel, attend_kernel, edge_kernel
 from e2former_kernels.equivariant_attention.gate import RadialGate
 from e2former_kernels.equivariant_attention.primitives import launch_contract
 from e2former_kernels.equivariant_attention.second import second_derivative
@@ -354,20 +354,21 @@ class FusedAttention:
                 root, width_tile = 1.0 / math.sqrt(width), next_power(width)
                 constants = {"H": heads, "S": width, "NORM": norm, "TABLE": table is not None, "HALF": half}
                 if number:  # it reads ahead
-                    attend_kernel.attend_backward_kernel[receivers, blocks](
+                    attend_backward_kernel.attend_backward_kernel[receivers, blocks](
                         *given.query.of(chunk.nodes), *given.key.of(EVERY), *of_features, edges.scale,
                         *given.value.of(EVERY), *part.of(EVERY), edges.source, chunk.row_ptr, *of_softmax, pair, weight,
                         mean, best, grad_parts[:directions], number, root, R=rows, B=directions, BS=width_tile,
                         **constants, **self._tiles(tiles),
                     )  # fmt: skip
-                attend_kernel.score_backward_kernel[receivers, blocks](
+                attend_backward_kernel.score_backward_kernel[receivers, blocks](
                     *given.key.of(EVERY), *of_features, edges.source, chunk.row_ptr, *of_softmax, mean, best, pair,
                     weight, grad_features, grad_parts[directions:], grad_query[chunk.nodes], number, root,
                     self.spec.softmax_constant, 0.0 if table is None else table.scale, BH=tiles.heads,
                     EACH=min(EACH, tiles.heads), BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
                 )  # fmt: skip
             if by_sender and chunk.order_ptr.numel() > 1:
-                attend_kernel.sender_kernel[chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)](
+                grid = chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)
+                attend_backward_kernel.sender_kernel[grid](
                     weight, pair, edges.scale, *part.of(EVERY), *given.query.of(chunk.nodes), chunk.target, chunk.order,
                     chunk.order_ptr, chunk.order if chunk.senders is None else chunk.senders, grad_value, grad_key,
                     R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
