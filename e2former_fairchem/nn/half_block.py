@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from e2former_fairchem.nn.convolution import Convolution
-from e2former_kernels.common.half import half_products
+from e2former_kernels.common.precision import half_products
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph

@@ -30,11 +30,6 @@ class Rows(NamedTuple):
         return numbers, numbers if self.factor is None else self.factor[nodes]
 
 
-def half_products(x: Tensor) -> bool:
-    """Whether products of float32 tensors may be rounded as TF32 does (fairchem's ``tf32``)."""
-    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-
-
 @triton.jit
 def _half_rows_kernel(x, out, scale, N, stride, group_stride, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)

@@ -17,8 +17,9 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.half import Rows, half_products, half_rows
+from e2former_kernels.common.half import Rows, half_rows
 from e2former_kernels.common.plan import EdgeChunk, edge_elements
+from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_table import RadialTable

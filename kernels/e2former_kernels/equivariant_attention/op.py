@@ -23,9 +23,9 @@ from e2former_kernels.common.backend import triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
-from e2former_kernels.common.half import half_products
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
+from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.half import half_products
+from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.feedforward.half import half_gradient, half_value

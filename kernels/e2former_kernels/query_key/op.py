@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.half import half_products
+from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.registered import register
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.query_key.half import query_key_gradient, query_key_value
