@@ -36,6 +36,10 @@ class EpochTrainEvalRunner(TrainEvalRunner):
             raise ValueError(f"evaluate_every_n_epochs: expected at least 1, got {evaluate_every_n_epochs}")
         if cpu_threads is not None and cpu_threads < 1:
             raise ValueError(f"cpu_threads: expected at least 1 or null, got {cpu_threads}")
+        for key in ("max_epochs", "max_steps"):
+            value = kwargs.get(key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}: expected at least 1 or null, got {value}")
         super().__init__(**kwargs)
         self.cpu_threads = cpu_threads
         self.evaluate_every_n_epochs = evaluate_every_n_epochs

@@ -136,6 +136,7 @@ def test_checkpoint_of_another_fairchem_model(fails: Callable, repo: Path, tmp_p
         ("backbone.direct_forces=true", ["direct_forces: expected false in the backbone of e2former_v2_gradient_head"]),
         ("+heads.efs.dropout=0.1", ["dropout"]),
         ("evaluate_every=0", ["evaluate_every_n_epochs: expected at least 1, got 0"]),
+        ("epochs=-3", ["max_epochs: expected at least 1 or null, got -3"]),
         ("batch_size=0", ["num_structures: expected at least 1, got 0"]),
     ],
 )
