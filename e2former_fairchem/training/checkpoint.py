@@ -22,6 +22,21 @@ BACKBONE_NAMES = (BACKBONE, "e2former_v2")
 _HEADS = "output_heads."
 
 
+def _kind_of(path: Path) -> str:
+    """What a file is that is no archive of torch's, by its first bytes."""
+    with path.open("rb") as handle:
+        head = handle.read(24)
+    if not head:
+        return "which is empty"
+    if head.startswith(b"PK"):
+        return "which is cut off: the file of an interrupted copy or download"
+    if len(head) > 8 and head[8:9] == b"{":
+        return f"a safetensors file; convert it: e2former-fairchem safetensors {path} -o OUT.pt"
+    if head[16:20] in (b"\xde\xc0\xef\xbe", b"\xbe\xef\xc0\xde"):
+        return "an LMDB database, which belongs to a data set"
+    return f"which starts with {head[:8]!r}"
+
+
 def check_checkpoint_path(location: str | Path, key: str = "checkpoint") -> Path:
     """Check that `location` is a file that torch wrote, without reading it.
 
@@ -44,7 +59,9 @@ def check_checkpoint_path(location: str | Path, key: str = "checkpoint") -> Path
     if not path.is_file():
         raise FileNotFoundError(f"{key}: expected an inference checkpoint's file, got {path}, which does not exist")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{key}: expected an inference checkpoint (a file written by torch.save), got {path}")
+        raise ValueError(
+            f"{key}: expected an inference checkpoint (a file written by torch.save), got {path}, {_kind_of(path)}"
+        )
     return path
 
 

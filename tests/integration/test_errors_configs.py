@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from ase.db import connect
+from safetensors.torch import save_file
 
 from e2former_fairchem.data.checks import check_dataset
+from e2former_fairchem.training.checkpoint import check_checkpoint_path
+from e2former_fairchem.training.resolvers import sample
 
 
 def litter(folder: Path) -> list[str]:
@@ -100,6 +103,28 @@ def test_checkpoint_that_torch_did_not_write(fails: Callable, repo: Path, tmp_pa
     path = tmp_path / "model.pt"
     path.write_text("not a checkpoint")
     fails(evaluate(repo), f"checkpoint={path}", parts=["expected an inference checkpoint", str(path)])
+
+
+def test_torn_and_foreign_files_are_named(tmp_path: Path) -> None:
+    """What people have handed to loaders by mistake, told from its first bytes."""
+    whole = tmp_path / "whole.pt"
+    torch.save({"weight": torch.zeros(1000)}, whole)
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    given = {
+        "empty.pt": (b"", "which is empty"),
+        "torn.pt": (whole.read_bytes()[:2000], "which is cut off"),
+        "model.safetensors": (None, "a safetensors file; convert it: e2former-fairchem safetensors"),
+        "page.pt": (b"<!DOCTYPE html>", r"which starts with b'<!DOCTYP'"),
+    }
+    for name, (content, got) in given.items():
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"first: expected an inference checkpoint .* got {path}, {got}"):
+            check_checkpoint_path(path, key="first")
+    database = Path(sample("val_new")) / "data.aselmdb"
+    with pytest.raises(ValueError, match=f"first: .* got {database}, an LMDB database"):
+        check_checkpoint_path(database, key="first")
 
 
 @pytest.mark.parametrize(
