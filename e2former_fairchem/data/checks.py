@@ -31,6 +31,21 @@ def _length(metadata: Path, field: str) -> int | None:
             return read(handle)[0][0]
 
 
+def _databases(path: str) -> list[Path]:
+    """The database files of a folder, a pattern or a file's name."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        return sorted(p for p in given.iterdir() if p.suffix in DATABASE_SUFFIXES)
+    if glob.has_magic(path):
+        return sorted(Path(p) for p in glob.glob(str(given)) if Path(p).suffix in DATABASE_SUFFIXES)
+    return [given] if given.is_file() else []
+
+
+def count_structures(path: str) -> int:
+    """Number of structures of a data set that `check_dataset` accepts."""
+    return sum(map(_count, _databases(path)))
+
+
 def check_dataset(key: str, path: str) -> str:
     """Check that `path` is what fairchem's `ase_db` data set can read, and that it is not empty.
 
@@ -46,14 +61,12 @@ def check_dataset(key: str, path: str) -> str:
         ValueError: there is a database or its metadata, but without a single structure, or they disagree.
     """
     given = Path(path).expanduser()
+    databases = _databases(path)
     if given.is_dir():
-        databases = sorted(p for p in given.iterdir() if p.suffix in DATABASE_SUFFIXES)
         what = "a folder with at least one .aselmdb file"
     elif glob.has_magic(path):
-        databases = sorted(Path(p) for p in glob.glob(str(given)) if Path(p).suffix in DATABASE_SUFFIXES)
         what = "a pattern that matches at least one .aselmdb file"
     else:
-        databases = [given] if given.is_file() else []
         what = "a folder of .aselmdb files, one such file or a pattern"
     if not databases:
         got = "a folder without one" if given.is_dir() else "nothing there"

@@ -20,6 +20,7 @@ from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 
 from e2former_fairchem.training.callbacks import collect_metrics, write_atomically
 from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
+from e2former_fairchem.training.values import integer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -85,9 +86,7 @@ class Metrics(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, tensorboard: bool = True) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
-        self.every = every_n_steps
+        self.every = integer("every_n_steps", every_n_steps, 1)
         self.with_tensorboard = tensorboard
         self._tensorboard: Any = None
         self._losses: LossRecorder | None = None

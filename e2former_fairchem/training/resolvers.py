@@ -6,7 +6,12 @@
 | `${e2former.workers:}` | number of GPUs that torch finds, at least 1 |
 | `${e2former.sample:train}` | folder of a part of the bundled sample: `train`, `val_known` or `val_new` |
 | `${e2former.element_references:NAME}` | energies per element, eV by Z: `sample`, `omol25`, `spice` or a JSON file |
-| `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set; KEY is named in the message |
+| `${e2former.integer:KEY,VALUE,LEAST}` | VALUE, after a check that it is such an integer; KEY is named in the message |
+| `${e2former.number:KEY,VALUE}` | VALUE, after a check that it is a number of at least 0 |
+| `${e2former.positive:KEY,VALUE}` | VALUE, after a check that it is a number above 0 |
+| `${e2former.boolean:KEY,VALUE}` | VALUE, after a check that it is true or false |
+| `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set |
+| `${e2former.at_most:KEY,NUMBER,DATA_KEY,PATH}` | NUMBER, or with a word the size of the data set, if smaller |
 | `${e2former.checkpoint:KEY,PATH}` | PATH, absolute, after a check that it is an inference checkpoint |
 | `${e2former.tasks:PATH,ANY}` | configs of the tasks in the inference checkpoint PATH; ANY: also of other backbones |
 """
@@ -15,10 +20,13 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import ListConfig, OmegaConf
+
+from e2former_fairchem.training.values import boolean, integer, number, positive
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SAMPLE_PARTS = ("train", "val_known", "val_new")
@@ -79,7 +87,7 @@ def element_references(name: str) -> ListConfig:
         "omol25": DATA / "element_references" / "omol25.json",
         "spice": DATA / "element_references" / "spice.json",
     }
-    if name not in bundled and not name.endswith(".json"):
+    if name not in bundled and not str(name).endswith(".json"):
         raise ValueError(
             f"e2former.element_references: expected one of {', '.join(bundled)} or a .json file, got {name!r}"
         )
@@ -104,8 +112,35 @@ def dataset(key: str, path: str | Sequence[str] | None) -> str | ListConfig:
     if path is None:
         raise ValueError(f"{key}: expected a folder with a data set, got nothing; add {key}=FOLDER to the command line")
     if isinstance(path, list | tuple | ListConfig):
-        return OmegaConf.create([_check_dataset(key, Path(p).expanduser().absolute()) for p in path])
-    return _check_dataset(key, Path(path).expanduser().absolute())
+        return OmegaConf.create([_check_dataset(key, _absolute(p)) for p in path])
+    return _check_dataset(key, _absolute(path))
+
+
+def _absolute(path: str) -> Path:
+    return Path(str(path)).expanduser().absolute()  # a folder named 2024 arrives as an integer
+
+
+@functools.cache
+def _at_most(key: str, wanted: int, data_key: str, paths: tuple[str, ...]) -> int:
+    from e2former_fairchem.data.checks import count_structures
+
+    size = sum(map(count_structures, paths))
+    if wanted > size:
+        logging.warning("%s: %d structures asked for, %s has %d; all of them are used", key, wanted, data_key, size)
+    return min(wanted, size)
+
+
+def at_most(key: str, wanted: int | None, data_key: str, path: str | Sequence[str] | None) -> int | None:
+    """So many structures of a data set as are wanted and there; None (all) stays None.
+
+    Raises:
+        ValueError, FileNotFoundError: not a positive integer, or see `dataset`.
+    """
+    if wanted is None:
+        return None
+    wanted = integer(key, wanted, 1)
+    checked = dataset(data_key, path)
+    return _at_most(key, wanted, data_key, (checked,) if isinstance(checked, str) else tuple(checked))
 
 
 def checkpoint(key: str, path: str | None) -> str:
@@ -141,5 +176,6 @@ def tasks(path: str | None, any_backbone: bool = False) -> ListConfig:
 
 def register_resolvers() -> None:
     """Register all of the above with OmegaConf; calling it again changes nothing."""
-    for function in (device, workers, sample, element_references, dataset, checkpoint, tasks):
+    values = (integer, number, positive, boolean)
+    for function in (device, workers, sample, element_references, *values, dataset, at_most, checkpoint, tasks):
         OmegaConf.register_new_resolver(f"e2former.{function.__name__}", function, replace=True)

@@ -9,6 +9,8 @@ from fairchem.core.components.callbacks import StopBeforeTimeoutCallback
 from fairchem.core.components.train.train_runner import TrainEvalRunner
 from torchtnt.framework.fit import fit
 
+from e2former_fairchem.training.values import integer
+
 
 def evaluation_interval(every: int, max_epochs: int | None) -> int:
     """The largest number of epochs up to `every` that divides `max_epochs`, so that the last epoch is evaluated."""
@@ -32,14 +34,11 @@ class EpochTrainEvalRunner(TrainEvalRunner):
     """
 
     def __init__(self, *, evaluate_every_n_epochs: int = 1, cpu_threads: int | None = None, **kwargs: Any) -> None:
-        if evaluate_every_n_epochs < 1:
-            raise ValueError(f"evaluate_every_n_epochs: expected at least 1, got {evaluate_every_n_epochs}")
-        if cpu_threads is not None and cpu_threads < 1:
-            raise ValueError(f"cpu_threads: expected at least 1 or null, got {cpu_threads}")
-        for key in ("max_epochs", "max_steps"):
-            value = kwargs.get(key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}: expected at least 1 or null, got {value}")
+        integer("evaluate_every_n_epochs", evaluate_every_n_epochs, 1)
+        counts = {"cpu_threads": cpu_threads} | {key: kwargs.get(key) for key in ("max_epochs", "max_steps")}
+        for key, value in counts.items():
+            if value is not None:
+                integer(key, value, 1)
         super().__init__(**kwargs)
         self.cpu_threads = cpu_threads
         self.evaluate_every_n_epochs = evaluate_every_n_epochs

@@ -9,6 +9,8 @@ import numpy as np
 from fairchem.core.datasets.base_dataset import BaseDataset
 from torch.utils.data import Sampler
 
+from e2former_fairchem.training.values import integer
+
 
 class StructureBatchSampler(Sampler[list[int]]):
     """Batches of a fixed number of structures, drawn anew in every epoch.
@@ -37,8 +39,7 @@ class StructureBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        if num_structures < 1:
-            raise ValueError(f"num_structures: expected at least 1, got {num_structures}")
+        integer("num_structures", num_structures, 1)
         if len(dataset) < num_replicas:
             raise ValueError(f"dataset: expected at least one structure per rank ({num_replicas}), got {len(dataset)}")
         self.size = len(dataset)

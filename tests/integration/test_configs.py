@@ -20,6 +20,7 @@ from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.training.callbacks import collect_metrics
 from e2former_fairchem.training.checkpoint import read_checkpoint
 from e2former_fairchem.training.metrics import read_metrics
+from e2former_fairchem.training.resolvers import at_most
 from e2former_fairchem.training.runner import evaluation_interval
 
 TRAIN = ("omol25_direct", "omol25_conserving", "spice_direct")
@@ -51,7 +52,7 @@ def test_training_config_takes_two_steps(
     name: str, repo: Path, launch: Callable, tiny: Sequence[str], fake_omol25: Sequence[str], finished_units: list
 ) -> None:
     batch = "batch_size=4" if name == "spice_direct" else "max_atoms=20"
-    overrides = (*tiny, *fake_omol25, "num_val=6", "num_workers=0", "steps=2", "warmup_steps=1", batch)
+    overrides = (*tiny, *fake_omol25, "num_workers=0", "steps=2", "warmup_steps=1", batch)
     launch(repo / "configs" / "train" / f"{name}.yaml", *overrides)
     ((unit, metrics),) = finished_units
     assert unit.train_progress.num_steps_completed == 2
@@ -197,11 +198,23 @@ def test_evaluation_of_other_data_needs_no_training_data(
     repo: Path, elsewhere: Path, fake_omol25: Sequence[str], write_checkpoint: Callable
 ) -> None:
     write_checkpoint(elsewhere / "checkpoint.pt")
-    overrides = ["checkpoint=checkpoint.pt", "dataset=omol25_val", fake_omol25[1], "num_val=null"]
-    config = compose(repo / "configs" / "evaluate" / "omol25.yaml", *overrides)
+    overrides = ["checkpoint=checkpoint.pt", "dataset=omol25_val", fake_omol25[1]]
+    config = compose(repo / "configs" / "evaluate" / "omol25.yaml", *overrides, "num_val=null")
     data = config["runner"]["dataloader"]["dataset"]["dataset_configs"]["omol"]
     assert data["splits"] == {"val": {"src": fake_omol25[1].split("=")[1], "sample_n": None}}
     assert config["runner"]["eval_unit"]["model"]["checkpoint_location"] == str(elsewhere / "checkpoint.pt")
+
+
+def test_fewer_validation_structures_than_num_val_are_all_used(
+    fake_omol25: Sequence[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = fake_omol25[1].split("=")[1]
+    assert at_most("num_val", None, "data_val", folder) is None
+    assert at_most("num_val", 4, "data_val", folder) == 4
+    assert not caplog.text
+    assert at_most("num_val", 20_000, "data_val", folder) == 6
+    assert "num_val: 20000 structures asked for, data_val has 6; all of them are used" in caplog.text
+    assert at_most("num_val", 20_000, "data_val", [folder, f"{folder}/data.aselmdb"]) == 12
 
 
 @pytest.mark.parametrize(("every", "epochs", "interval"), [(5, 60, 5), (5, 1, 1), (5, 7, 1), (4, 6, 3), (5, None, 5)])

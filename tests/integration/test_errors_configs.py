@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from ase.db import connect
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from e2former_fairchem.data.checks import check_dataset
+from e2former_fairchem.training import values
 from e2former_fairchem.training.checkpoint import check_checkpoint_path
 from e2former_fairchem.training.resolvers import sample
 
@@ -160,15 +163,75 @@ def test_checkpoint_of_another_fairchem_model(fails: Callable, repo: Path, tmp_p
         ("+backbone.mmax=2", ["mmax"]),
         ("backbone.direct_forces=true", ["direct_forces: expected false in the backbone of e2former_v2_gradient_head"]),
         ("+heads.efs.dropout=0.1", ["dropout"]),
-        ("evaluate_every=0", ["evaluate_every_n_epochs: expected at least 1, got 0"]),
-        ("epochs=-3", ["max_epochs: expected at least 1 or null, got -3"]),
-        ("batch_size=0", ["num_structures: expected at least 1, got 0"]),
+        ("runner.max_epochs=-3", ["max_epochs: expected an integer of at least 1, got -3"]),
     ],
 )
 def test_wrong_value_in_the_config(
     fails: Callable, repo: Path, tiny: Sequence[str], override: str, parts: list[str]
 ) -> None:
     fails(repo / "configs" / "quickstart.yaml", *tiny, override, parts=parts, composes=True)
+
+
+def counts(config: Path) -> dict[str, int | float | bool]:
+    """The numbers and switches at the top of a config, as the command line gives them."""
+    values_at_top = OmegaConf.to_container(OmegaConf.load(config))  # its reader takes 8e-4 for a number
+    return {key: value for key, value in values_at_top.items() if isinstance(value, int | float)}
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNS = ("quickstart.yaml", "train/*.yaml", "baselines/*.yaml", "evaluate/omol25.yaml")
+
+
+@pytest.mark.parametrize(
+    "config", sorted(path for pattern in RUNS for path in CONFIGS.glob(pattern)), ids=lambda path: path.stem
+)
+def test_every_number_of_a_config_is_checked_where_it_is_used(config: Path) -> None:
+    """A bare `${key}` would take any value; `${e2former.integer:key,${key},1}` names the key."""
+    text = config.read_text() + "".join(p.read_text() for p in (CONFIGS / "tasks").glob("omol_*.yaml"))
+    assert counts(config)
+    for key in counts(config):
+        used = re.findall(rf"(\S+,)?\$\{{{key}\}}", text)
+        assert used, key
+        assert all(re.fullmatch(rf"\$\{{e2former\.(integer|number|positive|boolean):{key},", use) for use in used), key
+
+
+WRONG = {
+    "epochs=three": "epochs: expected an integer of at least 1, got 'three'",
+    "epochs=-3": "epochs: expected an integer of at least 1, got -3",
+    "batch_size=null": "batch_size: expected an integer of at least 1, got nothing",
+    "batch_size=2.5": "batch_size: expected an integer of at least 1, got 2.5",
+    "batch_size=true": "batch_size: expected an integer of at least 1, got True",
+    "num_workers=-1": "num_workers: expected an integer of at least 0, got -1",
+    "lr=fast": "lr: expected a number of at least 0, got 'fast'",
+    "lr=nan": "lr: expected a number of at least 0, got nan",
+    "normalizer_rmsd=0": "normalizer_rmsd: expected a number above 0, got 0",
+    "element_references=7": "e2former.element_references: expected one of sample, omol25, spice or a .json file, got 7",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_type_is_refused_before_anything_is_written(fails: Callable, repo: Path, override: str) -> None:
+    fails(repo / "configs" / "quickstart.yaml", override, parts=[WRONG[override]])
+
+
+def test_wrong_type_in_the_other_configs(fails: Callable, repo: Path, fake_omol25: Sequence[str]) -> None:
+    for name in ("omol25_direct", "omol25_conserving", "spice_direct"):
+        config = repo / "configs" / "train" / f"{name}.yaml"
+        fails(config, *fake_omol25, "steps=1e6.5", parts=["steps: expected an integer of at least 1, got '1e6.5'"])
+    fails(config, *fake_omol25, "tf32=maybe", parts=["tf32: expected true or false, got 'maybe'"])
+    fails(config, *fake_omol25, "num_val=few", parts=["num_val: expected an integer of at least 1, got 'few'"])
+    baseline = repo / "configs" / "baselines" / "escn_md_quickstart.yaml"
+    fails(baseline, "warmup_steps=0", parts=["warmup_steps: expected an integer of at least 1, got 0"])
+
+
+def test_values_that_are_right_in_another_form() -> None:
+    assert values.integer("steps", 1e6, 1) == 1_000_000
+    assert isinstance(values.integer("steps", 1e6, 1), int)
+    assert values.number("lr", 0) == 0.0
+    for wrong in (float("inf"), float("nan"), True, "1", None, [1], -1e-9):
+        for check in (values.number, values.positive):
+            with pytest.raises(ValueError, match="lr: expected a number"):
+                check("lr", wrong)
 
 
 @pytest.mark.parametrize(

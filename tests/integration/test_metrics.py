@@ -143,7 +143,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_interval_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="every_n_steps: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="every_n_steps: expected an integer of at least 1, got 0"):
         Metrics(every_n_steps=0)
 
 
