@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -206,9 +207,9 @@ def test_evaluation_of_other_data_needs_no_training_data(
 
 
 def test_fewer_validation_structures_than_num_val_are_all_used(
-    fake_omol25: Sequence[str], caplog: pytest.LogCaptureFixture
+    fake_omol25: Sequence[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = fake_omol25[1].split("=")[1]
+    folder = shutil.copytree(fake_omol25[1].split("=")[1], tmp_path / "val")  # it is said once for each data set
     assert at_most("num_val", None, "data_val", folder) is None
     assert at_most("num_val", 4, "data_val", folder) == 4
     assert not caplog.text
