@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.graph import Graph
-from e2former_kernels.common.plan import SeveralRuns, one_run_only
+from e2former_fairchem.segments import Transposed
+from e2former_kernels.common.plan import SeveralRuns
 
 if TYPE_CHECKING:
     from e2former_fairchem.model import E2FormerV2
@@ -113,7 +114,7 @@ class PaddedInputs:
         total = self.nodes + self.padding.atoms
         return Graph(
             self.source, self.target, vec, None, None, self.row_ptr, self.cutoff, total,
-            _source_order=self.order, _source_ptr=self.source_ptr,
+            senders=Transposed(self.source, total, self.order, self.source_ptr), one_run=True,
         )  # fmt: skip
 
 
@@ -136,7 +137,7 @@ class _Capture:
         def evaluate() -> Tensor:
             return trunk.evaluate(self.inputs.atoms, self.inputs.graph(vec), elements=elements)
 
-        with torch.set_grad_enabled(gradient), one_run_only():
+        with torch.set_grad_enabled(gradient):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels, creates handles

@@ -9,13 +9,15 @@ that use them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from e2former_fairchem.neighbors import Candidates, Systems, choose_builder, find_neighbors, open_pairs, read_systems
-from e2former_fairchem.segments import gather_rows, row_differences
+from e2former_fairchem.segments import Transpose, Transposed, gather_rows, row_differences
+from e2former_kernels.common.plan import EdgeList
 
 if TYPE_CHECKING:
     from e2former_fairchem.parallel import Halo, Partition
@@ -53,10 +55,15 @@ class Graph:
     cutoff: float
     num_nodes: int
     halo: Halo | None = None
-    #: Whether every edge is there in both directions, so that receivers and senders have the same pointer.
-    _symmetric: bool = field(default=False, repr=False, compare=False)
-    _source_order: Tensor | None = field(default=None, repr=False, compare=False)
-    _source_ptr: Tensor | None = field(default=None, repr=False, compare=False)
+    #: CSR by sender, sorted when it is first asked for; None: made here.
+    senders: Transposed | None = field(default=None, repr=False, compare=False)
+    #: Whether whatever is made of the edges may depend on their number alone (for CUDA graphs).
+    one_run: bool = field(default=False, repr=False, compare=False)
+    _edge_list: EdgeList | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.senders is None:
+            self.senders = Transposed(self.source, self.num_senders)
 
     @property
     def num_edges(self) -> int:
@@ -87,35 +94,40 @@ class Graph:
     @property
     def source_order(self) -> Tensor:
         """[E] int64: permutation that sorts the edges by source, stable, so receivers ascend within a source."""
-        if self._source_order is None:
-            self._sort_by_source()
-        return self._source_order
+        return self.senders.order
 
     @property
     def source_ptr(self) -> Tensor:
         """[num_senders + 1] int64: the edges of source j are ``source_order[source_ptr[j]:source_ptr[j + 1]]``."""
-        if self._source_ptr is None:
-            if self._symmetric:
-                self._source_ptr = self.row_ptr
-            elif self._source_order is None:
-                self._sort_by_source()
-            else:
-                self._source_ptr = _pointer(self.source[self._source_order], self.num_senders)
-        return self._source_ptr
+        return self.senders.pointer
 
-    def _sort_by_source(self) -> None:
-        # a radix sort passes over the bits
-        narrow = torch.int16 if self.num_senders < 2**15 else torch.int32
-        by_source, self._source_order = self.source.to(narrow).sort(stable=True)
-        self._source_ptr = self.row_ptr if self._symmetric else _pointer(by_source, self.num_senders)
+    @property
+    def by_target(self) -> Transpose:
+        """CSR of the receivers, in the form `e2former_fairchem.segments` takes; it does not know ``vec``."""
+        return partial(_ascending, self.row_ptr)
 
-    def by_target(self) -> tuple[None, Tensor]:
-        """CSR of the receivers, in the form `e2former_fairchem.segments` takes."""
-        return None, self.row_ptr
-
-    def by_source(self) -> tuple[Tensor, Tensor]:
+    @property
+    def by_source(self) -> Transpose:
         """Transposed CSR, in the form `e2former_fairchem.segments` takes."""
-        return self.source_order, self.source_ptr
+        return self.senders
+
+    def edge_list(self, species: Tensor) -> EdgeList:
+        """The edges as the kernels take them, the same object for all layers. species: [num_senders]."""
+        if self._edge_list is None or self._edge_list.species is not species:
+            self._edge_list = EdgeList(
+                self.source,
+                self.target,
+                self.row_ptr,
+                species,
+                self.source_order,
+                self.source_ptr,
+                one_run=self.one_run,
+            )
+        return self._edge_list
+
+
+def _ascending(pointer: Tensor) -> tuple[None, Tensor]:
+    return None, pointer
 
 
 @torch.compiler.disable
@@ -204,10 +216,13 @@ def _from_pairs(
     found = open_pairs(systems, cutoff, MIN_DISTANCE, lower, source_mask, max_neighbors)
     if found is None:
         return None
+    nodes = systems.pos.shape[0]
+    # with an order the list is symmetric: every edge is there in both directions, and both pointers are the same
+    pointer = None if found.source_order is None else found.row_ptr
+    senders = Transposed(found.source, nodes, found.source_order, pointer)
     return Graph(
-        found.source, found.target, systems.pos, None, None, found.row_ptr, float(cutoff), systems.pos.shape[0],
-        _symmetric=found.source_order is not None, _source_order=found.source_order,
-    )  # fmt: skip
+        found.source, found.target, systems.pos, None, None, found.row_ptr, float(cutoff), nodes, None, senders
+    )
 
 
 def _from_candidates(
@@ -264,7 +279,9 @@ def _from_candidates(
         source, target, _, offset = _take((source, target, None, offset), nearest)
         row_ptr = _pointer(target, num_nodes)
     graph = Graph(source, target, pos, offset, None, row_ptr, float(cutoff), num_nodes, halo)
-    graph._symmetric = not given and source_mask is None and max_neighbors is None and halo is None
+    if not given and source_mask is None and max_neighbors is None and halo is None:
+        # every edge is there in both directions: receivers and senders have the same pointer
+        graph.senders = Transposed(source, num_nodes, pointer=row_ptr)
     return graph
 
 

@@ -9,6 +9,9 @@ and so are the difference of two gathers and that of two sums (`row_differences`
 
 Every sum is taken by one thread or one block, in a fixed order, so that the same input gives the same bits. ``index``
 is either ascending, or a transposed CSR (order, pointer) says how to sort it.
+
+Autograd keeps the function that gives the CSR for as long as the result lives. It must not reach the result: a method
+of an object that holds the result would keep both for ever, since autograd's nodes are invisible to the collector.
 """
 
 from __future__ import annotations
@@ -19,9 +22,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gather_rows", "row_differences", "segment_sum"]
+__all__ = ["Transposed", "gather_rows", "row_differences", "segment_sum"]
 
 Transpose = Callable[[], tuple[Tensor | None, Tensor]]
+
+
+class Transposed:
+    """The transposed CSR of an index, sorted when it is first asked for.
+
+    Args:
+        index: [E] int64 in [0, rows).
+        rows: number of rows.
+        order: [E], the stable permutation that sorts ``index``; None: sorted here when it is needed.
+        pointer: [rows + 1], where each row's entries begin in that order; None: counted here when it is needed.
+    """
+
+    def __init__(self, index: Tensor, rows: int, order: Tensor | None = None, pointer: Tensor | None = None) -> None:
+        self._index, self._rows, self._order, self._pointer = index, rows, order, pointer
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Order and pointer, in the form `gather_rows` takes."""
+        return self.order, self.pointer
+
+    @property
+    def order(self) -> Tensor:
+        """[E] int64."""
+        if self._order is None:
+            # a radix sort passes over the bits
+            narrow = torch.int16 if self._rows < 2**15 else torch.int32
+            ascending, self._order = self._index.to(narrow).sort(stable=True)
+            if self._pointer is None:
+                self._pointer = _pointer(ascending, self._rows)
+        return self._order
+
+    @property
+    def pointer(self) -> Tensor:
+        """[rows + 1] int64."""
+        if self._pointer is None:
+            self._pointer = _pointer(self._index.index_select(0, self.order), self._rows)
+        return self._pointer
+
+
+def _pointer(ascending: Tensor, rows: int) -> Tensor:
+    return torch.searchsorted(ascending, torch.arange(rows + 1, device=ascending.device, dtype=ascending.dtype))
+
 
 # Segments longer than this are summed column by column on CUDA, where torch.segment_reduce gives one block to a segment
 # of a one-dimensional tensor, but a single thread to a segment and column of a wider one.

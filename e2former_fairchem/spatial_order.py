@@ -54,7 +54,7 @@ class SpatialOrder:
         vec = graph.vec.index_select(0, edge)  # every edge once: its gradient is a sum of one term
         return replace(
             graph, source=source, target=target, vec=vec, row_ptr=row_ptr, offset=None, shift=None,
-            _source_order=None, _source_ptr=None,
+            senders=None, _edge_list=None,
         )  # fmt: skip
 
 

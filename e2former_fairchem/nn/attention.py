@@ -224,6 +224,8 @@ class EquivariantAttention(nn.Module):
         )
         if backend == "triton" and form != "dense":
             options |= {"source_order": graph.source_order, "source_ptr": graph.source_ptr, "table": table}
+            if not torch.compiler.is_compiling():
+                options["edges"] = graph.edge_list(atomic_numbers)
             if h_again is not None:
                 options["value_again"] = lambda: self.value(h_again(), backend)
             rows = equivariant_attention(*arguments, **options)

@@ -102,8 +102,9 @@ class EdgeDegreeEmbedding(nn.Module):
             table = self.tables_of_radial.get(
                 convolution.elements, parameters, lambda: radial, config.cutoff, last=False
             )
+            edges = None if torch.compiler.is_compiling() else graph.edge_list(atomic_numbers)
             return edge_degree_embedding(
-                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, table=table
+                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, table=table, edges=edges
             )
         return edge_degree_embedding_reference(
             *arguments, recompute=convolution.recompute, geometry=convolution.geometry

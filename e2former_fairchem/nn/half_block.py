@@ -55,7 +55,7 @@ def half_attention(
         graph.source, graph.target, graph.row_ptr, atomic_numbers, attention.coupling, graph.source_order,
         graph.source_ptr, None,
     )  # fmt: skip
-    step = make_step(spec, pieces, tensors, "relative", table)
+    step = make_step(spec, pieces, tensors, "relative", table, edges=graph.edge_list(atomic_numbers))
     weights = BlockWeights(
         norm.affine_weight,
         norm.affine_bias,

@@ -25,7 +25,7 @@ from e2former_fairchem.config import E2FormerV2Config  # noqa: E402
 from e2former_fairchem.graph import Graph  # noqa: E402
 from e2former_fairchem.model import E2FormerV2  # noqa: E402
 from e2former_fairchem.nn.output import EnergyMLP  # noqa: E402
-from e2former_fairchem.segments import gather_rows  # noqa: E402
+from e2former_fairchem.segments import Transposed, gather_rows  # noqa: E402
 
 __all__ = [
     "GIB", "PAPER", "ROOT", "TINY", "Network", "Results", "System", "attempt", "ceilings", "common_arguments",
@@ -111,7 +111,7 @@ class System:
         """Graph whose vectors are differentiable in ``pos``."""
         graph = Graph(self.source, self.target, pos, None, None, self.row_ptr, self.cutoff, self.atoms)
         if hasattr(self, "order"):
-            graph._source_order, graph._source_ptr = self.order, self.ptr
+            graph.senders = Transposed(self.source, self.atoms, self.order, self.ptr)
         graph.vec = gather_rows(pos, self.target, graph.by_target) - gather_rows(pos, self.source, graph.by_source)
         return graph
 

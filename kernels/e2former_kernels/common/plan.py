@@ -1,14 +1,12 @@
-"""Runs of receivers with everything a kernel needs to know about their edges, made once per graph."""
+"""Runs of receivers with everything a kernel needs to know about their edges, made once per graph by its `EdgeList`."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 MIN_RUN_EDGES = 64  # however wide the network
 
@@ -65,43 +63,6 @@ def _boundaries(row_ptr: Tensor, max_edges: int) -> list[tuple[int, int, int, in
     return bounds
 
 
-def _build(
-    source: Tensor,
-    target: Tensor,
-    row_ptr: Tensor,
-    source_order: Tensor | None,
-    source_ptr: Tensor | None,
-    max_edges: int,
-    senders: int | None,
-) -> list[EdgeChunk]:
-    num_nodes, num_edges = row_ptr.numel() - 1, source.numel()
-    num_senders = num_nodes if senders is None else senders
-    if num_edges <= max_edges:
-        if source_order is None:
-            source_order = torch.argsort(source, stable=True)
-        if source_ptr is None:
-            source_ptr = _pointer(source.index_select(0, source_order), num_senders)
-        whole = (slice(0, num_nodes), slice(0, num_edges))
-        return [EdgeChunk(*whole, None, source, target, row_ptr, source_order, source_ptr)]
-    chunks = []
-    for start, stop, first, last in _boundaries(row_ptr, max_edges):
-        present, local = torch.unique(source[first:last], return_inverse=True)
-        order = torch.argsort(local, stable=True)
-        chunks.append(
-            EdgeChunk(
-                slice(start, stop),
-                slice(first, last),
-                present,
-                local,
-                target[first:last] - start,
-                row_ptr[start : stop + 1] - first,
-                order,
-                _pointer(local.index_select(0, order), present.numel()),
-            )
-        )
-    return chunks
-
-
 def run_size(edges: int, numbers: int, budget: int, single: int | None = None) -> int:
     """Edges of a run: all of them where they take at most ``single`` numbers (default: the budget), else by the budget.
 
@@ -131,77 +92,86 @@ class LazyPlan(Sequence[EdgeChunk]):
 
 
 class SeveralRuns(RuntimeError):
-    """More edges than one run takes, inside :func:`one_run_only`."""
+    """More edges than one run takes, of an :class:`EdgeList` with ``one_run``."""
 
 
-_one_run_only = False
+class EdgeList:
+    """The edges of one graph, and what operations on them need beside: made when it is asked for, and kept here.
 
-
-@contextlib.contextmanager
-def one_run_only() -> Iterator[None]:
-    """Plans made inside depend on the number of edges alone, not on the edges: :class:`SeveralRuns` where they would.
-
-    For CUDA graphs, whose replays see other edges in the same memory.
+    Args:
+        source, target: [E] int64, sender and receiver of every edge; ``target`` ascends.
+        row_ptr: [N+1], the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
+        species: [N'], atomic numbers of the senders; receivers come first.
+        source_order: [E], the stable permutation that sorts the edges by sender; made when None.
+        source_ptr: [senders + 1], its pointer; made when None.
+        one_run: all that is made depends on the number of edges alone, not on the edges; :class:`SeveralRuns` where it
+            cannot. For CUDA graphs, whose replays see other edges in the same memory.
+        senders: number of rows that ``source`` counts; None: those of ``species``.
     """
-    global _one_run_only
-    before, _one_run_only = _one_run_only, True
-    try:
-        yield
-    finally:
-        _one_run_only = before
 
+    def __init__(
+        self,
+        source: Tensor,
+        target: Tensor,
+        row_ptr: Tensor,
+        species: Tensor,
+        source_order: Tensor | None = None,
+        source_ptr: Tensor | None = None,
+        *,
+        one_run: bool = False,
+        senders: int | None = None,
+    ) -> None:
+        self.source, self.target, self.row_ptr, self.species = (
+            t.contiguous() for t in (source, target, row_ptr, species)
+        )
+        self.source_order, self.source_ptr, self.one_run = source_order, source_ptr, one_run
+        self.senders = species.numel() if senders is None else senders
+        self._runs: dict[int, list[EdgeChunk]] = {}
+        self._elements: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-# source tensor -> {(row_ptr identity, its version, size of a run): runs}; an entry goes when its source tensor goes
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    def runs(self, max_edges: int) -> list[EdgeChunk]:
+        """Runs of whole receivers with at most ``max_edges`` edges; a receiver with more gets a run of its own."""
+        max_edges = min(max_edges, max(self.source.numel(), 1))  # one run is one run
+        if self.one_run and self.source.numel() > max_edges:
+            raise SeveralRuns(f"{self.source.numel()} edges, {max_edges} in a run")
+        if max_edges not in self._runs:
+            with torch.no_grad():
+                self._runs[max_edges] = self._build(max_edges)
+        return self._runs[max_edges]
 
+    def elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
+        """Atomic numbers of receiver and sender of every edge of a run, [e] each."""
+        key = chunk.nodes.start, chunk.nodes.stop
+        if key not in self._elements:
+            receivers = self.species[chunk.nodes].index_select(0, chunk.target)
+            self._elements[key] = receivers, self.species.index_select(0, self.source[chunk.edges])
+        return self._elements[key]
 
-def edge_plan(
-    source: Tensor,
-    target: Tensor,
-    row_ptr: Tensor,
-    source_order: Tensor | None,
-    source_ptr: Tensor | None,
-    max_edges: int,
-    senders: int | None = None,
-) -> list[EdgeChunk]:
-    """Split a receiver-sorted edge list into runs of whole receivers of at most ``max_edges`` edges.
-
-    source, target: [E]; row_ptr: [N+1]; source_order [E], source_ptr [N+1]: the transposed list, made here when None.
-    senders: number of rows that ``source`` counts, when they are not the receivers' atoms.
-    A receiver with more than ``max_edges`` edges gets a run of its own. The result is kept as long as ``source`` lives,
-    so the layers of a network and their derivatives share it.
-    """
-    known = _plans.get(source)
-    if known is None:
-        known = _plans[source] = {}
-    if _one_run_only and source.numel() > max_edges:
-        raise SeveralRuns(f"{source.numel()} edges, {max_edges} in a run")
-    key = (row_ptr.data_ptr(), source._version, row_ptr._version, max_edges)
-    if key not in known:
-        if len(known) >= 8:
-            known.clear()
-        with torch.no_grad():
-            known[key] = _build(source, target, row_ptr, source_order, source_ptr, max_edges, senders)
-    return known[key]
-
-
-# a run's targets -> (what it was made of, elements of receivers and of senders of the run's edges). The tensors it was
-# made of are kept, so that their addresses are nobody else's.
-_elements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def edge_elements(chunk: EdgeChunk, source: Tensor, species: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the element tables for receiver and sender of every edge of a run, [e] each; kept for the layers.
-
-    source: [E] of the whole graph, rows of ``species``.
-    """
-    made_of = (source.data_ptr(), source._version, species.data_ptr(), species._version, chunk.nodes.start)
-    known = _elements.get(chunk.target)
-    capturing = source.is_cuda and torch.cuda.is_current_stream_capturing()  # replays see other elements
-    if known is None or known[0] != made_of or capturing:
-        receivers = species[chunk.nodes].index_select(0, chunk.target)
-        senders = species.index_select(0, source[chunk.edges])
-        known = made_of, (receivers, senders), (source, species)
-        if not capturing:
-            _elements[chunk.target] = known
-    return known[1]
+    def _build(self, max_edges: int) -> list[EdgeChunk]:
+        source, target, row_ptr = self.source, self.target, self.row_ptr
+        num_nodes, num_edges = row_ptr.numel() - 1, source.numel()
+        if num_edges <= max_edges:
+            order, pointer = self.source_order, self.source_ptr
+            if order is None:
+                order = torch.argsort(source, stable=True)
+            if pointer is None:
+                pointer = _pointer(source.index_select(0, order), self.senders)
+            whole = (slice(0, num_nodes), slice(0, num_edges))
+            return [EdgeChunk(*whole, None, source, target, row_ptr, order, pointer)]
+        chunks = []
+        for start, stop, first, last in _boundaries(row_ptr, max_edges):
+            present, local = torch.unique(source[first:last], return_inverse=True)
+            order = torch.argsort(local, stable=True)
+            chunks.append(
+                EdgeChunk(
+                    slice(start, stop),
+                    slice(first, last),
+                    present,
+                    local,
+                    target[first:last] - start,
+                    row_ptr[start : stop + 1] - first,
+                    order,
+                    _pointer(local.index_select(0, order), present.numel()),
+                )
+            )
+        return chunks

@@ -22,7 +22,7 @@ from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import polynomial_envelope
 from e2former_kernels.common.grouped_linear import so3_linear
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_elements, edge_plan, run_size
+from e2former_kernels.common.plan import EdgeChunk, EdgeList, LazyPlan, run_size
 from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_hidden
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
@@ -53,8 +53,7 @@ class _Embedding:
     num_basis: int
     exponent: int
     chunks: list[EdgeChunk]
-    source: Tensor
-    species: Tensor
+    edges: EdgeList
     radial: RadialWeights  # the structure: which tensors there are
     plan: Plan | None = None
     table: RadialTable | None = None  # of the networks without their last layer, where the weights are frozen
@@ -82,9 +81,6 @@ class _Embedding:
         network = self._network(tensors)
         return RadialGradients(self.weights(tensors[1:]), self.cutoff, last=False, network=network)
 
-    def elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
-        return edge_elements(chunk, self.source, self.species)
-
     def harmonics(self, vec: Tensor, distance: Tensor) -> Tensor:
         scale = polynomial_envelope(distance, self.cutoff, self.exponent) / AVERAGE_DEGREE
         return solid_harmonics(vec / distance.unsqueeze(-1), self.lmax) * scale.unsqueeze(-1)
@@ -93,7 +89,7 @@ class _Embedding:
         """One run in differentiable pieces."""
         distance = vec.square().sum(-1).sqrt()
         basis = gaussian_basis(distance, self.cutoff, self.num_basis)
-        hidden = radial_hidden(basis, *self.elements(chunk), self.weights(list(tensors))).to(vec.dtype)
+        hidden = radial_hidden(basis, *self.edges.elements(chunk), self.weights(list(tensors))).to(vec.dtype)
         y = self.harmonics(vec, distance)
         total = segment_sum(y, chunk.row_ptr, chunk.target)
         return self.join(harmonic_sum(y, hidden, chunk.row_ptr), total)
@@ -115,9 +111,9 @@ class _Embedding:
             part = vec[chunk.edges].contiguous()
             distance, y = weighted_harmonics(part, self.lmax, self.cutoff, self.exponent)
             if network is None:
-                placed = place_edges(self.table, distance, chunk, self.source[chunk.edges], self.species)
+                placed = place_edges(self.table, distance, chunk, self.edges)
                 return spline_sum(y, self.table, placed, chunk.row_ptr, self.lmax + 1, PAD)
-            hidden, _ = network.forward(distance, *self.elements(chunk))
+            hidden, _ = network.forward(distance, *self.edges.elements(chunk))
             total = segment_sum(y, chunk.row_ptr, chunk.target)
             return self.join(harmonic_sum(y, hidden, chunk.row_ptr), total)
 
@@ -137,12 +133,12 @@ class _Embedding:
             vec = tensors[0][chunk.edges].detach().contiguous()
             distance, y = weighted_harmonics(vec, self.lmax, self.cutoff, self.exponent)
             if radial is None and network is None:
-                placed = place_edges(self.table, distance, chunk, self.source[chunk.edges], self.species)
+                placed = place_edges(self.table, distance, chunk, self.edges)
                 given = grad[chunk.nodes].contiguous()
                 grad_y, slope = spline_backward(y, self.table, placed, chunk.row_ptr, given, self.lmax + 1, PAD)
                 vectors.append(weighted_harmonics_backward(grad_y, slope, vec, self.lmax, self.cutoff, self.exponent))
                 return
-            elements = self.elements(chunk)
+            elements = self.edges.elements(chunk)
             grad_sum, grad_total = self.split(grad[chunk.nodes])
             if radial is None:
                 features, middle = network.forward(distance, *elements)
@@ -198,6 +194,7 @@ def _step(
     num_basis: int,
     envelope_exponent: int,
     max_run_edges: int | None,
+    edge_list: EdgeList | None = None,
 ) -> _Embedding:
     source, target, row_ptr, species, source_order, source_ptr = graph
     problem = triton_problem(radial.basis.device)
@@ -215,13 +212,13 @@ def _step(
     check_same_dtype("radial.basis", radial.basis, **named)
     check_same_device("radial.basis", radial.basis, vec=vec, source=source, target=target, **named)
     check_same_device("radial.basis", radial.basis, row_ptr=row_ptr, species=species)
-    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
+    if edge_list is None:
+        edge_list = EdgeList(source, target, row_ptr, species, source_order, source_ptr)
     groups, _, hidden = radial.out.shape
     numbers = groups * (26 * hidden) + 4 * num_basis
 
     def plan(budget: int, numbers: int) -> list[EdgeChunk]:
-        size = max_run_edges or run_size(edges, numbers, budget)
-        return edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=species.numel())
+        return edge_list.runs(max_run_edges or run_size(edges, numbers, budget))
 
     per_edge = 3 * (lmax + 1) ** 2 + lmax + 8
     if table is None:
@@ -230,7 +227,7 @@ def _step(
         check_table(table, radial.basis, groups * hidden, radial[:-2])
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial)
     fused = plan(TRAINING_NUMBERS if trained else FUSED_NUMBERS, per_edge)
-    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, source, species, radial, table=table)
+    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, edge_list, radial, table=table)
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
     further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
     second_numbers = groups * 8 * hidden + 3 * num_basis + 6 * (lmax + 1) ** 2
@@ -276,10 +273,11 @@ def edge_degree_embedding(
     source_ptr: Tensor | None = None,
     max_run_edges: int | None = None,
     table: RadialTable | None = None,
+    edges: EdgeList | None = None,
 ) -> Tensor:
     r"""The function of :func:`edge_degree_embedding_reference` with Triton kernels.
 
-    Arguments as there. source_order, source_ptr, max_run_edges: as in
+    Arguments as there. source_order, source_ptr, max_run_edges, edges: as in
     :func:`e2former_kernels.equivariant_attention.equivariant_attention`; table likewise, of the networks without their
     last layer.
 
@@ -296,7 +294,7 @@ def edge_degree_embedding(
         settings = Settings([*integers, *flags(index), *flags(radial[:-2])], numbers)
         sums = _registered([vec, *there(radial[:-2])], there(index), settings)
     else:
-        sums = _run(vec, radial, graph, table, lmax, cutoff, num_basis, envelope_exponent, max_run_edges)
+        sums = _run(vec, radial, graph, table, lmax, cutoff, num_basis, envelope_exponent, max_run_edges, edges)
     # The bias is the weight of the sum of y, which stands beside the sums of features. Gradients by both are products
     # of sums over edges: with TF32 they would lose more than products edge by edge, whose roundings average out.
     weight = torch.cat([radial.out, F.pad(radial.out_bias.unsqueeze(-1), (0, PAD - 1))], -1)

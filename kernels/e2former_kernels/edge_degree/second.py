@@ -47,7 +47,7 @@ def second_derivative(
         row_ptr = chunk.row_ptr
         edges = vec[chunk.edges], vec_dot[chunk.edges]
         distance, distance_dot, y, y_dot = harmonics_tangent(*edges, *options)
-        features, kept = network.forward(distance, *step.elements(chunk), distance_dot)
+        features, kept = network.forward(distance, *step.edges.elements(chunk), distance_dot)
         if by_grad is not None:
             sums = harmonic_sum(y_dot, features[0], row_ptr).add_(harmonic_sum(y, features[1], row_ptr))
             by_grad[chunk.nodes] = step.join(sums, segment_sum(y_dot, row_ptr, chunk.target))

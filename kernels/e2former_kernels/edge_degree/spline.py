@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.common.plan import EdgeChunk, EdgeList
 from e2former_kernels.common.radial_table import RadialTable
 from e2former_kernels.common.spline_kernel import feature, place, spline_and_slope
 from e2former_kernels.common.tiles import next_power
@@ -96,9 +96,9 @@ class Placed(NamedTuple):
     position: Tensor
 
 
-def place_edges(table: RadialTable, distance: Tensor, chunk: EdgeChunk, source: Tensor, species: Tensor) -> Placed:
-    """Rows and positions of a run's edges. distance: [e]; source: [e] rows of ``species``."""
-    edges = distance.numel()
+def place_edges(table: RadialTable, distance: Tensor, chunk: EdgeChunk, edge_list: EdgeList) -> Placed:
+    """Rows and positions of a run's edges. distance: [e]."""
+    edges, source, species = distance.numel(), edge_list.source[chunk.edges], edge_list.species
     row = torch.empty(edges, dtype=torch.int32, device=distance.device)
     position = torch.empty_like(distance)
     if edges:

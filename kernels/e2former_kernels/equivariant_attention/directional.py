@@ -38,7 +38,7 @@ class DirectionalAttention(FusedAttention):
     def _features(
         self, network: GateNetwork, chunk: EdgeChunk, edges: Edges, tensors: list[Tensor]
     ) -> tuple[Tensor, Kept]:
-        return network.forward(chunk, edges, self._elements(chunk), tensors[_DOT][chunk.nodes].contiguous())
+        return network.forward(chunk, edges, self.edges.elements(chunk), tensors[_DOT][chunk.nodes].contiguous())
 
     def _by_features(
         self,
@@ -53,7 +53,7 @@ class DirectionalAttention(FusedAttention):
         dot = tensors[_DOT]
         if _DOT not in beside:
             beside[_DOT] = dot.new_empty(dot.shape)
-        arguments = chunk, edges, self._elements(chunk), dot[chunk.nodes].contiguous(), beside[_DOT][chunk.nodes]
+        arguments = chunk, edges, self.edges.elements(chunk), dot[chunk.nodes].contiguous(), beside[_DOT][chunk.nodes]
         return network.backward(grad, kept, *arguments)
 
     def _gate(self, tensors: list[Tensor], changes: Sequence[Tensor] = ()) -> GateGradients:

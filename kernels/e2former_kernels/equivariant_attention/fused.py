@@ -18,7 +18,7 @@ from torch import Tensor
 
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.half import Rows, half_rows
-from e2former_kernels.common.plan import EdgeChunk, edge_elements
+from e2former_kernels.common.plan import EdgeChunk, EdgeList
 from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
@@ -110,8 +110,7 @@ class FusedAttention:
     directions: int
     chunks: list[EdgeChunk]
     training_chunks: Sequence[EdgeChunk]
-    source: Tensor
-    species: Tensor
+    edges: EdgeList
     coupling: Tensor | None
     radial: RadialWeights
     plan: Plan
@@ -161,7 +160,7 @@ class FusedAttention:
         return (triton.cdiv(edges, 256),), constants
 
     def _edges(self, chunk: EdgeChunk, vec: Tensor, table: RadialTable | None) -> Edges:
-        vec, source = vec[chunk.edges].contiguous(), self.source[chunk.edges]
+        vec, source, species = vec[chunk.edges].contiguous(), self.edges.source[chunk.edges], self.edges.species
         edges = vec.shape[0]
         position, envelope = vec.new_empty(edges), vec.new_empty(edges)
         scale = vec.new_empty(edges, self.directions)
@@ -169,7 +168,7 @@ class FusedAttention:
         if edges:
             grid, constants = self._geometry(edges)
             edge_kernel.geometry_kernel[grid](
-                vec, position, envelope, scale, row, source, chunk.target, self.species, self.species[chunk.nodes],
+                vec, position, envelope, scale, row, source, chunk.target, species, species[chunk.nodes],
                 source if table is None else table.pair_row, Z=0 if table is None else table.pair_row.shape[0],
                 intervals=0 if table is None else table.intervals,
                 knots_per_length=0.0 if table is None else table.scale, TABLE=table is not None, **constants,
@@ -180,7 +179,7 @@ class FusedAttention:
         self, network: RadialNetwork, chunk: EdgeChunk, edges: Edges, tensors: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Features [e, 2H] of a run without a table, and what :meth:`_by_features` takes."""
-        features, middle = network.forward(edges.position, *self._elements(chunk))
+        features, middle = network.forward(edges.position, *self.edges.elements(chunk))
         return features, middle
 
     def _by_features(
@@ -197,7 +196,7 @@ class FusedAttention:
 
         Those by inputs between value and weights go to ``beside``, by position.
         """
-        return network.backward(grad, kept, edges.position, *self._elements(chunk)), None
+        return network.backward(grad, kept, edges.position, *self.edges.elements(chunk)), None
 
     def _half(self, tensors: list[Tensor]) -> bool:
         return half_products(tensors[_VALUE]) and not self._trained(tensors)
@@ -205,9 +204,6 @@ class FusedAttention:
     def _given(self, tensors: list[Tensor], half: bool) -> Given:
         vec, *rest = tensors[:_RADIAL]
         return Given(vec, *(_rows(t.contiguous(), half) for t in rest))
-
-    def _elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
-        return edge_elements(chunk, self.source, self.species)
 
     def _scores(self, chunk: EdgeChunk, edges: Edges, given: Given, features: Tensor, statistics: Statistics) -> Tensor:
         """Scores [e, H] of a run; fills its part of the softmax's statistics."""
@@ -336,7 +332,7 @@ class FusedAttention:
             edges = self._edges(chunk, vec, table)
             number, receivers = chunk.num_edges, chunk.num_nodes
             if gate is not None:
-                features, kept = gate.forward(chunk, self._elements(chunk), edges.vec, edges.position)
+                features, kept = gate.forward(chunk, self.edges.elements(chunk), edges.vec, edges.position)
             elif table is None:
                 features, middle = self._features(network, chunk, edges, tensors)
             else:

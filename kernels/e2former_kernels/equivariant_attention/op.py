@@ -24,7 +24,7 @@ from e2former_kernels.common.checks import check_edge_list, check_same_device, c
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import EdgeChunk, LazyPlan, edge_plan, run_size
+from e2former_kernels.common.plan import EdgeChunk, EdgeList, LazyPlan, run_size
 from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import RadialTable, check_table
@@ -329,6 +329,7 @@ def make_step(
     form: Form,
     table: RadialTable | None,
     max_run_edges: int | None = None,
+    edges: EdgeList | None = None,
 ) -> FusedAttention | _Recomputed:
     """The operation on one graph. Raises as :func:`equivariant_attention` does."""
     source, target, row_ptr, species, coupling, source_order, source_ptr, image = graph
@@ -336,29 +337,27 @@ def make_step(
     if problem is not None:
         raise RuntimeError(f"equivariant_attention: {problem}; use equivariant_attention_reference")
     check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form, image)
-    source, target, row_ptr, species = (t.contiguous() for t in (source, target, row_ptr, species))
+    if edges is None:
+        edges = EdgeList(source, target, row_ptr, species, source_order, source_ptr)
     hidden, per_row = pieces.radial.hidden.shape[-1], pieces.value.shape[-1] * spec.num_rows
     numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
     if spec.score == "qk_dot":
         numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
     size = max_run_edges or run_size(source.numel(), numbers + per_row, RUN_NUMBERS)
-    senders, images = species.numel(), None if pieces.image_rows is None else pieces.image_rows.shape[0]
+    images = None if pieces.image_rows is None else pieces.image_rows.shape[0]
     outline = pieces.outline()
 
     def runs() -> list[EdgeChunk]:
-        chunks = edge_plan(source, target, row_ptr, source_order, source_ptr, size, senders=senders)
+        chunks = edges.runs(size)
         if images is not None:
-            nodes_of_images = edge_plan(image, target, row_ptr, None, None, size, senders=images)
-            chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, nodes_of_images, strict=True)]
+            of_images = EdgeList(image, target, row_ptr, species, senders=images).runs(size)
+            chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, of_images, strict=True)]
         return chunks
 
     chunks = LazyPlan(runs)
 
     def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
-        target_species = species[chunk.nodes].index_select(0, chunk.target)
-        source_species = species.index_select(0, source[chunk.edges])
-        given = outline.like(list(tensors))
-        return attention_of_run(spec, form, chunk, given, target_species, source_species, coupling)
+        return attention_of_run(spec, form, chunk, outline.like(list(tensors)), *edges.elements(chunk), coupling)
 
     arguments = pieces.flat()
     if table is not None and (spec.score != "qk" or images is not None):
@@ -389,14 +388,12 @@ def make_step(
         second_numbers, second_budget = gate_numbers_of(spec, pieces), GATE_NUMBERS
     second_numbers += directions * per_row // 32
     second_size = max_run_edges or run_size(source.numel(), second_numbers, second_budget, GATE_NUMBERS)
-    of_edges = source, target, row_ptr, source_order, source_ptr
     parts = {
         "spec": spec,
         "directions": directions,
-        "chunks": edge_plan(*of_edges, fused_size, senders=senders),
-        "training_chunks": LazyPlan(lambda: edge_plan(*of_edges, second_size, senders=senders)),
-        "source": source,
-        "species": species,
+        "chunks": edges.runs(fused_size),
+        "training_chunks": LazyPlan(lambda: edges.runs(second_size)),
+        "edges": edges,
         "coupling": coupling.flatten(1).contiguous() if relative else None,
         "radial": pieces.radial,
         "plan": plan_of(function, chunks, arguments),
@@ -484,6 +481,7 @@ def equivariant_attention(
     max_run_edges: int | None = None,
     table: RadialTable | None = None,
     value_again: Callable[[], Tensor] | None = None,
+    edges: EdgeList | None = None,
 ) -> Tensor:
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
@@ -492,7 +490,8 @@ def equivariant_attention(
     fixed amount of working memory, whatever the number of edges). table: splines of the radial network
     (:func:`e2former_kernels.common.radial_table.build_radial_table`), for score ``qk`` and weights that need no
     gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
-    value_again: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.again`).
+    value_again: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.again`). edges: these
+    same edges with what earlier calls made of them.
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
@@ -513,4 +512,4 @@ def equivariant_attention(
         index = (*graph, *(table or (None,) * 5)[:2])
         settings = _settings(spec, pieces, index, form, table, max_run_edges)
         return _registered(there(pieces.every()), there(index), settings)
-    return _run(spec, pieces, value_again, graph, form, table, max_run_edges)
+    return _run(spec, pieces, value_again, graph, form, table, max_run_edges, edges)

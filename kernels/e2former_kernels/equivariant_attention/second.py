@@ -176,9 +176,9 @@ def second_derivative(
     transposed = step.transposed()
 
     def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
-        number, receivers, source = chunk.num_edges, chunk.num_nodes, step.source[chunk.edges]
+        number, receivers, source = chunk.num_edges, chunk.num_nodes, step.edges.source[chunk.edges]
         edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
-        elements = step._elements(chunk)
+        elements = step.edges.elements(chunk)
         features, kept = gate.forward(chunk, elements, edges.vec, edges.distance, edges.vec_dot, edges.distance_dot)
         scores = _scores(spec, chunk, source, edges, query, key, features)
         messages = (scores.weight, scores.weight_dot, edges.scale, edges.scale_dot)
