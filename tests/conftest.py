@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,6 +98,7 @@ def launch(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     monkeypatch.setattr("fairchem.core.launchers.slurm_launch.write_environment_report", lambda **_: None)
     environment, level = dict(os.environ), logging.getLogger().level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 
     def run(config: Path, *overrides: str) -> None:
         try:
@@ -108,6 +110,8 @@ def launch(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
                 distutils.cleanup()
 
     yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     os.environ.clear()
     os.environ.update(environment)
     logging.getLogger().setLevel(level)

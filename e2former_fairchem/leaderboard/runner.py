@@ -30,6 +30,7 @@ from e2former_fairchem.leaderboard import journal as j
 from e2former_fairchem.leaderboard.files import sha256_of, write_json
 from e2former_fairchem.leaderboard.predictor import Predictor, check_model, describe_settings, inference_settings
 from e2former_fairchem.leaderboard.provenance import environment
+from e2former_fairchem.training.signals import end_on_signal
 
 FORMAT = 1
 
@@ -157,6 +158,7 @@ class JournalledRunner(Runner):
             JournalError: the folder belongs to another run, or its journal is in use.
             IncompleteError: this was the last worker, and structures failed.
         """
+        end_on_signal()
         scheduler = self.job_config.scheduler
         ranks = scheduler.num_nodes * scheduler.ranks_per_node
         workers = ranks * scheduler.num_array_jobs

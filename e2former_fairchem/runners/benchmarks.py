@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from e2former_fairchem.leaderboard.predictor import check_model, inference_settings
+from e2former_fairchem.training.signals import end_on_signal
 
 NS_PER_DAY = 24 * 3600 / 1e6  # of one step a second at a time step of 1 fs
 
@@ -89,6 +90,7 @@ class SpeedBenchmark(InferenceBenchRunner):
 
     def run(self) -> None:
         """Measure, and print a table."""
+        end_on_signal()
         self.device = _device(self.job_config)
         super().run()
         if not distutils.is_master():
@@ -175,6 +177,7 @@ class TrainingBenchmark(TrainingBenchmarkRunner):
 
     def run(self) -> dict[str, Any]:
         """Train twice, and print a table."""
+        end_on_signal()
         self.device = _device(self.job_config)
         folder = Path(self.job_config.metadata.results_dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)

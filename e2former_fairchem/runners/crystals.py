@@ -25,6 +25,7 @@ from fairchem.core.components.calculate._calculate_runner import CalculateRunner
 from e2former_fairchem.leaderboard.predictor import check_model
 from e2former_fairchem.pes.potential import PRECISIONS, Potential
 from e2former_fairchem.pes.systems import load_systems
+from e2former_fairchem.training.signals import end_on_signal
 
 
 class CrystalsFailed(RuntimeError):
@@ -97,6 +98,7 @@ class CrystalRunner(CalculateRunner):
 
     def calculate(self, job_num: int = 0, num_jobs: int = 1) -> list[dict[str, Any]]:
         """One dictionary for each crystal of this job."""
+        end_on_signal()
         return self.inner.calculate(job_num, num_jobs)
 
     def save_state(self, checkpoint_location: str, is_preemption: bool = False) -> bool:

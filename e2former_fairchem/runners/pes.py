@@ -20,6 +20,8 @@ from e2former_fairchem.pes.potential import PRECISIONS, Potential
 from e2former_fairchem.pes.run import CHECKS, Outcomes, make_plan, run_plan, summarize
 from e2former_fairchem.pes.settings import as_json
 from e2former_fairchem.pes.table import notes, render, rows, totals
+from e2former_fairchem.training.callbacks import keep_old
+from e2former_fairchem.training.signals import end_on_signal
 
 RAISE_ON = ("error", "fail", "never")
 
@@ -109,6 +111,7 @@ class PESRunner(Runner):
         Raises:
             ChecksFailed: see `raise_on`.
         """
+        end_on_signal()
         if not distutils.is_master():
             return
         device = "cuda" if str(self.job_config.device_type).lower().endswith("cuda") else "cpu"
@@ -149,6 +152,7 @@ class PESRunner(Runner):
             "settings": {one.check: as_json(one.settings) for one in self.plan},
             "checks": {c: {s: o.as_json() for s, o in found.items()} for c, found in outcomes.items()},
         }
+        keep_old(*(self.output_dir / name for name in ("pes.json", "pes.md", "pes.png")))
         write_json(self.output_dir / "pes.json", content)
         with replacing(self.output_dir / "pes.md") as handle:
             handle.write("\n".join([*text, *tail, ""]).encode())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fairchem.core.common import distutils
@@ -20,6 +24,9 @@ from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 
 from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
+from e2former_fairchem.training.resume import make_movable
+from e2former_fairchem.training.signals import StopRequest, end_on_signal, status
+from e2former_fairchem.training.values import integer
 
 # property -> metric -> (what a reader wants to see, factor, format)
 _SHOWN = {
@@ -40,6 +47,21 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def keep_old(*paths: Path) -> None:
+    """Where files of these names are there, move them to names with a number, the same for all, and say so."""
+    there = [path for path in paths if path.exists()]
+    if not there:
+        return
+    number = next(n for n in itertools.count(1) if not any(_numbered(path, n).exists() for path in paths))
+    for path in there:
+        path.rename(_numbered(path, number))
+    print(f"kept of an earlier run: {', '.join(str(_numbered(path, number)) for path in there)}", flush=True)
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def collect_metrics(unit: TEvalUnit) -> dict[str, dict[str, float]]:
@@ -173,36 +195,139 @@ class Progress(Callback):
 class Checkpoints(TrainCheckpointCallback):
     """fairchem's checkpoints, without the one of step 0, and with the last inference checkpoint under a fixed name.
 
+    A checkpoint's folder is there complete or not at all, and it can be moved: its `resume.yaml` finds it.
+
+    SIGINT (Ctrl-C) and SIGTERM stop a local run after the step at hand (in an evaluation: after the batch at hand) with
+    a checkpoint, a line that tells how to resume, and status 130 or 143. An evaluation that was cut short is not
+    repeated. Where torch's launcher has started several ranks, its own status is 1, and it kills them after 30 s
+    (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`). Under SLURM the signals stay with submitit.
+
     Args:
-        checkpoint_every_n_steps: steps between checkpoints; the last one is always written.
+        checkpoint_every_n_steps: steps between checkpoints; the last one is always written. None writes none, unless a
+            signal asks for one.
         max_saved_checkpoints: how many to keep besides the last.
         export_to: file that gets a copy of the last inference checkpoint, complete or not at all; None copies nothing.
+            An older file of that name is kept under another.
     """
 
     def __init__(
-        self, checkpoint_every_n_steps: int, max_saved_checkpoints: int = 1, export_to: str | None = None
+        self, checkpoint_every_n_steps: int | None, max_saved_checkpoints: int = 1, export_to: str | None = None
     ) -> None:
-        super().__init__(checkpoint_every_n_steps, max_saved_checkpoints)
+        if checkpoint_every_n_steps is not None:
+            checkpoint_every_n_steps = integer("checkpoint_every_n_steps", checkpoint_every_n_steps, 1)
+        super().__init__(checkpoint_every_n_steps, integer("max_saved_checkpoints", max_saved_checkpoints, 0))
         self.export_to = export_to
+        self._stop = StopRequest()
+        self._between_steps = True
+        self._same_number_of_batches = False
+
+    def set_runner_callbacks(
+        self, save_callback: Callable[[str], None], load_callback: Callable[[str | None], None], checkpoint_dir: str
+    ) -> None:
+        """Take fairchem's functions, and the place of its signal handlers."""
+        super().set_runner_callbacks(partial(self._save, save_callback), load_callback, checkpoint_dir)
+        self._stop.install()
+
+    def _save(self, save: Callable[[str], None], location: str) -> None:
+        """Write a checkpoint beside the folder of all checkpoints, then move it in: what is there is whole."""
+        target = Path(location)
+        unfinished = target.parents[1] / f".{target.name}.unfinished"
+        self._stop.busy = True
+        try:
+            if distutils.is_master():
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            distutils.synchronize()
+            save(str(unfinished))
+            if distutils.is_master():
+                make_movable(unfinished / UNIT_RESUME_CONFIG, target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                old = target.parents[1] / f".{target.name}.old"
+                if target.exists():
+                    target.rename(old)
+                unfinished.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+                logging.info("the checkpoint is complete, and now %s", target)
+            distutils.synchronize()
+        except BaseException:
+            if distutils.is_master():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        finally:
+            self._stop.busy = False
 
     def on_train_step_start(self, state: State, unit: TTrainUnit) -> None:
         """Save when it is time; untrained weights are not worth it."""
         if unit.train_progress.num_steps_completed > 0:
             super().on_train_step_start(state, unit)
+        self._between_steps = False
+
+    def on_train_step_end(self, state: State, unit: TTrainUnit) -> None:
+        """Stop before the next batch is asked for: workers that read may have got the signal, too."""
+        self._between_steps = True
+        self._stop_if_asked(state, unit)
+
+    def on_train_epoch_end(self, state: State, unit: TTrainUnit) -> None:
+        """Stop behind an epoch's last step."""
+        self._stop_if_asked(state, unit)
+
+    def on_eval_start(self, state: State, unit: TEvalUnit) -> None:
+        """Find out whether the ranks can be asked after every batch."""
+        self._same_number_of_batches = self._stop.same(len(state.eval_state.dataloader))
+
+    def on_eval_step_end(self, state: State, unit: TEvalUnit) -> None:
+        """Stop in an evaluation."""
+        if self._same_number_of_batches:
+            self._stop_if_asked(state, unit)
+
+    def on_exception(self, state: State, unit: TTrainUnit | TEvalUnit, exc: BaseException) -> None:
+        """Save what there is where a signal was the end of the workers that read."""
+        if self._between_steps and distutils.get_world_size() == 1:
+            self._stop_if_asked(state, unit)
+        self._stop.remove()
+
+    def _stop_if_asked(self, state: State, unit: TTrainUnit) -> None:
+        if not self._stop.installed:
+            return
+        progress = unit.train_progress
+        # After an epoch's last step fairchem's sampler could not go on: the epoch is counted first.
+        if progress.num_steps_completed_in_epoch >= len(state.train_state.dataloader):
+            return
+        received = self._stop.agreed()
+        if received is None:
+            return
+        save, folder = self._checkpoint_hooks()
+        location = Path(folder) / f"step_{progress.num_steps_completed}"
+        save(str(location))
+        self._leave(received, f"after step {progress.num_steps_completed}", location)
+
+    def _leave(self, received: signal.Signals, when: str, location: Path) -> None:
+        if distutils.is_master():
+            resume = location / UNIT_RESUME_CONFIG
+            print(
+                f"stopped by {received.name} {when}; to resume this run: fairchem -c {quote(str(resume))}", flush=True
+            )
+        distutils.synchronize()  # torch's launcher ends the others when one rank has ended
+        self._stop.remove()
+        distutils.cleanup()
+        raise SystemExit(status(received))
 
     def on_train_end(self, state: State, unit: TTrainUnit) -> None:
         """Save the last checkpoint, export it, and say where both are."""
         super().on_train_end(state, unit)
-        if not distutils.is_master():
-            return
         final = Path(self.checkpoint_dir) / "final"
-        written = final / UNIT_INFERENCE_CHECKPOINT
-        if self.export_to is not None and written.is_file():
-            target = Path(self.export_to).absolute()
-            write_atomically(target, lambda name: shutil.copyfile(written, name))
-            written = target
-        print(f"inference checkpoint: {written}", flush=True)
-        print(f"to resume this run: fairchem -c {final / UNIT_RESUME_CONFIG}", flush=True)
+        if distutils.is_master() and self.checkpoint_every_n_steps is not None:
+            written = final / UNIT_INFERENCE_CHECKPOINT
+            if self.export_to is not None and written.is_file():
+                target = Path(self.export_to).absolute()
+                keep_old(target)
+                write_atomically(target, lambda name: shutil.copyfile(written, name))
+                written = target
+            print(f"inference checkpoint: {written}", flush=True)
+            print(f"to resume this run: fairchem -c {quote(str(final / UNIT_RESUME_CONFIG))}", flush=True)
+        received = self._stop.agreed()
+        if received is not None:
+            self._leave(received, "after the last step", final)
+        self._stop.remove()
 
 
 class EvaluationReport(Callback):
@@ -217,6 +342,10 @@ class EvaluationReport(Callback):
         self.output = output
         self.with_baseline = zero_force_baseline
         self._zero: ZeroForceRecorder | None = None
+
+    def on_eval_start(self, state: State, unit: TEvalUnit) -> None:
+        """A signal ends an evaluation at once: there is nothing to resume."""
+        end_on_signal()
 
     def on_eval_epoch_start(self, state: State, unit: TEvalUnit) -> None:
         """Watch the forces that pass, for the baseline."""
@@ -241,5 +370,6 @@ class EvaluationReport(Callback):
         if self.output is not None:
             report = {"metrics": metrics, "num_structures": sizes, "zero_force_mae": baseline}
             path = Path(self.output).absolute()
+            keep_old(path)
             write_atomically(path, lambda name: name.write_text(json.dumps(report, indent=1) + "\n"))
             print(f"results: {path}", flush=True)

@@ -13,6 +13,7 @@
 | `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set |
 | `${e2former.at_most:KEY,NUMBER,DATA_KEY,PATH}` | NUMBER, or with a word the size of the data set, if smaller |
 | `${e2former.checkpoint:KEY,PATH}` | PATH, absolute, after a check that it is an inference checkpoint |
+| `${e2former.resume:KEY,RECORDED}` | `job.KEY` of a resumed run, as the composed config's folder lies now |
 | `${e2former.tasks:PATH,ANY}` | configs of the tasks in the inference checkpoint PATH; ANY: also of other backbones |
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from omegaconf import ListConfig, OmegaConf
 
+from e2former_fairchem.training.resume import resume
 from e2former_fairchem.training.values import boolean, integer, number, positive
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -174,8 +176,9 @@ def tasks(path: str | None, any_backbone: bool = False) -> ListConfig:
     return OmegaConf.create(_read_tasks(checkpoint("checkpoint", path), any_backbone))
 
 
-def register_resolvers() -> None:
-    """Register all of the above with OmegaConf; calling it again changes nothing."""
+def register_resolvers(config_folder: Path | None = None) -> None:
+    """Register all of the above with OmegaConf, for a config of this folder."""
+    OmegaConf.register_new_resolver("e2former.resume", functools.partial(resume, config_folder), replace=True)
     values = (integer, number, positive, boolean)
     for function in (device, workers, sample, element_references, *values, dataset, at_most, checkpoint, tasks):
         OmegaConf.register_new_resolver(f"e2former.{function.__name__}", function, replace=True)

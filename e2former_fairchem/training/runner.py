@@ -9,6 +9,7 @@ from fairchem.core.components.callbacks import StopBeforeTimeoutCallback
 from fairchem.core.components.train.train_runner import TrainEvalRunner
 from torchtnt.framework.fit import fit
 
+from e2former_fairchem.training.resume import check_state
 from e2former_fairchem.training.values import integer
 
 
@@ -42,6 +43,16 @@ class EpochTrainEvalRunner(TrainEvalRunner):
         super().__init__(**kwargs)
         self.cpu_threads = cpu_threads
         self.evaluate_every_n_epochs = evaluate_every_n_epochs
+
+    def load_state(self, checkpoint_location: str | None) -> None:
+        """As fairchem's, which opens the checkpoint only when training starts.
+
+        Raises:
+            FileNotFoundError: there is none at that place.
+        """
+        if checkpoint_location is not None:
+            check_state(checkpoint_location)
+        super().load_state(checkpoint_location)
 
     def run(self) -> None:
         """Train and evaluate."""

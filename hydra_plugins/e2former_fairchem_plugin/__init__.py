@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -34,5 +35,6 @@ class E2FormerSearchPathPlugin(SearchPathPlugin):
                 stacklevel=2,
             )
             return
-        register_resolvers()
+        main = next((e.path for e in search_path.get_path() if e.provider == "main"), None)
+        register_resolvers(Path(main.removeprefix("file://")) if main and "pkg://" not in main else None)
         search_path.append(PROVIDER, CONFIG_PATH)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from fairchem.core.components.train.train_runner import get_most_recent_viable_checkpoint_path
 from fairchem.core.modules.loss import L2NormLoss, MAELoss
 from omegaconf import OmegaConf
 from torch import nn
+from torchtnt.framework.unit import TTrainUnit
 
-from e2former_fairchem.training.callbacks import format_metrics, write_atomically
+from e2former_fairchem.training.callbacks import Checkpoints, Progress, format_metrics, keep_old, write_atomically
 from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, load_for_evaluation, read_checkpoint
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.metrics import read_metrics
+from e2former_fairchem.training.resume import check_state, make_movable
 from e2former_fairchem.training.sampler import StructureBatchSampler
 from e2former_fairchem.training.schedule import warmup_cosine
+from e2former_fairchem.training.signals import StopRequest, end_on_signal
 
 
 def test_force_sum_per_system() -> None:
@@ -198,23 +207,229 @@ def quick(repo: Path, tiny: Sequence[str]) -> tuple:
     return (repo / "configs" / "quickstart.yaml", *tiny, "epochs=2", "batch_size=50")
 
 
-def test_resumed_run_equals_an_uninterrupted_one(launch: Callable, quick: tuple, elsewhere: Path) -> None:
-    """One epoch of two, then fairchem's resume.yaml for the other: equal weights to the last bit, and one history."""
+def test_resumed_run_equals_an_uninterrupted_one(
+    launch: Callable, quick: tuple, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """One epoch of two; resumed, and stopped by Ctrl-C in the other; resumed where its folder was moved to: equal
+    weights to the last bit, and one history.
+    """
     launch(*quick, "job.run_dir=straight")
     launch(*quick, "job.run_dir=stopped", "runner.max_epochs=1")
     resume = next((elsewhere / "stopped").glob("*/checkpoints/final/resume.yaml"))
-    launch(resume, "runner.max_epochs=2")
+
+    plain = Progress.on_train_step_end
+
+    def press(self: Progress, state: object, unit: TTrainUnit) -> None:
+        plain(self, state, unit)
+        if unit.train_progress.num_steps_completed == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Progress, "on_train_step_end", press)
+        launch(resume, "runner.max_epochs=2")
+    assert ended.value.code == 130
+    said = capfd.readouterr()
+    assert "SIGINT: stopping after this step, with a checkpoint" in said.err
+    (resume,) = re.findall(r"stopped by SIGINT after step 20; to resume this run: fairchem -c (\S+)$", said.out, re.M)
+    whole = Path(resume).parent
+    assert whole.name == "step_20"
+    # what SLURM's way through submitit would go on from
+    assert get_most_recent_viable_checkpoint_path(str(whole.parent)) == str(whole)
+
+    moved = elsewhere / "another place" / "it's here"
+    moved.parent.mkdir()
+    (elsewhere / "stopped").rename(moved)
+    launch(moved / Path(resume).relative_to(elsewhere / "stopped"))
+    assert not (elsewhere / "stopped").exists()
+    assert f"report: {moved}" in capfd.readouterr().out
     straight = read_checkpoint(elsewhere / "straight" / "inference_ckpt.pt")
-    resumed = read_checkpoint(elsewhere / "stopped" / "inference_ckpt.pt")
+    resumed = read_checkpoint(moved / "inference_ckpt.pt")
+    assert (moved / "inference_ckpt.1.pt").is_file()  # of one epoch
     for name in ("model_state_dict", "ema_state_dict"):
         given, wanted = getattr(resumed, name), getattr(straight, name)
         assert given.keys() == wanted.keys()
         for key, value in wanted.items():
             assert torch.equal(given[key], value), key
-    files = [next((elsewhere / run).glob("*/metrics.jsonl")) for run in ("straight", "stopped")]
+    files = [next(run.glob("*/metrics.jsonl")) for run in (elsewhere / "straight", moved)]
     straight_epochs, resumed_epochs = [[r for r in read_metrics(f) if r["kind"] == "evaluation"] for f in files]
     assert [e["epoch"] for e in resumed_epochs] == [1, 2]
     assert resumed_epochs[-1]["metrics"] == straight_epochs[-1]["metrics"]
+
+
+def test_sigterm_before_the_first_checkpoint(quick: tuple, elsewhere: Path) -> None:
+    """A process of its own, as a cluster or `kill` ends it: saved, said how to resume, status 143."""
+    config, *overrides = quick
+    command = ["-c", "from fairchem.core._cli import main; main()", "-c", str(config), *overrides, "epochs=1000"]
+    with subprocess.Popen([sys.executable, *command], cwd=elsewhere, stdout=subprocess.PIPE, text=True) as process:
+        before = next(line for line in process.stdout if line.startswith("training "))
+        process.send_signal(signal.SIGTERM)
+        after = process.stdout.read()
+    assert process.returncode == 143, before + after
+    (resume,) = re.findall(r"^stopped by SIGTERM after step \d+; to resume this run: fairchem -c (\S+)$", after, re.M)
+    assert {path.name for path in Path(resume).parent.iterdir()} >= {".metadata", "inference_ckpt.pt", "resume.yaml"}
+    assert not (elsewhere / "runs" / "quickstart" / "inference_ckpt.pt").exists()  # what is there is of a finished run
+
+
+def fairchems_handler(signum: int, frame: object) -> None:
+    raise AssertionError("fairchem's handler ran")
+
+
+fairchems_handler.__qualname__ = "SlurmSPMDProgram._register_signal_handlers.<locals>.graceful_shutdown"
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The signal handlers as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def write_state(folder: str) -> None:
+    """Stands for fairchem's writer."""
+    Path(folder).mkdir()
+    (Path(folder) / "resume.yaml").write_text("job: {run_dir: /run, timestamp_id: now}\nrunner: {}\n")
+
+
+def test_a_signal_during_the_writing_of_a_checkpoint_waits(tmp_path: Path, handlers: None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, fairchems_handler)
+
+    def save(folder: str) -> None:
+        write_state(folder)
+        for _ in range(2):  # an impatient user's second one, too
+            os.kill(os.getpid(), signal.SIGINT)
+            callback._stop._since -= 10
+        (Path(folder) / ".metadata").touch()
+
+    callback = Checkpoints(1)
+    callback.set_runner_callbacks(save, lambda _: None, str(tmp_path / "checkpoints"))
+    callback.save_callback(str(tmp_path / "checkpoints" / "step_1"))
+    assert {p.name for p in (tmp_path / "checkpoints" / "step_1").iterdir()} == {"resume.yaml", ".metadata"}
+    assert callback._stop.agreed() == signal.SIGINT
+    with pytest.raises(SystemExit) as ended:  # nothing is being written any more
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended.value.code == 130
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, handlers: None) -> None:
+    folder = tmp_path / "checkpoints"
+
+    def save(location: str) -> None:
+        write_state(location)
+        if folder.is_dir():
+            raise OSError("disk full")
+
+    callback = Checkpoints(1)
+    callback.set_runner_callbacks(save, lambda _: None, str(folder))
+    callback.save_callback(str(folder / "step_1"))
+    content = (folder / "step_1" / "resume.yaml").read_text()
+    for name in ("step_1", "step_2"):
+        with pytest.raises(OSError, match="disk full"):
+            callback.save_callback(str(folder / name))
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        *("checkpoints", "checkpoints/step_1", "checkpoints/step_1/resume.yaml")
+    ]
+    assert (folder / "step_1" / "resume.yaml").read_text() == content
+
+
+def test_only_fairchems_handlers_are_replaced(handlers: None) -> None:
+    """Under SLURM the handlers are submitit's, in a notebook the user's."""
+
+    def theirs(signum: int, frame: object) -> None: ...
+
+    signal.signal(signal.SIGTERM, theirs)
+    stop = StopRequest()
+    stop.install()
+    end_on_signal()
+    assert not stop.installed
+    assert signal.getsignal(signal.SIGTERM) is theirs
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_runs_without_checkpoints_end_with_a_signals_status(number: int, handlers: None) -> None:
+    signal.signal(number, fairchems_handler)
+    end_on_signal()
+    with pytest.raises(SystemExit) as ended:
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+
+
+@pytest.fixture
+def resumable(tmp_path: Path) -> Path:
+    """A resume config whose run's folder and data were in /gone, where it now lies."""
+    checkpoint = tmp_path / "run" / "first" / "checkpoints" / "step_3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").touch()
+    data = {"dataset_configs": {"omol": {"splits": {"train": {"src": "/gone/data"}}}}}
+    config = {
+        "job": {"run_dir": "/gone/run", "timestamp_id": "then"},
+        "runner": {
+            "train_eval_unit": {"job_config": {"run_dir": "/gone/run"}},
+            "train_dataloader": {"dataset": data},
+            "callbacks": [{"export_to": "/gone/run/inference_ckpt.pt"}, {"other": "/gone/running"}],
+        },
+    }
+    file = checkpoint / "resume.yaml"
+    OmegaConf.save(OmegaConf.create(config), file)
+    make_movable(file, Path("/gone/run/then/checkpoints/step_3"))
+    return file
+
+
+SRC = "runner.train_dataloader.dataset.dataset_configs.omol.splits.train.src"
+
+
+def test_a_moved_run_goes_on_where_it_lies(resumable: Path) -> None:
+    from fairchem.core._cli import get_hydra_config_from_yaml
+
+    run = resumable.parents[3]
+    config = get_hydra_config_from_yaml(str(resumable), [f"{SRC}=/anywhere"])
+    assert (config.job.run_dir, config.job.timestamp_id) == (str(run), "first")
+    assert config.job.runner_state_path == str(resumable.parent)
+    assert config.runner.train_eval_unit.job_config.metadata.checkpoint_dir == str(resumable.parents[1])
+    assert config.runner.callbacks[0].export_to == str(run / "inference_ckpt.pt")
+    assert config.runner.callbacks[1].other == "/gone/running"
+    with pytest.raises(Exception, match=rf"{SRC}: expected a folder .* got /gone/data \(nothing there\)"):
+        get_hydra_config_from_yaml(str(resumable), [])
+
+
+def test_a_resume_config_without_its_checkpoint_says_what_to_give(resumable: Path, tmp_path: Path) -> None:
+    from fairchem.core._cli import get_hydra_config_from_yaml
+
+    alone = tmp_path / "resume.yaml"
+    alone.write_text(resumable.read_text())
+    with pytest.raises(Exception, match=r"job.runner_state_path: expected a checkpoint .*/gone/run/then.*=FOLDER"):
+        get_hydra_config_from_yaml(str(alone), [f"{SRC}=/anywhere"])
+    given = [f"job.runner_state_path={resumable.parent}", f"job.run_dir={tmp_path}", f"{SRC}=/anywhere"]
+    assert get_hydra_config_from_yaml(str(alone), given).job.runner_state_path == str(resumable.parent)
+
+    lonely = tmp_path / "elsewhere" / "step_3"
+    lonely.parent.mkdir()
+    resumable.parent.rename(lonely)
+    with pytest.raises(Exception, match=r"job.run_dir: expected the run's folder.* /gone/run, which does not exist"):
+        get_hydra_config_from_yaml(str(lonely / "resume.yaml"), [f"{SRC}=/anywhere"])
+
+
+def test_a_state_that_is_no_checkpoint(tmp_path: Path) -> None:
+    """What resume.yaml files of earlier versions run into when their folder was moved."""
+    for location, got in ((tmp_path, "a folder without"), (tmp_path / "absent", "no folder")):
+        with pytest.raises(FileNotFoundError, match=rf"runner_state_path: expected .* got {location} \({got}\)"):
+            check_state(str(location))
+
+
+def test_an_earlier_runs_file_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first, second = tmp_path / "pes.json", tmp_path / "pes.md"
+    keep_old(first, second)
+    assert capsys.readouterr().out == ""
+    for n in range(3):
+        keep_old(first, second)
+        first.write_text(str(n))
+        if n != 1:
+            second.write_text(str(n))
+    names = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert names == {"pes.json": "2", "pes.md": "2", "pes.1.json": "0", "pes.1.md": "0", "pes.2.json": "1"}
+    assert f"kept of an earlier run: {tmp_path / 'pes.1.json'}, {tmp_path / 'pes.1.md'}" in capsys.readouterr().out
 
 
 def test_train_evaluate_and_fine_tune(
