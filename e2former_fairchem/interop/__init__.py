@@ -1,1 +1,1 @@
-"""Reading other people's weights."""
+"""Other people's weights, and other programs."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
+import pytest
+import torch
+from ase.build import molecule
 from ase.io import read, write
+from ase.io.lammpsdata import write_lammps_data
 from fairchem.core.datasets import AseDBDataset
 from fairchem.core.scripts.create_finetune_dataset import write_ase_db
 
@@ -80,3 +86,58 @@ def test_data_from_fairchems_script(launch, tiny, repo, elsewhere: Path) -> None
     folders = (f"data_train={elsewhere / 'train'}", f"data_val={elsewhere / 'val'}")
     launch(repo / "configs" / "quickstart.yaml", *tiny, "dataset=folders", *folders, "epochs=1")
     assert (elsewhere / "runs" / "quickstart" / "inference_ckpt.pt").is_file()
+
+
+@pytest.fixture
+def lammps_run(tmp_path: Path) -> Callable[..., Any]:
+    """A water molecule in harmonic wells under LAMMPS, with the model's n-th answer a refusal."""
+    pytest.importorskip("fairchem.lammps.lammps_fc")
+    from e2former_fairchem.interop.lammps import run_lammps
+
+    class Wells:
+        def __init__(self, refusal: int) -> None:
+            self.calls, self.refusal = 0, refusal
+
+        def predict(self, data: Any) -> dict[str, torch.Tensor]:
+            self.calls += 1
+            if self.calls == self.refusal:
+                raise ValueError("spin of structure 0: expected 0 to 100")
+            away = data.pos - 8.0
+            return {"forces": -away, "energy": 0.5 * (away**2).sum().reshape(1)}
+
+    atoms = molecule("H2O")
+    atoms.center(vacuum=8.0)
+    write_lammps_data(tmp_path / "water.data", atoms, specorder=["O", "H"])
+
+    def run(*commands: str, units: str = "metal", refusal: int = 0) -> Any:
+        script = tmp_path / "in.water"
+        setup = ["atom_style atomic", "atom_modify map array", "boundary f f f", f"read_data {tmp_path / 'water.data'}"]
+        setup += ["mass 1 15.999", "mass 2 1.008", "timestep 0.0005", "fix 1 all nve", "thermo 1"]
+        script.write_text("\n".join([f"units {units}", *setup, *commands, ""]))
+        return run_lammps(Wells(refusal), script, "omol", spin=1)
+
+    return run
+
+
+def test_lammps_stops_at_a_refusal_of_the_model(lammps_run: Callable) -> None:
+    for command in ("run 50", "minimize 0 1e-9 50 100"):
+        with pytest.raises(ValueError, match="spin of structure 0: expected 0 to 100") as caught:
+            lammps_run(command, refusal=3)
+        assert caught.value.__notes__ == ["LAMMPS was stopped at step 2"]
+
+
+@pytest.mark.parametrize("units", ["real", "lj"])
+def test_lammps_in_other_units_is_refused(units: str, lammps_run: Callable) -> None:
+    with pytest.raises(ValueError, match=f"in.water: expected units metal .* got units {units}"):
+        lammps_run("run 1", units=units)
+
+
+def test_lammps_without_a_run(lammps_run: Callable) -> None:
+    with pytest.raises(ValueError, match="in.water: expected a line with one of run, minimize, rerun, got none"):
+        lammps_run("run_style verlet")
+
+
+def test_lammps_minimises_and_runs_again(lammps_run: Callable) -> None:
+    lmp = lammps_run("minimize 0 1e-6 50 100", "run 2", "run 3")
+    assert abs(lmp.get_thermo("pe")) < 1e-3  # eV, at the bottom of the wells
+    lmp.close()
