@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from e2former_fairchem.graph import Graph
 from e2former_fairchem.segments import Transposed
 from e2former_kernels.common.plan import SeveralRuns
+from e2former_kernels.compat import foreach_copy_
 
 if TYPE_CHECKING:
     from e2former_fairchem.model import E2FormerV2
@@ -107,7 +108,7 @@ class PaddedInputs:
             integers += [(mine[: nodes + 1], given), (mine[nodes + 1 :], last)]
         vectors = [(self.vec[:edges], graph.vec.detach()), (self.vec[edges:], self.rest[edges:])]
         for pieces in (integers, vectors):
-            torch._foreach_copy_(*map(list, zip(*pieces, strict=True)))
+            foreach_copy_(*map(list, zip(*pieces, strict=True)))
 
     def graph(self, vec: Tensor) -> Graph:
         """The padded graph, with the edge vectors given."""

@@ -6,14 +6,17 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase.build import molecule
 from torch import Tensor
 
+from e2former_fairchem.compat import fairchem_state
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.graph import build_graph
 from e2former_fairchem.model import E2FormerV2
@@ -62,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     for name in PACKAGES:
         print(f"  {name:24s} {versions[name] or 'MISSING'}")
     print("optional: " + ", ".join(f"{name} {versions[name] or '-'}" for name in OPTIONAL))
+    fairchem = fairchem_state()
+    _print_fairchem(fairchem)
     device, devices = _devices()
     problem = triton_problem(device)
     if problem is None and device.type != "cuda":
@@ -79,13 +84,16 @@ def run(args: argparse.Namespace) -> int:
         line = f"{check.energy_error:9.1e} {check.force_error:9.1e} {check.milliseconds:9.2f}"
         print(f"  {check.name:44s} {line}  {mark}")
     missing = [name for name in PACKAGES if versions[name] is None and name not in ("triton", "warp-lang")]
-    healthy = all(check.ok for check in checks) and not missing
+    unhealthy = [f"missing {', '.join(missing)}"] if missing else []
+    unhealthy += [f"{len(fairchem['missing'])} private names are gone"] if fairchem["missing"] else []
+    healthy = all(check.ok for check in checks) and not unhealthy
     if args.json:
         from e2former_fairchem.training.callbacks import write_atomically
 
         report = {
             "python": platform.python_version(),
             "versions": versions,
+            "fairchem": fairchem,
             "devices": devices,
             "kernels": "triton" if problem is None else "reference",
             "reason": problem,
@@ -93,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             "healthy": healthy,
         }
         write_atomically(Path(args.json).absolute(), lambda path: path.write_text(json.dumps(report, indent=2)))
-    print("healthy" if healthy else f"not healthy{': missing ' + ', '.join(missing) if missing else ''}")
+    print("healthy" if healthy else f"not healthy{': ' + '; '.join(unhealthy) if unhealthy else ''}")
     return 0 if healthy else 1
 
 
@@ -197,6 +205,17 @@ def _devices() -> tuple[torch.device, list[str]]:
         found.append(f"{properties.name}, capability {capability}, {properties.total_memory / 2**30:.0f} GiB")
         print(f"GPU {n}: {found[-1]}")
     return torch.device("cuda", torch.cuda.current_device()), found
+
+
+def _print_fairchem(state: Mapping[str, Any]) -> None:
+    """Whether the installed fairchem is the one that the tests ran with, and which private names it no longer has."""
+    tested = f"the tests ran with {state['tested']}"
+    if state["is_tested"]:
+        print(f"fairchem-core {state['installed']}: {tested}")
+    else:
+        print(f"fairchem-core {state['installed']}: UNTESTED ({tested}); anything may fail or differ without a word")
+    for name, breaks in state["missing"].items():
+        print(f"  {name} is gone: breaks {breaks}")
 
 
 def _version(name: str) -> str | None:

@@ -118,18 +118,16 @@ class S2EFRunner(JournalledRunner):
     def sizes(self) -> Sequence[int]:
         """Number of atoms of each structure, from metadata.npz where there is one, else by reading the data set."""
         if self._sizes is None:
-            known = getattr(self.dataset, "_metadata", {}).get("natoms")
-            if known is None:
+            try:
+                known = self.dataset.metadata_hasattr("natoms")
+            except AssertionError as err:  # fairchem's, with both numbers
+                raise ValueError(f"data: expected the metadata.npz of the rows of {self.data}, got: {err}") from err
+            if not known:
                 logging.warning(
                     "%s has no metadata.npz with natoms: every structure is read to count its atoms", self.data
                 )
-                known = [len(self.dataset.get_atoms(i)) for i in range(len(self.dataset))]
-            if len(known) != len(self.dataset):
-                raise ValueError(
-                    f"data: expected as many natoms in {self.data}'s metadata.npz as structures, got {len(known)} and "
-                    f"{len(self.dataset)}"
-                )
-            self._sizes = np.asarray(known, np.int64)
+            natoms = self.dataset.get_metadata("natoms", np.arange(len(self.dataset)))
+            self._sizes = np.asarray(natoms, np.int64)
         return self._sizes
 
     def identity(self) -> dict[str, Any]:

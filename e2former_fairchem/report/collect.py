@@ -13,6 +13,7 @@ from torch import Tensor
 from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit
 
+from e2former_fairchem.compat import dataset_and_row
 from e2former_fairchem.report.errors import SAMPLE_SIZE, Predictions, SetErrors
 from e2former_fairchem.training.recorders import task_of, valid
 
@@ -140,7 +141,7 @@ def gather(collector: ErrorCollector) -> list[SetErrors] | None:
 def structure_name(dataset: Any, index: int) -> str:
     """What identifies a structure: OMol25's `source` where its row has one, else its number in its part of the data."""
     try:
-        part, row = dataset._get_dataset_and_sample_index(index)
+        part, row = dataset_and_row(dataset, index)
         subset = dataset.datasets[part]
         inner = int(subset.indices[row])
     except (AttributeError, IndexError, TypeError):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from fairchem.core.common import distutils
-from fairchem.core.components.benchmark._single.uma_speed_benchmark import InferenceBenchRunner
+from fairchem.core.components.benchmark import InferenceBenchRunner
 from fairchem.core.components.benchmark.training import TrainingBenchmarkRunner
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra

@@ -20,8 +20,8 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from fairchem.core.components.calculate import ElasticityRunner, MDRPhononRunner
-from fairchem.core.components.calculate._calculate_runner import CalculateRunner
 
+from e2former_fairchem.compat import CalculateRunner
 from e2former_fairchem.leaderboard.predictor import check_model
 from e2former_fairchem.pes.potential import PRECISIONS, Potential
 from e2former_fairchem.pes.systems import load_systems

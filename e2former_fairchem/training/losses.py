@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from fairchem.core.modules.loss import DDPMTLoss
 from torch import Tensor
 
+from e2former_fairchem.compat import LossWithReduction
 
-class PerSystemSumLoss(DDPMTLoss):
+
+class PerSystemSumLoss(LossWithReduction):
     r"""A loss over atoms, summed within each system and averaged over systems: :math:`\frac1B \sum_k \ell_k`.
 
     With fairchem's `L2NormLoss` this is the force loss of the authors' second stage (`l2mae`),
@@ -22,5 +23,6 @@ class PerSystemSumLoss(DDPMTLoss):
     def __init__(self, loss_fn: torch.nn.Module, coefficient: float = 1.0) -> None:
         super().__init__(loss_fn=loss_fn, reduction="sum", coefficient=coefficient)
 
-    def _reduction(self, input: Tensor, mult_mask: Tensor, loss: Tensor, natoms: Tensor) -> Tensor:
-        return self._ddp_mean(natoms.numel(), loss.sum())
+    def reduce(self, loss: Tensor, natoms: Tensor) -> Tensor:
+        """See the class."""
+        return self.mean_over_ranks(natoms.numel(), loss.sum())

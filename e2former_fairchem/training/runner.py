@@ -9,6 +9,7 @@ from fairchem.core.components.callbacks import StopBeforeTimeoutCallback
 from fairchem.core.components.train.train_runner import TrainEvalRunner
 from torchtnt.framework.fit import fit
 
+from e2former_fairchem.compat import set_runner_callbacks, slurm_timeout_hours
 from e2former_fairchem.training.resume import check_state
 from e2former_fairchem.training.values import integer
 
@@ -65,12 +66,12 @@ class EpochTrainEvalRunner(TrainEvalRunner):
             torch.set_num_threads(threads)
 
     def _fit(self) -> None:
-        self._set_runner_callbacks(self.callbacks)
+        set_runner_callbacks(self)
         callbacks = list(self.callbacks)
         if self.stop_before_timeout_min is not None:
             callbacks.append(
                 StopBeforeTimeoutCallback(
-                    timeout_hr=self._get_slurm_timeout_hr(), stop_before_timeout_min=self.stop_before_timeout_min
+                    timeout_hr=slurm_timeout_hours(self), stop_before_timeout_min=self.stop_before_timeout_min
                 )
             )
         fit(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.compat import will_engine_execute_node
 
 # How an argument or a result relates to a chunk. A node tensor of kind SOURCE arrives gathered to the chunk's edges
 # (and is scattered back by addition), IMAGE likewise with the image index, TARGET is the slice of the chunk's
@@ -171,7 +172,7 @@ def wanted_inputs(ctx, first: int) -> list[int]:
 def _runs(node) -> bool:
     """Whether the pass comes to an autograd node."""
     try:
-        return torch._C._will_engine_execute_node(node)
+        return will_engine_execute_node(node)
     except RuntimeError:  # a leaf whose gradient the pass itself was asked for
         return True
 

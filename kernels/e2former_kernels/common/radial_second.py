@@ -18,6 +18,7 @@ from e2former_kernels.common import radial_second_kernel as kernel
 from e2former_kernels.common.radial import LAYER_NORM_EPS, RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.tiles import ceil_div, next_power
+from e2former_kernels.compat import foreach_add_
 
 TILE_NUMBERS = 512  # numbers of one tile of the row kernels, which hold a dozen such tiles: 4 a thread
 MAX_PROGRAMS = 4096  # programs that write partial sums of weight gradients, for each network
@@ -202,5 +203,5 @@ def add_gradients(total: RadialWeights | None, more: RadialWeights | None) -> Ra
     """Sum of the gradients of two runs; that of ``total`` is used up."""
     if total is None or more is None:
         return more if total is None else total
-    torch._foreach_add_([t for t in total if t is not None], [t for t in more if t is not None])
+    foreach_add_([t for t in total if t is not None], [t for t in more if t is not None])
     return total

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from e2former_kernels.common.chunked import Chunked
 from e2former_kernels.common.step import Step
+from e2former_kernels.compat import is_fake, will_engine_execute_node, with_autograd
 
 
 class Settings(NamedTuple):
@@ -58,10 +58,7 @@ def _body(device: torch.device) -> Iterator[None]:
 
     The dispatcher excludes autograd from the bodies of operations, where derivatives would silently be zeros.
     """
-    keys = torch._C.DispatchKey
-    autograd = torch._C.DispatchKeySet(keys.AutogradFunctionality) | torch._C.DispatchKeySet(keys.ADInplaceOrView)
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded - autograd):
+    with with_autograd():
         with torch.enable_grad():
             if not torch.empty(0, requires_grad=True).neg().requires_grad:
                 raise RuntimeError("autograd is off inside a registered operation; its derivatives would be zeros")
@@ -87,7 +84,7 @@ def _wanted(ctx, number: int) -> list[int]:
 
     def runs(node) -> bool:
         leaf = node.name() == "torch::autograd::AccumulateGrad"  # the engine does not answer for leaves
-        return tracing or leaf or torch._C._will_engine_execute_node(node)
+        return tracing or leaf or will_engine_execute_node(node)
 
     return [n for n, node in enumerate(nodes) if node is not None and runs(node)]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.chunked import TARGET, WHOLE, Chunked, Plan, plan_of, wanted_inputs
+from e2former_kernels.compat import current_graph_task_id, foreach_add_, will_engine_execute_node
 
 MAX_RUN_NODES = 8192  # nodes worked on at a time by operations on nodes
 
@@ -82,8 +83,8 @@ class _Left:
 
     def wait(self, value) -> bool:
         """Whether the first derivative, of the autograd node ``value``, is still to come in this pass."""
-        this = torch._C._current_graph_task_id()
-        return this != -1 and self._first_of_pass != this and torch._C._will_engine_execute_node(value)
+        this = current_graph_task_id()
+        return this != -1 and self._first_of_pass != this and will_engine_execute_node(value)
 
     def leave(self, gradients: dict[int, Tensor]) -> None:
         """Leave gradients by the position of the input; their memory is used up."""
@@ -106,7 +107,7 @@ class _Left:
         return change
 
     def _enter(self) -> None:
-        this = torch._C._current_graph_task_id()
+        this = current_graph_task_id()
         if self._of_pass != this:  # what a pass that failed has left is gone
             self._gradients, self._change, self._of_pass = {}, None, this
 
@@ -115,7 +116,7 @@ class _Left:
         left, self._gradients = self._gradients, {}
         both = [n for n in left if n in gradients]
         if both:
-            torch._foreach_add_([left[n] for n in both], [gradients[n] for n in both])
+            foreach_add_([left[n] for n in both], [gradients[n] for n in both])
         return gradients | left
 
 
