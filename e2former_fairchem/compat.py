@@ -47,6 +47,12 @@ PRIVATE_NAMES = (
         ("self",),
     ),
     PrivateName(
+        "fairchem.core.launchers.slurm_launch:SlurmSPMDProgram._register_signal_handlers",
+        "the handlers it sets up end a run with status 0; ours, which take their place, know them by this class's name",
+        "checkpoint and exit status of a run that a signal stops (training/signals.py)",
+        ("self",),
+    ),
+    PrivateName(
         "fairchem.core.modules.loss:DDPMTLoss._reduction",
         "overridden: the reductions are a fixed list, without the sum over a system's atoms",
         "the authors' force loss, which would be the plain sum in silence (training/losses.py)",

@@ -295,7 +295,7 @@ class Checkpoints(TrainCheckpointCallback):
         received = self._stop.agreed()
         if received is None:
             return
-        save, folder = self._checkpoint_hooks()
+        save, folder = self.save_callback, self.checkpoint_dir
         location = Path(folder) / f"step_{progress.num_steps_completed}"
         save(str(location))
         self._leave(received, f"after step {progress.num_steps_completed}", location)
