@@ -37,7 +37,7 @@ __all__ = ["E2FormerV2Backbone"]
 _EXTERNAL_RADIUS = 6.0
 _EXTERNAL_NEIGHBORS = 300
 
-# The long-range graph keeps this many times max_neighbors (SPEC 7), and its sources are heavy atoms.
+# The long-range graph keeps this many times max_neighbors; its sources are heavy atoms (docs/network.md, section 2).
 _LONG_RANGE_NEIGHBORS = 2.5
 
 
@@ -135,7 +135,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters trained without weight decay, relative to the backbone (SPEC 10)."""
+        """Names, from the backbone, of the parameters without weight decay (docs/network.md, section 15.2)."""
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
     @conditional_grad(torch.enable_grad())

@@ -153,5 +153,5 @@ class E2FormerV2Config:
 
     @property
     def hidden_radial_width(self) -> int:
-        """Hidden width of the radial networks (SPEC section 0)."""
+        """Hidden width of the radial networks (docs/network.md, section 3.3)."""
         return min(128, self.num_radial_basis // 2) if self.radial_width is None else self.radial_width

@@ -2,8 +2,8 @@
 
 Edges run from a neighbour j (source) to a receiver i (target), as in fairchem's ``edge_index = [source, target]``.
 The edge vector is ``vec = pos[target] - pos[source] - shift`` with ``shift = offset @ cell``, which is minus fairchem's
-``edge_distance_vec`` (SPEC 2). Importing this module needs torch alone; vesin and fairchem are imported by the builders
-that use them.
+``edge_distance_vec`` (docs/network.md, equation 1.1). Importing this module needs torch alone; vesin and fairchem are
+imported by the builders that use them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MIN_DISTANCE", "Graph", "build_graph"]
 
-#: Two atoms closer than this (Å) count as coincident (SPEC 2).
+#: Two atoms closer than this (Å) count as coincident (docs/network.md, equation 2.1).
 MIN_DISTANCE = 1e-4
 
 # At most this many atoms or edges are named in an error.
@@ -158,7 +158,7 @@ def build_graph(
     pbc: [B, 3] bool. batch: [N] int64, ascending. natoms: [B] int64.
     max_neighbors: keep the nearest so many per receiver (ties: the lower source index, then offset), None for all. A
     truncated graph changes discontinuously and is not symmetric.
-    lower: Å; source_mask: [N] bool, atoms that may be sources (the long-range graph of SPEC 7).
+    lower: Å; source_mask: [N] bool, atoms that may be sources (of the long-range graph; docs/network.md, section 2).
     edge_index: [2, E] int64 (source, target) and cell_offsets: [E, 3] with pos[source] + offset @ cell the neighbour's
     position: edges given from outside, which are checked, cut at ``cutoff`` and sorted instead of searched.
     builder: a name in `e2former_fairchem.neighbors.BUILDERS`; None chooses by device.

@@ -52,7 +52,7 @@ class _Head(nn.Module, HeadInterface):
 
 @registry.register_model("e2former_v2_energy_head")
 class E2FormerV2EnergyHead(_Head):
-    """Energy of each structure as a sum of atomic energies (SPEC 8); no derivatives.
+    """Energy of each structure as a sum of atomic energies (docs/network.md, section 9.1); no derivatives.
 
     prefix: outputs are called ``{prefix}_energy`` instead of ``energy``. wrap_property: wrap the tensors as fairchem's
     trainer expects them.
@@ -86,7 +86,7 @@ class E2FormerV2EnergyHead(_Head):
 
 @registry.register_model("e2former_v2_direct_force_head")
 class E2FormerV2DirectForceHead(_Head):
-    """Forces read off the vector features, not derived from an energy (SPEC 8).
+    """Forces read off the vector features, not derived from an energy (docs/network.md, section 9.3).
 
     kind: ``linear`` or ``painn`` (two gated equivariant blocks). prefix, wrap_property: as for the energy head.
     Returns ``{"forces": {"forces": [N, 3]}}``, eV/Å. Raises ValueError when the backbone is set up for conserving
@@ -203,8 +203,8 @@ def _forces_and_stress(
     r"""Forces, and the stress :math:`\sigma = \frac{1}{2V} (W + W^T)` of each structure.
 
     :math:`W = \sum_i g_i \otimes r_i + h^T \partial E/\partial h` with :math:`g_i = \partial E/\partial r_i` and the
-    cell's rows in h: the derivative by a symmetric strain of positions and cell together. ``parallel``: the gradients
-    are this worker's part.
+    cell's rows in h: the derivative by a symmetric strain of positions and cell together (docs/network.md, equation
+    9.3). ``parallel``: the gradients are this worker's part.
     """
     pos, cell = data["pos"], data["cell"]
     inputs = [pos, cell] if with_stress else [pos]

@@ -17,7 +17,7 @@ class E2FormerV2HydraModel(HydraModel):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay (SPEC 10): full names, relative to this model.
+        """Names of the parameters without weight decay (docs/network.md, section 15.2): full names, from this model.
 
         What the backbone and the heads name themselves, and of all others the one-dimensional ones, every bias and
         every embedding.

@@ -30,7 +30,7 @@ def _pointer(index: Tensor, rows: int) -> Tensor:
 
 
 class LongRangeBlocks(nn.Module):
-    """Order-0 blocks over distant heavy atoms, run beside the trunk's output and mixed into it (SPEC section 7)."""
+    """Order-0 blocks over distant heavy atoms, mixed into the trunk's output (docs/network.md, section 8)."""
 
     def __init__(self, config: E2FormerV2Config, long_range: LongRange) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LongRangeBlocks(nn.Module):
 
 
 class E2FormerV2(nn.Module):
-    """The trunk of E2Former-V2 (arXiv:2601.16622; SPEC sections 2 to 7).
+    """The trunk of E2Former-V2 (arXiv:2601.16622; docs/network.md, sections 2 to 8).
 
     Constants are computed in float64 and stored in the default dtype of the moment of construction.
     """
@@ -160,7 +160,7 @@ class E2FormerV2(nn.Module):
         return block(*args)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that the authors train without weight decay (SPEC section 10).
+        """Names of the parameters that the authors train without weight decay (docs/network.md, section 15.2).
 
         One-dimensional ones, everything in a norm, and every bias and embedding.
         """

@@ -29,7 +29,7 @@ __all__ = ["ConversionReport", "convert_molfm_checkpoint", "read_molfm_weights"]
 
 HYDRA_MODEL = "e2former_fairchem.hydra_model.E2FormerV2HydraModel"
 DEFAULT_RELEASE = "v1.5"
-# Weights of energy and force losses that the authors trained with (SPEC section 10), for whoever trains on.
+# The authors' weights of energy and force losses (docs/network.md, section 15.4, release v2), for whoever trains on.
 _LOSS_WEIGHTS = {True: (10.0, 10.0), False: (4.0, 30.0)}
 _UNIT = "fairchem.core.units.mlip_unit.mlip_unit"
 _LOSS = "fairchem.core.modules.loss"
@@ -73,9 +73,9 @@ def convert_molfm_checkpoint(
     state dict as ``.safetensors``. config: the flattened MolFM YAML, a file or its content. destination: the file to
     write, a checkpoint, or the same as ``.safetensors`` where that is its suffix; complete or not at all.
     head: data set whose heads to use; by default ``omol25``, or the only one there is. release: ``v1.5`` or ``v2``,
-    which compute different functions of the same weights (SPEC section 12). task: name of fairchem's task, ``omol``
-    by default (``oc20`` for the head of that name). references: element references, ``none`` or a JSON file, instead
-    of those of the head.
+    which compute different functions of the same weights (docs/network.md, section 14). task: name of fairchem's task,
+    ``omol`` by default (``oc20`` for the head of that name). references: element references, ``none`` or a JSON file,
+    instead of those of the head.
 
     The checkpoint predicts total energies: network + element references, in eV; forces in eV/Å.
     Raises FileNotFoundError, ValueError for what cannot be read or is not implemented, and :class:`StateDictError`

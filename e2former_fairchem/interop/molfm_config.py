@@ -10,14 +10,14 @@ from e3nn import o3
 
 Release = Literal["v2", "v1_5"]
 
-# What the two releases do differently on this path (SPEC section 12).
+# What the two releases do differently on this path (docs/network.md, section 14.1).
 _ENVELOPE_EXPONENT = {"v2": 3, "v1_5": 5}
 _LONG_LOWER = {"v2": 2.5, "v1_5": 0.1}
 _SCORES = {"QK_alpha": "qk", "QKdot_alpha": "qk_dot", "QKdotS_alpha": "qk_dot_scalar"}
 _ORDERS = {"so2-first-order": 1, "zero-order": 0}
-# eV of one unit in which labels were given to the loss, and therefore of the output (SPEC section 9).
+# eV of one unit in which labels were given to the loss, and therefore of the output (docs/network.md, section 14.3).
 _LOSS_UNITS = {"ev": 1.0, "kcal/mol": 0.0433634, "mev": 1e-3, "normev": 1.5}
-# Release v1.5 gives data sets a common head (SPEC section 8).
+# Release v1.5 gives data sets a common head (docs/network.md, section 14.3).
 _RENAMED = dict.fromkeys(("svp-enhance", "tzvpd-small", "tzvpd-forceatomfilter"), "tzvpd")
 MAX_NUM_ELEMENTS = 118
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e2former_fairchem.config import E2FormerV2Config
 
-# Constants, and tensors that no forward pass touches (SPEC section 11).
+# Constants, and tensors that no forward pass touches (docs/network.md, section 14.2).
 _IGNORED = re.compile(
     r"decoder\.(embedding\.weight|unifiedtokentoembedding\.(weight|bias)|"
     r"decoder\.(default_node_embedding\.weight|heads2basis\.(weight|bias)|rbf(_long)?\.offset|Jd_list\.\d+|"

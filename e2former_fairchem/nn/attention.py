@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class DirectionalGate(nn.Module):
-    """Parameters of the ``qk_dot`` and ``qk_dot_scalar`` gates (SPEC section 6.3)."""
+    """Parameters of the ``qk_dot`` and ``qk_dot_scalar`` gates (docs/network.md, section 6.2)."""
 
     def __init__(self, config: E2FormerV2Config) -> None:
         super().__init__()
@@ -76,9 +76,10 @@ def of_rows(rows: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> 
 
 
 class PathProjection(nn.Module):
-    r"""Order-1 output: :math:`O_{l_3} = n_{l_3}^{-1/2} B_{l_3} [Q^{(l_1 \to l_3)}]_{l_1}` (SPEC section 6.6).
+    r"""Order-1 output: :math:`O_{l_3} = n_{l_3}^{-1/2} B_{l_3} [Q^{(l_1 \to l_3)}]_{l_1}`.
 
-    Path rows come in (l3, m3, l1) order, so the paths of one output row already stand side by side.
+    docs/network.md, equation 6.21. Path rows come in (l3, m3, l1) order, so the paths of one output row already stand
+    side by side.
     """
 
     def __init__(self, row_paths: tuple[int, ...], channels: int, out_channels: int) -> None:
@@ -107,7 +108,7 @@ class PathProjection(nn.Module):
 
 
 class EquivariantAttention(nn.Module):
-    """Attention over neighbours with order-0 or order-1 messages (SPEC section 6).
+    """Attention over neighbours with order-0 or order-1 messages (docs/network.md, section 6).
 
     order: 0 or 1. cutoff, envelope_exponent, bell: of the graph it runs on (the long-range blocks have their own).
     """

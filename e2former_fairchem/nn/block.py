@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TransformerBlock(nn.Module):
-    """x + Attn(N1(x) + s), then x + FFN(N2(x)) (SPEC section 6)."""
+    """x + Attn(N1(x) + s), then x + FFN(N2(x)) (docs/network.md, section 5)."""
 
     def __init__(
         self,

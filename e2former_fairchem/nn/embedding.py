@@ -26,7 +26,7 @@ MAX_SPIN = 20
 class ChargeSpinEmbedding(nn.Module):
     r""":math:`s = \mathrm{SiLU}(W [E_q[\mathrm{clip}(q,-10,10)+10]; E_m[\mathrm{clip}(m,0,20)]] + b)`.
 
-    q: total charge (e), m: spin multiplicity 2S+1, 0 meaning not given (SPEC section 3).
+    q: total charge (e), m: spin multiplicity 2S+1, 0 meaning not given (docs/network.md, equation 4.1).
     """
 
     def __init__(self, channels: int) -> None:
@@ -45,7 +45,7 @@ class ChargeSpinEmbedding(nn.Module):
 
 
 class AtomEmbedding(nn.Module):
-    r""":math:`t_i = W_u (E_Z[Z_i] + s_{b(i)}) + b_u`, the authors' token embedding (SPEC section 3).
+    r""":math:`t_i = W_u (E_Z[Z_i] + s_{b(i)}) + b_u`, the authors' token embedding (docs/network.md, equation 4.3).
 
     The authors compute it and leave it unused; here it starts the scalar channels, so that an atom without
     neighbours still knows its element.
@@ -62,7 +62,7 @@ class AtomEmbedding(nn.Module):
 
 
 class EdgeDegreeEmbedding(nn.Module):
-    """Initial node features from the neighbours' distances, directions and elements (SPEC section 5)."""
+    """Initial node features from the neighbours' distances, directions and elements (docs/network.md, equation 4.2)."""
 
     def __init__(self, config: E2FormerV2Config) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from e2former_kernels.feedforward import SIGMOID_SCALE, SILU_SCALE, gated_feedfo
 
 
 class GatedFeedForward(nn.Module):
-    r"""The authors' ``s3`` feed-forward (SPEC section 6.8).
+    r"""The authors' ``s3`` feed-forward (docs/network.md, section 7).
 
     y = W1 x; gates G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; result W2 z.
     """

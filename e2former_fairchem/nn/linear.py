@@ -22,7 +22,7 @@ def kaiming_linear(in_features: int, out_features: int, bias: bool = True) -> nn
 
 
 class SO3Linear(nn.Module):
-    r""":math:`y_{l m o} = \sum_c W^l_{o c} x_{l m c} + \delta_{l 0} b_o` (SPEC section 0).
+    r""":math:`y_{l m o} = \sum_c W^l_{o c} x_{l m c} + \delta_{l 0} b_o` (docs/network.md, equation 1.7).
 
     weight: [lmax+1, out, in], uniform within 1/sqrt(in); bias: [out], zero, or None.
     """

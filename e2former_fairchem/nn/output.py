@@ -12,7 +12,7 @@ from e2former_fairchem.nn.linear import kaiming_linear
 
 
 class EnergyMLP(nn.Sequential):
-    """Atomic energy W3 SiLU(W2 SiLU(W1 x_0 + b1) + b2) + b3 from the scalar channels (SPEC section 8)."""
+    """Atomic energy W3 SiLU(W2 SiLU(W1 x_0 + b1) + b2) + b3 from the scalars (docs/network.md, equation 9.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(
@@ -29,7 +29,7 @@ class EnergyMLP(nn.Sequential):
 
 
 class LinearForce(nn.Module):
-    """Direct force F = sum_c w_c x_{1,c}: a linear map of the degree-one rows (x, y, z) (SPEC section 8)."""
+    """Direct force F = sum_c w_c x_{1,c}: a linear map of the degree-one rows (docs/network.md, equation 9.4)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class GatedVectorBlock(nn.Module):
 
 
 class PaiNNForce(nn.Module):
-    """Direct force from two gated equivariant blocks, C -> C/2 -> 1 (SPEC section 8, ``with_moe=painn``)."""
+    """Direct force from two gated equivariant blocks, C -> C/2 -> 1 (docs/network.md, equation 9.5)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

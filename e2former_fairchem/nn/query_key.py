@@ -16,7 +16,7 @@ LAYER_NORM_EPS = 1e-5
 
 
 class QueryKey(nn.Module):
-    r"""Query and key of every head, scalars made from all degrees (SPEC section 6.2).
+    r"""Query and key of every head, scalars made from all degrees (docs/network.md, section 6.1).
 
     :math:`s_{lg} = \sum_m ((W_l h_{lm})_g + \delta_{l0} b_g) (W'_l h_{lm})_g`, g = 1..G, G = H S / 2, then
     Linear((L+1) G -> G), LayerNorm, SiLU, Linear(G -> H S). Query and key have weights of their own; they are kept

@@ -1,7 +1,7 @@
 r"""Coupling of a feature with a direction: which paths there are, and their coefficients.
 
-A path takes degree l1 with a vector to degree l3, \|l1-1\| <= l3 <= l1+1. Its coefficients are
-:math:`\sqrt{2 l_3+1}` times e3nn's 3j symbol, so that the squares for one output row sum to one.
+docs/network.md, section 1.5. A path takes degree l1 with a vector to degree l3, \|l1-1\| <= l3 <= l1+1. Its
+coefficients are :math:`\sqrt{2 l_3+1}` times e3nn's 3j symbol, so that the squares for one output row sum to one.
 """
 
 from __future__ import annotations

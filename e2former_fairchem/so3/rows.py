@@ -1,4 +1,7 @@
-"""Row layout of node features: degree l takes rows l^2 .. (l+1)^2 - 1, in e3nn's order (polar axis y)."""
+"""Row layout of node features: degree l takes rows l^2 .. (l+1)^2 - 1, in e3nn's order (polar axis y).
+
+docs/network.md, section 1.3.
+"""
 
 from __future__ import annotations
 

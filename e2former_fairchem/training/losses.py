@@ -11,6 +11,8 @@ from e2former_fairchem.compat import LossWithReduction
 class PerSystemSumLoss(LossWithReduction):
     r"""A loss over atoms, summed within each system and averaged over systems: :math:`\frac1B \sum_k \ell_k`.
 
+    docs/network.md, equation 15.1.
+
     With fairchem's `L2NormLoss` this is the force loss of the authors' second stage (`l2mae`),
     :math:`\frac1B \sum_k \lVert F_k - F_k^{\rm ref} \rVert`. fairchem's reductions are the mean over atoms, the plain
     sum, and `per_structure`, which divides each system's sum by its atoms. B counts the systems of all ranks.

@@ -17,7 +17,7 @@ def warmup_cosine(
     warmup_factor: float = 0.2,
     lr_min_factor: float = 0.01,
 ) -> LRScheduler:
-    r"""Warm-up and cosine of the authors' release, by optimiser steps t.
+    r"""Warm-up and cosine of the authors' release, by optimiser steps t (docs/network.md, equation 15.2).
 
     Factor of the learning rate, with f = `warmup_factor`, m = `lr_min_factor`, w = `warmup_steps`, T the total:
 

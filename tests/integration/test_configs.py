@@ -108,7 +108,7 @@ def test_training_config_has_the_authors_settings(name: str, repo: Path, fake_om
     config = compose(repo / "configs" / "train" / f"{name}.yaml", *fake_omol25)
     unit = config["runner"]["train_eval_unit"]
     energy, forces = unit["tasks"]
-    published = {  # SPEC.md section 10, rows of HEAD: lr, decay, w_E, w_F, steps, cutoff, score, direct
+    published = {  # docs/network.md, section 15.4, v1.5: lr, decay, w_E, w_F, steps, cutoff, score, direct
         "omol25_direct": (8e-4, 1e-3, 1, 30, 1_400_000, 6.0, "qk_dot", True),
         "omol25_conserving": (4e-4, 0.0, 20, 2, 1_400_000, 4.5, "qk", False),
         "spice_direct": (4e-4, 0.0, 0.2, 0.9, 200_000, 5.0, "qk_dot", True),
@@ -141,7 +141,7 @@ def test_training_config_has_the_authors_settings(name: str, repo: Path, fake_om
 
 
 def test_published_width_builds_with_the_published_parameters(repo: Path, fake_omol25: Sequence[str]) -> None:
-    """All but the embedding tables, which have other lengths here: SPEC.md section 11, QKdot_alpha, used parameters."""
+    """All but the embedding tables, which have other lengths here: docs/network.md, section 14.2, `qk_dot`."""
     config = compose(repo / "configs" / "train" / "omol25_direct.yaml", *fake_omol25)
     model = instantiate(config["runner"]["train_eval_unit"]["model"])
     tables = 2 * 300 * 256 + 4 * 2 * 256 * 128 + 2 * 30 * 256  # edge degree, four blocks, charge and multiplicity

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = ("README.md", "docs/workflows.md", "docs/leaderboard.md")
+PAGES = ("README.md", "docs/workflows.md", "docs/leaderboard.md", "docs/network.md")
 
 
 def sections(page: Path) -> set[str]:
@@ -37,3 +37,40 @@ def test_configs_and_commands(name: str, repo: Path) -> None:
         assert theirs or (repo / config).is_file(), f"{name}: {config}"
     commands = set(re.findall(r"^ *e2former-fairchem ([\w-]+)", text, flags=re.MULTILINE))
     assert commands <= set(COMMANDS), f"{name}: {commands - set(COMMANDS)}"
+
+
+#: "section 6.2", "sections 2 to 8", "equations 3.5 and 3.6": the kind, and the numbers behind it.
+NUMBERS = r"(section|equation)s? (\d+(?:\.\d+)?(?:(?:,| and| to) \d+(?:\.\d+)?)*)"
+
+
+def numbered(page: Path) -> dict[str, list[str]]:
+    """Numbers of the sections and equations of a page."""
+    text = page.read_text()
+    headings = re.findall(r"^#{2,3} (\d+(?:\.\d+)?) ", text, flags=re.MULTILINE)
+    return {"section": headings, "equation": re.findall(r"\\tag\{([^}]*)\}", text)}
+
+
+def test_citations_of_the_network_exist(repo: Path) -> None:
+    """Whoever cites docs/network.md names a section or an equation that is there; so does the page itself."""
+    known = numbered(repo / "docs" / "network.md")
+    for kind, numbers in known.items():
+        assert numbers, kind
+        assert len(set(numbers)) == len(numbers), f"{kind}s twice: {numbers}"
+    cited = 0
+    folders = ("e2former_fairchem", "kernels", "tests", "configs")
+    for path in (path for folder in folders for kind in ("*.py", "*.yaml") for path in (repo / folder).rglob(kind)):
+        text = re.sub(r"\s+(#:? )?", " ", path.read_text())  # a citation may go over the end of a line
+        assert not re.search(r"\bSPEC\b", text), f"{path}: cites a specification that is not in the repository"
+        for citation in re.finditer(r"docs/network\.md(?!\")", text):
+            found = re.match(f", {NUMBERS}", text[citation.end() :])
+            assert found or path.name == "test_docs.py", f"{path}: {text[citation.start() :][:60]!r} gives no number"
+            if found:
+                cited += 1
+                missing = set(re.findall(r"[\d.]*\d", found[2])) - set(known[found[1]])
+                assert not missing, f"{path}: docs/network.md has no {found[1]} {sorted(missing)}"
+    assert cited > 40, cited
+    page = " ".join((repo / "docs" / "network.md").read_text().split())
+    own = re.findall(NUMBERS, page)
+    own += [("equation", numbers) for numbers in re.findall(r"\((\d{1,2}\.\d{1,2}(?:, \d{1,2}\.\d{1,2})*)\)", page)]
+    for kind, numbers in own:
+        assert set(re.findall(r"[\d.]*\d", numbers)) <= set(known[kind]), f"docs/network.md: {kind} {numbers}"

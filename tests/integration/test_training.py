@@ -58,7 +58,7 @@ def test_total_energy_loss_of_the_second_stage_is_fairchems() -> None:
 
 
 def published_factor(t: int, total: int) -> float:
-    """SPEC.md section 10."""
+    """docs/network.md, equation 15.2."""
     if t <= 4000:
         return 0.2 + 0.8 * t / 4000
     return 0.01 + 0.495 * (1 + math.cos(math.pi * t / total)) if t < total else 0.01

@@ -93,7 +93,7 @@ def test_weight_functions_without_a_softmax_are_continuous(norm: str) -> None:
 
 
 def test_the_authors_softmax_jumps() -> None:
-    """The check above can fail: SPEC section 14.4 measured this one."""
+    """The check above can fail: docs/network.md, section 14.4 tells of this one."""
 
     class Tests(SmoothCutoffTests):
         def build_model(self) -> HydraModel:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def polynomial_envelope(distance: Tensor, cutoff: float, exponent: int) -> Tensor:
-    r"""DimeNet's polynomial cutoff (arXiv:2003.03123) in factorised form.
+    r"""DimeNet's polynomial cutoff (arXiv:2003.03123) in factorised form (docs/network.md, equation 3.2).
 
     :math:`u = (1-\rho)^3 \sum_{k<p} \frac{(k+1)(k+2)}{2} \rho^k`, :math:`\rho = d / r_c`, zero for :math:`\rho \ge 1`.
     It equals :math:`1 - \frac{(p+1)(p+2)}{2}\rho^p + p(p+2)\rho^{p+1} - \frac{p(p+1)}{2}\rho^{p+2}`, which loses
@@ -20,7 +20,7 @@ def polynomial_envelope(distance: Tensor, cutoff: float, exponent: int) -> Tenso
 
 class _Polynomial(torch.autograd.Function):
     r"""The envelope as a function of rho. Its derivative is a single product, which autograd cannot see:
-    :math:`u' = -\frac{p(p+1)(p+2)}{2} \rho^{p-1} (1-\rho)^2`."""
+    :math:`u' = -\frac{p(p+1)(p+2)}{2} \rho^{p-1} (1-\rho)^2` (docs/network.md, equation 3.3)."""
 
     @staticmethod
     def forward(ctx, rho: Tensor, exponent: int) -> Tensor:
@@ -42,7 +42,7 @@ class _Polynomial(torch.autograd.Function):
 def bell_envelope(distance: Tensor, lower: float, upper: float) -> Tensor:
     r""":math:`(1-t^2)^2` with :math:`t = (2d - d_0 - d_1)/(d_1 - d_0)`, zero outside [d_0, d_1].
 
-    distance, lower = d_0, upper = d_1: Å. Returns unitless values in [0, 1].
+    docs/network.md, equation 3.4. distance, lower = d_0, upper = d_1: Å. Returns unitless values in [0, 1].
     """
     t = (2.0 * distance - (lower + upper)) / (upper - lower)
     gap = (1.0 - t * t).clamp(min=0.0)

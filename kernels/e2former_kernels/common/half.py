@@ -1,5 +1,7 @@
 r"""float16 with a scale, where products may be rounded to TF32: the same 10 bits of mantissa, half the bytes.
 
+docs/network.md, section 13.3.
+
 TF32 rounds the factors of a product to 10 bits and keeps float32's range. float16 has the 10 bits and a small range, so
 rows are divided by their largest number first: what is smaller than :math:`2^{-14}` of that loses bits, by at most
 :math:`2^{-25}` of it, less than the rounding of a float32 sum over the row. Sums are taken in float32.

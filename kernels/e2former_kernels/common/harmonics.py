@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
-    r"""Regular solid harmonics :math:`|r|^l Y^l_m(\hat r)`, component normalisation.
+    r"""Regular solid harmonics :math:`|r|^l Y^l_m(\hat r)`, component normalisation (docs/network.md, equation 1.4).
 
     They are polynomials, so every derivative exists everywhere, the origin included.
 

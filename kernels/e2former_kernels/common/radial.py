@@ -15,10 +15,10 @@ LAYER_NORM_EPS = 1e-5
 
 
 class RadialWeights(NamedTuple):
-    r"""Weights of G radial networks that share a distance basis.
+    r"""Weights of G radial networks that share a distance basis (docs/network.md, equations 3.5 and 3.6).
 
-    The first linear layer of SPEC's network reads ``[phi(d); T[Z_i]; S[Z_j]]``. Its species columns are folded
-    into one row per element, so an edge costs ``n_b`` columns instead of ``n_b + 2 * embedding width``.
+    The first linear layer reads ``[phi(d); T[Z_i]; S[Z_j]]``. Its species columns are folded into one row per
+    element, so an edge costs ``n_b`` columns instead of ``n_b + 2 * embedding width``.
     Widths: n_b basis functions, h hidden, K outputs, Z rows of the element tables.
     """
 
@@ -54,7 +54,7 @@ def check_radial(name: str, weights: RadialWeights, groups: int, num_basis: int,
 
 def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:
     r""":math:`\phi_k(d) = \exp(-\frac12 ((d-\mu_k)/(2\Delta))^2)`, :math:`\mu_k = k\Delta`,
-    :math:`\Delta = r_c/(n_b-1)`.
+    :math:`\Delta = r_c/(n_b-1)` (docs/network.md, equation 3.1).
 
     distance: [E], Å. cutoff: r_c, Å. Returns [E, num_basis], unitless.
     """
@@ -89,6 +89,8 @@ def radial_hidden(basis: Tensor, target_species: Tensor, source_species: Tensor,
 
 def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
     r"""``Linear(SiLU(LN(Linear(SiLU(LN(W0 [phi; T[Z_i]; S[Z_j]] + b0))))))`` for G networks at once.
+
+    docs/network.md, equation 3.5.
 
     basis: [E, n_b]. target_species, source_species: [E] rows of the element tables. Returns [E, G, K].
     """

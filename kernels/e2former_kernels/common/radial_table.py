@@ -1,5 +1,7 @@
 r"""Radial networks with frozen weights as splines: a table over the distance for every ordered pair of elements.
 
+docs/network.md, section 13.2.
+
 For two elements the network :math:`f_{z_i z_j}(d)` (``radial.py``) is a smooth function of the distance alone. Knots a
 fixed step h apart hold its value and slope, computed in float64; between two knots stands the cubic that fits both
 (Hermite), so the interpolant has a continuous derivative, and kernels take value and derivative from the same numbers.

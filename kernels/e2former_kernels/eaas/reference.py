@@ -174,6 +174,8 @@ def _bilinear(paths: Tensor, rows: Tensor, tables: EAASTables) -> Tensor:
 def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
     r""":math:`(T(r) v)_{p} = \sum_{b,m} C_{pbm}\, r_b\, v_m`, computed as |r| D^T (pick and scale) D v.
 
+    docs/network.md, equations 1.6 and 6.16 to 6.20.
+
     value: [N, (lmax+1)^2, C]. position: [N, 3], any length unit; zero and the polar axis are allowed.
     Returns [N, P, C]. Differentiable to any order.
     """

@@ -35,6 +35,8 @@ def edge_degree_embedding_reference(
 ) -> Tensor:
     r""":math:`x_i[l,m,c] = \frac{1}{23.01} \sum_j u(d_{ij}) Y^l_m(\hat r_{ij}) R_l([\phi; T_{Z_i}; S_{Z_j}])_c`.
 
+    docs/network.md, equation 4.2.
+
     vec: [E, 3] = r_i - r_j - shift, Å. source, target: [E], target ascending. row_ptr: [N+1]. species: [N], or more
     rows for atoms that send and do not receive, which source counts.
     radial: lmax+1 networks (G = lmax+1) with K = C outputs. recompute, max_chunk_edges, geometry: as in

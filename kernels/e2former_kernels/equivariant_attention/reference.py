@@ -92,7 +92,7 @@ def segment_outer(left: Tensor, right: Tensor, target: Tensor, num_nodes: int) -
 def attention_weights(
     score: Tensor, head: Tensor, envelope: Tensor, target: Tensor, num_nodes: int, norm: str
 ) -> Tensor:
-    r"""Edge weights from scores a, input heads p and the envelope u.
+    r"""Edge weights from scores a, input heads p and the envelope u (docs/network.md, equations 6.8 to 6.11).
 
     ``smooth``:  w = exp(a) u p / (sum exp(a) u + c), c = 1, evaluated as U p / (sum U + c exp(-m)) with
     U = exp(a - m) u and any m: continuous when an edge enters or leaves, and when the strongest edge changes.
@@ -122,7 +122,7 @@ def attention_weights(
 def directional_gate(
     spec: AttentionSpec, vec: Tensor, distance: Tensor, dot: Tensor, radial: Tensor, weights: DotWeights
 ) -> Tensor:
-    r"""The gate g of ``qk_dot`` and ``qk_dot_scalar``.
+    r"""The gate g of ``qk_dot`` and ``qk_dot_scalar`` (docs/network.md, equations 6.5 to 6.7).
 
     z[l, k] = sum_m Y^l_m D_i[l, m, k], with Y "integral"-normalised on the unit sphere (``qk_dot``) or solid and
     "component"-normalised (``qk_dot_scalar``).
@@ -204,7 +204,7 @@ def aggregate(
     num_nodes: int,
     coupling: Tensor | None,
 ) -> Tensor:
-    r"""Sum of messages per receiver.
+    r"""Sum of messages per receiver (docs/network.md, equations 6.12 to 6.15).
 
     order 0: sum_j w v_j. order 1: :math:`Q_p = \sum_j w_{ij} \sum_{b,m} C_{pbm} \hat r_{ij,b} v_{j,m}`, p running
     over the path rows. With ``form="sum"`` the value rows are added up as they are, divided by the distance.
@@ -273,7 +273,7 @@ def equivariant_attention_reference(
     image_rows: Tensor | None = None,
     geometry: EdgeGeometry | None = None,
 ) -> Tensor:
-    r"""Equivariant attention over a receiver-sorted edge list.
+    r"""Equivariant attention over a receiver-sorted edge list (docs/network.md, sections 6.2 to 6.5).
 
     For atom i and head h: a_ij = g_ij <q_i, k_j> / sqrt(S), weights from :func:`attention_weights`, messages from
     :func:`aggregate`.

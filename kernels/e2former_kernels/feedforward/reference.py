@@ -27,7 +27,7 @@ def gated_feedforward_reference(
     bias2: Tensor,
     residual: bool = False,
 ) -> Tensor:
-    r"""The authors' ``s3`` feed-forward on the norm of its input (SPEC sections 6.1 and 6.8).
+    r"""The authors' ``s3`` feed-forward on the norm of its input (docs/network.md, sections 5.1 and 7).
 
     h = norm(x); y = W1 h + b1; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; then W2 z + b2,
     and x as well with ``residual``.

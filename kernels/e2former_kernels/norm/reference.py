@@ -9,7 +9,7 @@ NORM_EPS = 1e-5
 
 
 def equivariant_rms_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
-    r"""RMS norm over rows and channels in which every degree has the same weight (SPEC section 6.1).
+    r"""RMS norm in which every degree has the same weight (docs/network.md, equations 5.3 and 5.4).
 
     :math:`\tilde x_0 = x_0 - \overline{x_0}`,
     :math:`\sigma^2 = \frac1C \sum_{c,l,m} \tilde x_{lmc}^2 / ((2l+1)(L+1))`,

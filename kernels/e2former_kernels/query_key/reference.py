@@ -63,5 +63,5 @@ def heads_of(s: Tensor, weights: QueryKeyWeights) -> Tensor:
 
 
 def query_key_reference(h: Tensor, weights: QueryKeyWeights) -> Tensor:
-    """Query and key of every head (SPEC section 6.2). h: [N, (L+1)^2, C]. Returns [N, 2, O]."""
+    """Query and key of every head (docs/network.md, section 6.1). h: [N, (L+1)^2, C]. Returns [N, 2, O]."""
     return heads_of(invariants(h, weights.weight, weights.bias), weights).transpose(0, 1)
