@@ -154,18 +154,27 @@ def build_graph(
     deterministic gradient of any order. The cost is linear in the number of atoms; small
     batches on CUDA, where the host's launches are the cost, measure all pairs instead.
 
-    pos: [N, 3] Å, systems one after the other; need not be wrapped. cell: [B, 3, 3] Å, rows are lattice vectors.
-    pbc: [B, 3] bool. batch: [N] int64, ascending. natoms: [B] int64.
-    max_neighbors: keep the nearest so many per receiver (ties: the lower source index, then offset), None for all. A
-    truncated graph changes discontinuously and is not symmetric.
-    lower: Å; source_mask: [N] bool, atoms that may be sources (of the long-range graph; docs/network.md, section 2).
-    edge_index: [2, E] int64 (source, target) and cell_offsets: [E, 3] with pos[source] + offset @ cell the neighbour's
-    position: edges given from outside, which are checked, cut at ``cutoff`` and sorted instead of searched.
-    builder: a name in `e2former_fairchem.neighbors.BUILDERS`; None chooses by device.
-    partition: with graph parallelism, who owns which atom. Every worker searches the whole batch, so that all of them
-    find the same errors, and keeps the edges whose receiver it owns.
-    Raises ValueError for positions or cells that are not finite, coincident atoms, singular periodic cells, given
-    edges that are malformed, and a cutoff that is not positive.
+    Args:
+        pos: [N, 3], Å, systems one after the other; need not be wrapped.
+        cell: [B, 3, 3], Å, rows are lattice vectors.
+        pbc: [B, 3] bool.
+        batch: [N] int64, ascending.
+        natoms: [B] int64.
+        cutoff: Å.
+        max_neighbors: keep the nearest so many per receiver (ties: the lower source index, then offset), None for all.
+            A truncated graph changes discontinuously and is not symmetric.
+        lower: Å; of the long-range graph (docs/network.md, section 2).
+        source_mask: [N] bool, atoms that may be sources; of the long-range graph.
+        edge_index: [2, E] int64 (source, target), edges given from outside, which are checked, cut at ``cutoff`` and
+            sorted instead of searched.
+        cell_offsets: [E, 3] beside them, with pos[source] + offset @ cell the neighbour's position.
+        builder: a name in `e2former_fairchem.neighbors.BUILDERS`; None chooses by device.
+        partition: with graph parallelism, who owns which atom. Every worker searches the whole batch, so that all of
+            them find the same errors, and keeps the edges whose receiver it owns.
+
+    Raises:
+        ValueError: positions or cells that are not finite, coincident atoms, singular periodic cells, given edges that
+            are malformed, and a cutoff that is not positive.
     """
     if not cutoff > 0.0:
         raise ValueError(f"cutoff: expected a positive length in Å, got {cutoff}")

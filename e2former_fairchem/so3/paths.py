@@ -33,8 +33,10 @@ class PathTable:
 def path_table(lmax: int, reflection_equivariant: bool = False) -> PathTable:
     """Paths and coefficients for features up to ``lmax``.
 
-    reflection_equivariant: drop the cross-product paths (l1 = l3), which are the ones that mix parities when
-    degree l has parity (-1)^l.
+    Args:
+        lmax: highest degree.
+        reflection_equivariant: drop the cross-product paths (l1 = l3), which are the ones that mix parities when
+            degree l has parity (-1)^l.
     """
     paths = tuple(
         tuple(

@@ -25,9 +25,16 @@ def edge_geometry(
     envelope_exponent: int,
     bell: tuple[float, float] | None = None,
 ) -> EdgeGeometry:
-    """Lengths, Gaussian basis on [0, cutoff] and envelope (polynomial, or ``bell`` between two radii) of edges.
+    """Lengths, Gaussian basis and envelope of edges (docs/network.md, sections 3.1 and 3.2).
 
-    vec: [E, 3], Å. cutoff: Å. Differentiable to any order.
+    Differentiable to any order.
+
+    Args:
+        vec: [E, 3], r_i - r_j, Å.
+        cutoff: end of the basis and of the polynomial envelope, Å.
+        num_basis: n_b.
+        envelope_exponent: of the polynomial envelope.
+        bell: its two radii, Å, where the envelope is a bell.
     """
     distance = vec.square().sum(-1).sqrt()
     if bell is None:

@@ -23,7 +23,12 @@ def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
     :math:`(l-m) \Pi^m_l = (2l-1)\, y\, \Pi^m_{l-1} - (l+m-1)\, r^2\, \Pi^m_{l-2}`;
     the azimuthal part is the real and imaginary part of :math:`(z + i x)^m`.
 
-    vec: [..., 3], any length unit. lmax: 0 or more. Returns [..., (lmax+1)^2] in vec's dtype.
+    Args:
+        vec: [..., 3], any unit of length.
+        lmax: 0 or more.
+
+    Returns:
+        [..., (lmax+1)^2], degree l in that unit to the power l.
     """
     x, y, z = vec.unbind(-1)
     r2 = (vec * vec).sum(-1)

@@ -56,7 +56,13 @@ def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:
     r""":math:`\phi_k(d) = \exp(-\frac12 ((d-\mu_k)/(2\Delta))^2)`, :math:`\mu_k = k\Delta`,
     :math:`\Delta = r_c/(n_b-1)` (docs/network.md, equation 3.1).
 
-    distance: [E], Å. cutoff: r_c, Å. Returns [E, num_basis], unitless.
+    Args:
+        distance: [E], Å.
+        cutoff: r_c, Å.
+        num_basis: n_b, at least 2.
+
+    Returns:
+        [E, num_basis], no unit.
     """
     spacing = cutoff / (num_basis - 1)
     centre = torch.arange(num_basis, dtype=distance.dtype, device=distance.device) * spacing
@@ -92,7 +98,14 @@ def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor
 
     docs/network.md, equation 3.5.
 
-    basis: [E, n_b]. target_species, source_species: [E] rows of the element tables. Returns [E, G, K].
+    Args:
+        basis: [E, n_b].
+        target_species: [E], rows of the element tables, of the receivers.
+        source_species: [E], of the senders.
+        weights: of G networks with K outputs.
+
+    Returns:
+        [E, G, K].
     """
     x = _hidden(basis, target_species, source_species, weights)
     return torch.baddbmm(weights.out_bias.unsqueeze(1), x, weights.out.transpose(1, 2)).transpose(0, 1)

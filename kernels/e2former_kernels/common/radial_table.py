@@ -101,10 +101,18 @@ def build_radial_table(
     tolerance: float = TOLERANCE,
     max_bytes: int = MAX_BYTES,
 ) -> RadialTable | None:
-    """Splines for all ordered pairs of ``elements`` on [0, cutoff] (Å), in the dtype of the weights.
+    """Splines for all ordered pairs of ``elements``, in the dtype of the weights (docs/network.md, equation 13.2).
 
-    weights: of G networks, whose results stand side by side. last: with the last linear layer, or without it. Returns
-    None when the table would exceed ``max_bytes`` (in float32) or when no step that is tried reaches ``tolerance``.
+    Args:
+        weights: of G networks, whose results stand side by side.
+        cutoff: end of the table, Å.
+        elements: atomic numbers.
+        last: with the networks' last linear layer, or without it.
+        tolerance: largest error between the knots, relative to the largest value.
+        max_bytes: largest table, in float32.
+
+    Returns:
+        The table; None where it would exceed ``max_bytes`` or where no step that is tried reaches ``tolerance``.
     """
     exact = RadialWeights(*(None if t is None else t.detach().double() for t in weights))
     dtype, device, pairs = weights.basis.dtype, weights.basis.device, len(elements) ** 2

@@ -42,7 +42,13 @@ def axis_rotation(direction: Tensor) -> Tensor:
     """Rotation matrices R with R n = y for unit vectors n.
 
     The shortest rotation, 1 + K + K^2 / (1 + n_y), where n_y >= 0; below, n is first turned by pi about x, so the
-    denominator stays above one. direction: [N, 3], unit length. Returns [N, 3, 3].
+    denominator stays above one.
+
+    Args:
+        direction: n, [N, 3], unit length.
+
+    Returns:
+        R, [N, 3, 3].
     """
     below = direction[:, 1] < 0
     flip = torch.where(below, -1.0, 1.0).to(direction.dtype)
@@ -61,7 +67,14 @@ def axis_rotation(direction: Tensor) -> Tensor:
 def wigner_blocks(rotation: Tensor, tables: EAASTables) -> list[Tensor]:
     """Wigner matrices of degrees 0..lmax in e3nn's basis, built up degree by degree from the rotation itself.
 
-    rotation: [N, 3, 3]. Returns [N, 2l+1, 2l+1] for every l. D^l = K (D^1 x D^(l-1)) K^T.
+    D^l = K (D^1 x D^(l-1)) K^T (docs/network.md, equation 6.19).
+
+    Args:
+        rotation: [N, 3, 3].
+        tables: with K of every degree.
+
+    Returns:
+        D^l, [N, 2l+1, 2l+1], for every l.
     """
     nodes = rotation.shape[0]
     blocks = [rotation.new_ones(nodes, 1, 1)]
@@ -176,8 +189,15 @@ def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: 
 
     docs/network.md, equations 1.6 and 6.16 to 6.20.
 
-    value: [N, (lmax+1)^2, C]. position: [N, 3], any length unit; zero and the polar axis are allowed.
-    Returns [N, P, C]. Differentiable to any order.
+    Differentiable to any order.
+
+    Args:
+        value: v, [N, (lmax+1)^2, C].
+        position: r, [N, 3], any unit of length; zero and the polar axis are allowed.
+        tables: constants.
+
+    Returns:
+        [N, P, C], in that unit times the value's.
     """
     dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
     return _Contract.apply(value.to(dtype), position.to(dtype), tables)

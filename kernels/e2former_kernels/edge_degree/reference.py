@@ -37,12 +37,29 @@ def edge_degree_embedding_reference(
 
     docs/network.md, equation 4.2.
 
-    vec: [E, 3] = r_i - r_j - shift, Å. source, target: [E], target ascending. row_ptr: [N+1]. species: [N], or more
-    rows for atoms that send and do not receive, which source counts.
-    radial: lmax+1 networks (G = lmax+1) with K = C outputs. recompute, max_chunk_edges, geometry: as in
-    :func:`e2former_kernels.equivariant_attention.equivariant_attention_reference`.
+    Differentiable to any order.
 
-    Returns [N, (lmax+1)^2, C]. Differentiable to any order. Raises ValueError on mismatched shapes.
+    Args:
+        lmax: L.
+        cutoff: r_c, Å.
+        num_basis: n_b.
+        envelope_exponent: of the polynomial envelope.
+        vec: [E, 3] = r_i - r_j - shift, Å.
+        source: [E], senders.
+        target: [E], receivers, ascending.
+        row_ptr: [N+1], the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
+        species: [N], or more rows for atoms that send and do not receive, which ``source`` counts.
+        radial: lmax+1 networks (G = lmax+1) with K = C outputs.
+        recompute: as in :func:`e2former_kernels.equivariant_attention.equivariant_attention_reference`, with the next
+            two.
+        max_chunk_edges: edges of a chunk.
+        geometry: of ``vec``.
+
+    Returns:
+        [N, (lmax+1)^2, C].
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     if geometry is not None and recompute:
         raise ValueError("geometry: expected None with recompute=True, which keeps no edge tensors")

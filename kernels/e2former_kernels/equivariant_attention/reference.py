@@ -52,7 +52,13 @@ class DotWeights(NamedTuple):
 def segment_max(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
     """Largest value per receiver, differentiable (to the first edge that attains it); 0 where there is no edge.
 
-    values: [E, H]; target: [E]. Returns [num_nodes, H].
+    Args:
+        values: [E, H].
+        target: [E], receivers.
+        num_nodes: how many there are.
+
+    Returns:
+        [num_nodes, H].
     """
     num_edges, heads = values.shape
     index = target.unsqueeze(1).expand(-1, heads)
@@ -73,8 +79,17 @@ def segment_sum(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
 def segment_outer(left: Tensor, right: Tensor, target: Tensor, num_nodes: int) -> Tensor:
     """Sum of outer products per receiver, as one matrix product for each.
 
-    left: [E, I]; right: [E, J]; target: [E], ascending. Returns [num_nodes, I, J]. A receiver's edges become the inner
-    dimension, padded to the largest number of edges; very uneven receivers are summed column by column instead.
+    A receiver's edges become the inner dimension, padded to the largest number of edges; very uneven receivers are
+    summed column by column instead.
+
+    Args:
+        left: [E, I].
+        right: [E, J].
+        target: [E], receivers, ascending.
+        num_nodes: how many there are.
+
+    Returns:
+        [num_nodes, I, J].
     """
     with torch.no_grad():
         count = torch.bincount(target, minlength=num_nodes)
@@ -99,7 +114,16 @@ def attention_weights(
     ``molfm``:   w = U p / (sum U + c), c = 1e-3, with m = max_j a; m is part of the function and is differentiated.
     ``softplus``, ``sigmoid``: w = f(a) u p.
 
-    score, head: [E, H]; envelope: [E]; target: [E]. Returns [E, H].
+    Args:
+        score: a, [E, H].
+        head: p, [E, H].
+        envelope: u, [E].
+        target: [E], receivers.
+        num_nodes: how many there are.
+        norm: one of the above.
+
+    Returns:
+        w, [E, H], no unit.
     """
     u = envelope.unsqueeze(-1)
     if norm == "softplus":
@@ -128,7 +152,16 @@ def directional_gate(
     "component"-normalised (``qk_dot_scalar``).
     ``qk_dot``: g = W (z * radial) + b. ``qk_dot_scalar``: g = W2 SiLU(LN(W1 (z[:H] * radial) + b1)) + b2.
 
-    vec: [E, 3]; dot: [E, M, D], the receiver's projection; radial: [E, (lmax+1) D] or [E, H]. Returns [E, H].
+    Args:
+        spec: what to compute.
+        vec: [E, 3], r_i - r_j, Å.
+        distance: [E], its length.
+        dot: [E, M, D], the receiver's projection.
+        radial: [E, (lmax+1) D] for ``qk_dot``, [E, H] for ``qk_dot_scalar``.
+        weights: of the gate.
+
+    Returns:
+        g, [E, H], no unit.
     """
     if spec.score == "qk_dot":
         harmonics = solid_harmonics(vec / distance.unsqueeze(-1), spec.lmax) / math.sqrt(4 * math.pi)
@@ -159,8 +192,22 @@ def edge_weights(
 ) -> tuple[Tensor, Tensor]:
     """Attention weights of a set of edges that holds every edge of its receivers, and the edges' lengths.
 
-    vec: [E, 3] r_i - r_j, Å; query, key: [E, H, S], gathered; dot: [E, M, D], gathered, or None; target: [E].
-    Returns ([E, H], [E]).
+    Args:
+        spec: what to compute.
+        vec: [E, 3], r_i - r_j, Å.
+        query: [E, H, S], of the edges' receivers.
+        key: [E, H, S], of their senders.
+        dot: [E, M, D], the receivers' projections, or None.
+        target: [E], receivers.
+        num_nodes: how many there are.
+        target_species: [E], elements of the receivers.
+        source_species: [E], elements of the senders.
+        radial: weights of the radial network.
+        dot_weights: weights of the directional gate, or None.
+        geometry: of ``vec``, where it is known.
+
+    Returns:
+        w, [E, H], and the lengths, [E], Å.
     """
     heads = spec.num_heads
     if geometry is None:
@@ -209,7 +256,19 @@ def aggregate(
     order 0: sum_j w v_j. order 1: :math:`Q_p = \sum_j w_{ij} \sum_{b,m} C_{pbm} \hat r_{ij,b} v_{j,m}`, p running
     over the path rows. With ``form="sum"`` the value rows are added up as they are, divided by the distance.
 
-    weights: [E, H]; value: [E, M, C], gathered; coupling: C, [P, 3, M]. Returns [num_nodes, M or P, C].
+    Args:
+        spec: what to compute.
+        form: see the module.
+        weights: [E, H].
+        distance: [E], Å.
+        vec: [E, 3], r_i - r_j, Å.
+        value: [E, M, C], of the edges' senders.
+        target: [E], receivers.
+        num_nodes: how many there are.
+        coupling: C, [P, 3, M]; for order 1 but with ``form="sum"``.
+
+    Returns:
+        [num_nodes, M, C] or, order 1, [num_nodes, P, C].
     """
     if spec.order == 0:
         return segment_sum(_weighted(weights, value), target, num_nodes)
@@ -278,19 +337,36 @@ def equivariant_attention_reference(
     For atom i and head h: a_ij = g_ij <q_i, k_j> / sqrt(S), weights from :func:`attention_weights`, messages from
     :func:`aggregate`.
 
-    spec: what to compute. query, key: [N, H, S]. value: [N, M, C]. dot: [N, M, D] for the ``qk_dot*`` scores.
-    vec: [E, 3] = r_i - r_j - shift, Å (from neighbour to receiver). source, target: [E]; target ascending.
-    row_ptr: [N+1]. species: [N] rows of the radial network's element tables. radial, dot_weights: weights.
-    key, value and species may have further rows, [N' >= N]: atoms that send and do not receive. source counts them.
-    coupling: [P, 3, M] Clebsch-Gordan coefficients of the path rows; needed for order 1 unless ``form="sum"``.
-    form: see the module. recompute: evaluate in chunks of at most ``max_chunk_edges`` edges (default: 64 MB of
-    float32) and recompute in every derivative, so that nothing of edge size outlives a chunk; False keeps edge
-    tensors for the backward pass, which is faster for small systems.
-    image: [E] row of ``image_rows`` [I, R, C] (further rows of each periodic image, appended to value's rows).
-    geometry: of ``vec``, where a caller has it for several layers; only without recomputation.
+    Differentiable to any order in every floating-point input. Keys, values and species may have further rows,
+    N' >= N: atoms that send and do not receive.
 
-    Returns [N, M, C] (order 0), [N, P, C] (order 1), [N, M + R, C] (``form="sum"``). Differentiable to any order in
-    every floating-point input. Raises ValueError or TypeError on mismatched shapes or dtypes.
+    Args:
+        spec: what to compute.
+        query: [N, H, S].
+        key: [N', H, S].
+        value: [N', M, C].
+        dot: [N, M, D], for the ``qk_dot*`` scores.
+        vec: [E, 3] = r_i - r_j - shift, Å (from neighbour to receiver).
+        source: [E], senders, rows of N'.
+        target: [E], receivers, ascending.
+        row_ptr: [N+1], the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
+        species: [N'], rows of the radial network's element tables.
+        radial: weights of the radial network.
+        dot_weights: weights of the directional gate, for the ``qk_dot*`` scores.
+        coupling: [P, 3, M], coefficients of the path rows; for order 1 but with ``form="sum"``.
+        form: see the module.
+        recompute: evaluate in chunks and recompute in every derivative, so that nothing of edge size outlives a chunk;
+            False keeps edge tensors for the backward pass, which is faster for small systems.
+        max_chunk_edges: edges of a chunk; by default those of 64 MB in float32.
+        image: [E], row of ``image_rows``.
+        image_rows: [I, R, C], further rows of each periodic image, appended to the value's rows.
+        geometry: of ``vec``, where a caller has it for several layers; only without recomputation.
+
+    Returns:
+        [N, M, C] (order 0), [N, P, C] (order 1) or [N, M + R, C] (``form="sum"``).
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
     """
     if geometry is not None and recompute:
         raise ValueError("geometry: expected None with recompute=True, which keeps no edge tensors")

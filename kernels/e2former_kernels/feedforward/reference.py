@@ -32,8 +32,20 @@ def gated_feedforward_reference(
     h = norm(x); y = W1 h + b1; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; then W2 z + b2,
     and x as well with ``residual``.
 
-    x: [N, (L+1)^2, C]; norm_weight: [L+1, C]; norm_bias: [C]; weight1, weight2: [L+1, C, C]; gate_weight:
-    [(L+1) C, C]. Returns the shape of x.
+    Args:
+        x: [N, (L+1)^2, C].
+        norm_weight: [L+1, C].
+        norm_bias: [C].
+        weight1: W1, [L+1, C, C].
+        bias1: b1, [C].
+        gate_weight: W_g, [(L+1) C, C].
+        gate_bias: b_g, [(L+1) C].
+        weight2: W2, [L+1, C, C].
+        bias2: b2, [C].
+        residual: add x.
+
+    Returns:
+        Of the shape of x.
     """
     degrees, channels, _ = weight1.shape
     h = equivariant_rms_norm_reference(x, norm_weight, norm_bias)

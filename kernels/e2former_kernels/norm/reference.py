@@ -15,7 +15,14 @@ def equivariant_rms_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, shif
     :math:`\sigma^2 = \frac1C \sum_{c,l,m} \tilde x_{lmc}^2 / ((2l+1)(L+1))`,
     :math:`y_{lmc} = \tilde x_{lmc} (\sigma^2+\epsilon)^{-1/2} \gamma_{lc} + \delta_{l0} (\beta_c + s_c)`.
 
-    x: [N, (L+1)^2, C]; weight: gamma, [L+1, C]; bias: beta, [C]; shift: s, [N, C]. Returns the shape of x.
+    Args:
+        x: [N, (L+1)^2, C].
+        weight: gamma, [L+1, C].
+        bias: beta, [C].
+        shift: s, [N, C].
+
+    Returns:
+        y, of the shape of x.
     """
     degrees, channels = weight.shape
     repeats = torch.tensor([2 * l + 1 for l in range(degrees)], device=x.device)

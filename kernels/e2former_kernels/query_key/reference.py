@@ -42,7 +42,10 @@ def check_query_key(h: Tensor, weights: QueryKeyWeights) -> None:
 
 
 def invariants(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    r""":math:`s_{lg} = \sum_m ((W_l h_{lm})_g + \delta_{l0} b_g) (W'_l h_{lm})_g`, [2, N, (L+1) G]."""
+    r""":math:`s_{lg} = \sum_m ((W_l h_{lm})_g + \delta_{l0} b_g) (W'_l h_{lm})_g`, [2, N, (L+1) G].
+
+    docs/network.md, equation 6.1.
+    """
     degrees, width = weight.shape[0], bias.shape[0]
     parts = []
     for degree in range(degrees):
@@ -63,5 +66,13 @@ def heads_of(s: Tensor, weights: QueryKeyWeights) -> Tensor:
 
 
 def query_key_reference(h: Tensor, weights: QueryKeyWeights) -> Tensor:
-    """Query and key of every head (docs/network.md, section 6.1). h: [N, (L+1)^2, C]. Returns [N, 2, O]."""
+    """Query and key of every head (docs/network.md, section 6.1).
+
+    Args:
+        h: [N, (L+1)^2, C].
+        weights: of both maps.
+
+    Returns:
+        [N, 2, O], index 0: query, 1: key.
+    """
     return heads_of(invariants(h, weights.weight, weights.bias), weights).transpose(0, 1)
