@@ -20,6 +20,7 @@ from fairchem.core.units.mlip_unit.mlip_unit import OutputSpec, Task
 from torch import Tensor, nn
 
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.data.structures import check_cell
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
@@ -313,11 +314,12 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def validate_atoms_data(self, atoms: Atoms, task_name: str) -> None:
         """Set charge and spin in ``atoms.info`` where they are missing (fairchem's defaults) and check their ranges.
 
-        Only ``atoms.info`` is read (fairchem's batch server passes a stub), but for the parallel predict unit, whose
-        inputs must not change when it sends positions and cells alone. Raises TypeError and ValueError as fairchem's
-        UMA does, and ValueError for such a change.
+        Of fairchem's batch server, which passes a stub, only ``atoms.info`` is read. A periodic direction without a
+        lattice vector is refused, and with the parallel predict unit inputs that change when it sends positions and
+        cells alone. Raises TypeError and ValueError as fairchem's UMA does, and ValueError for these.
         """
         validate_uma_atoms_data(atoms, task_name)
+        check_cell(atoms)
         if atoms.info["spin"] == 0:
             log_once(
                 "e2former_v2: spin 0 stands for a spin multiplicity that is not given; set atoms.info['spin'] (1 for a "

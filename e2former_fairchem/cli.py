@@ -26,6 +26,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "e2former_fairchem.commands.doctor",
         "versions, GPU, which kernels run, and a self-test against the reference",
     ),
+    "fit-references": (
+        "e2former_fairchem.commands.fit_references",
+        "fit element references to a data set",
+    ),
     "report": (
         "e2former_fairchem.commands.report",
         "write the report page of a run again, from the numbers in its folder",

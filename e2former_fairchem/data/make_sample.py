@@ -27,6 +27,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase_db_backends.aselmdb import decode_bytestream, encode_object
 
+from e2former_fairchem.data.references import fit_element_references
+
 #: Molecules that training never sees, by name, in any charge, multiplicity or number.
 HELD_OUT_MOLECULES = (
     "CH3CH2OH",
@@ -40,7 +42,6 @@ HELD_OUT_MOLECULES = (
 )
 NUM_VAL_KNOWN = 60
 SEED = 20250430
-MAX_Z = 118
 INFO_KEYS = ("charge", "spin", "source", "data_id")
 
 
@@ -123,20 +124,6 @@ def split(
     }
 
 
-def fit_element_references(frames: Sequence[Atoms]) -> np.ndarray:
-    """Energies per element, least squares of total energies on element counts (float64).
-
-    Returns:
-        [MAX_Z + 1], eV, indexed by atomic number; zero for elements that do not occur.
-    """
-    counts = np.stack([np.bincount(a.numbers, minlength=MAX_Z + 1) for a in frames]).astype(float)
-    energies = np.array([a.get_potential_energy() for a in frames])
-    present = counts.any(axis=0)
-    references = np.zeros(MAX_Z + 1)
-    references[present] = np.linalg.lstsq(counts[:, present], energies, rcond=None)[0]
-    return references
-
-
 def statistics(splits: Mapping[str, Sequence[Atoms]]) -> dict:
     """Element references and baselines of a split data set, all from its training part but for the counts.
 
@@ -144,7 +131,8 @@ def statistics(splits: Mapping[str, Sequence[Atoms]]) -> dict:
     references; `zero_force_mae`: the mean absolute force component of each part (eV/Å), what predicting zero would get.
     """
     train = splits["train"]
-    references = fit_element_references(train)
+    fitted = fit_element_references([a.numbers for a in train], [a.get_potential_energy() for a in train])
+    references = np.nan_to_num(fitted.table)  # zero for elements that do not occur
     residual = [a.get_potential_energy() - references[a.numbers].sum() for a in train]
     forces = np.concatenate([a.get_forces().ravel() for a in train])
     return {

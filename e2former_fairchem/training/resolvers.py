@@ -20,7 +20,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,26 +58,11 @@ def sample(part: str) -> str:
     return str(DATA / "sample" / part)
 
 
-@functools.cache
-def _read_references(path: Path) -> tuple[float, ...]:
-    if not path.is_file():
-        raise FileNotFoundError(f"element references: expected a JSON file, got {path}, which does not exist")
-    try:
-        table = json.loads(path.read_text())
-    except json.JSONDecodeError as err:
-        raise ValueError(f"element references: expected JSON in {path}, got {err}") from err
-    if isinstance(table, dict):
-        table = table.get("element_references")
-    if not isinstance(table, list) or not all(isinstance(x, int | float) for x in table) or len(table) < 2:
-        raise ValueError(
-            f"element references: expected in {path} a list of energies in eV, indexed by atomic number, "
-            f"or an object with such a list under 'element_references'"
-        )
-    return tuple(float(x) for x in table)
-
-
 def element_references(name: str) -> ListConfig:
-    """Energies per element, eV, indexed by atomic number (index 0 unused), of a bundled table or a JSON file.
+    """Energies per element, eV, [119] by atomic number (index 0 unused), of a bundled table or a JSON file.
+
+    Elements without one are NaN: training and evaluation refuse structures with them. `e2former-fairchem
+    fit-references` makes such a file.
 
     Raises:
         FileNotFoundError: neither a bundled name nor a file.
@@ -93,8 +77,11 @@ def element_references(name: str) -> ListConfig:
         raise ValueError(
             f"e2former.element_references: expected one of {', '.join(bundled)} or a .json file, got {name!r}"
         )
+    from e2former_fairchem.data.references import read_element_references
+
+    table = read_element_references(bundled.get(name, Path(name).absolute()), key="element_references")
     # A plain list would not survive OmegaConf.resolve where one interpolation leads to another.
-    return OmegaConf.create(list(_read_references(bundled.get(name, Path(name).absolute()))))
+    return OmegaConf.create(table)
 
 
 @functools.cache  # fairchem resolves a config about twenty times

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from e2former_fairchem.data.checks import check_dataset
+from e2former_fairchem.training.resolvers import element_references, sample
 from e2former_fairchem.training import values
 from e2former_fairchem.training.checkpoint import check_checkpoint_path
 from e2former_fairchem.training.resolvers import sample
@@ -79,6 +80,85 @@ def test_metadata_without_natoms(tmp_path: Path) -> None:
     np.savez(tmp_path / "metadata.npz", energies=np.zeros(3))
     with pytest.raises(ValueError, match=r"data_val: expected the field 'natoms' in .*metadata.npz, got none"):
         check_dataset("data_val", str(tmp_path))
+
+
+SAMPLE = Path(sample("train")) / "data.aselmdb"
+XYZ = b"3\n\nO 0 0 0\nH 0 0 1\nH 0 1 0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "got"),
+    [
+        ("data.aselmdb", b"", "the file is empty"),
+        ("data.aselmdb", SAMPLE.read_bytes()[:100_000], "the file is torn: 100,000 of at least 413,696 bytes"),
+        ("data.aselmdb", SAMPLE.read_bytes()[:500], "not an LMDB file"),
+        ("data.aselmdb", 300 * XYZ, "not an LMDB file"),
+        ("data.db", b"", "the file is empty"),
+        ("data.db", 300 * XYZ, "file is not a database"),
+        ("data.json", b'{"element_references": [0.0, -13.6]}', "Does not resemble ASE JSON database"),
+        ("data.json", SAMPLE.read_bytes()[:500], "codec can't decode"),
+        ("water.xyz", XYZ, "write_folder makes one of ASE structures"),
+    ],
+)
+@pytest.mark.parametrize("metadata", [True, False])
+def test_a_torn_or_foreign_file_is_no_data_set(
+    tmp_path: Path, name: str, content: bytes, got: str, metadata: bool
+) -> None:
+    """A torn LMDB file would end the process with SIGBUS at the first row beyond its end."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    if metadata:
+        np.savez(tmp_path / "metadata.npz", natoms=np.ones(601, dtype=int))
+    message = rf"data_val: expected an ASE database .* in {path}, got something else"
+    for given in [path] if name.endswith("xyz") else [path, tmp_path]:
+        with pytest.raises(ValueError, match=message) as caught:
+            check_dataset("data_val", str(given))
+        assert got in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_metadata_that_is_torn_or_of_other_data(tmp_path: Path) -> None:
+    (tmp_path / "data.aselmdb").write_bytes(SAMPLE.read_bytes())
+    metadata = tmp_path / "metadata.npz"
+    metadata.write_bytes((SAMPLE.parent / "metadata.npz").read_bytes())
+    assert check_dataset("data_val", str(tmp_path)) == str(tmp_path)
+    metadata.write_bytes(metadata.read_bytes()[:300])
+    with pytest.raises(ValueError, match=rf"data_val: expected NumPy's .npz format in {metadata}, got something else"):
+        check_dataset("data_val", str(tmp_path))
+    np.savez(metadata, natoms=np.ones(600, dtype=int))
+    with pytest.raises(ValueError, match=r"data_val: expected one entry per structure in .*, got 600 for the 601 of"):
+        check_dataset("data_val", str(tmp_path))
+    assert check_dataset("data_val", f"{tmp_path}/*.aselmdb")  # fairchem reads no metadata beside a pattern
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"", "expected JSON in"),
+        (b"\xde\xad\xbe\xef", "expected JSON in"),
+        (b"[0.0, -13.6", "expected JSON in"),
+        (XYZ, "expected JSON in"),
+        (b"-13.6", "a list of energies in eV by atomic number"),
+        (b"[]", "a list of energies in eV by atomic number"),
+        (b'{"H": -13.6}', "a list of energies in eV by atomic number"),
+        (b'{"element_references": {"0": 0.0, "1": "-13.6"}}', "got '-13.6' for 1"),
+        (b"[0.0, true]", "got True for 1"),
+        (b'{"1": -13.6, "200": -1.0}', "got -1.0 for 200"),
+    ],
+)
+def test_element_references_of_another_shape(tmp_path: Path, content: bytes, got: str) -> None:
+    path = tmp_path / "references.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"element_references: expected .*{path}") as caught:
+        element_references(str(path))
+    assert got in str(caught.value)
+
+
+def test_element_references_that_are_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"element_references: expected a JSON file, got .*absent.json"):
+        element_references(str(tmp_path / "absent.json"))
+    with pytest.raises(ValueError, match=r"expected one of sample, omol25, spice or a .json file, got None"):
+        element_references(None)
 
 
 def test_data_is_found_as_file_folder_and_pattern(fake_omol25: Sequence[str]) -> None:

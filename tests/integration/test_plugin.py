@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -144,7 +145,13 @@ def test_resolvers_say_what_they_expected(call: Callable, message: str) -> None:
 def test_element_references_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "refs.json"
     path.write_text("[0.0, -15.5, -79.0]")
-    assert list(resolvers.element_references(str(path))) == [0.0, -15.5, -79.0]
+    found = list(resolvers.element_references(str(path)))
+    assert (found[:3], len(found)) == ([0.0, -15.5, -79.0], 119)
+    assert all(map(math.isnan, found[3:]))
+    path.write_text('{"element_references": {"1": -15.5, "8": null}, "unit": "eV"}')
+    found = list(resolvers.element_references(str(path)))
+    assert (found[0], found[1]) == (0.0, -15.5)
+    assert all(map(math.isnan, found[2:]))
     path = tmp_path / "bad.json"
     path.write_text('{"H": -15.5}')
     with pytest.raises(ValueError, match="a list of energies in eV"):

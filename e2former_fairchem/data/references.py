@@ -1,0 +1,133 @@
+"""Element references: reading them from a file, and fitting them to a data set."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols
+
+NUM_ELEMENTS = 118
+#: Total energies of all-electron calculations are near these sums, eV.
+OMOL25_TABLE = Path(__file__).with_name("element_references") / "omol25.json"
+
+
+def dense_table(table: Mapping[int, float], default: float = math.nan) -> list[float]:
+    """Energies by atomic number, [119] (entry 0 unused), from those of some elements."""
+    return [0.0, *(float(table.get(z, default)) for z in range(1, NUM_ELEMENTS + 1))]
+
+
+def read_element_references(location: str | Path, key: str = "references") -> list[float]:
+    """Energies by atomic number, eV, [119], from a JSON file: an object ``{"1": -13.6, ...}`` or a list by number.
+
+    Either may be the entry ``element_references`` of an object with more in it. Elements that are not there, or null,
+    are NaN. Raises FileNotFoundError and ValueError naming `key`, the config key or argument, and the file.
+    """
+    path = Path(location)
+    if not path.is_file():
+        raise FileNotFoundError(f"{key}: expected a JSON file, got {path}, which does not exist or is no file")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as err:  # no JSON, or no text
+        raise ValueError(f"{key}: expected JSON in {path}, got {err}") from err
+    if isinstance(content, Mapping):
+        content = content.get("element_references", content)
+    if isinstance(content, Mapping) and content and all(str(name).isdigit() for name in content):
+        table = {int(name): value for name, value in content.items()}
+    elif isinstance(content, Sequence) and not isinstance(content, str) and len(content) > 1:
+        table = dict(enumerate(content))
+    else:
+        raise ValueError(
+            f"{key}: expected in {path} a list of energies in eV by atomic number (entry 0 unused) or an object "
+            f'{{"1": -13.6, ...}}, or either under "element_references"'
+        )
+    table.pop(0, None)
+    table = {z: math.nan if value is None else value for z, value in table.items()}
+    numbers = {z for z, value in table.items() if type(value) in (int, float) and not math.isinf(value)}
+    wrong = [z for z in table if not 1 <= z <= NUM_ELEMENTS or z not in numbers]
+    if wrong:
+        raise ValueError(
+            f"{key}: expected energies (eV) for atomic numbers 1 to {NUM_ELEMENTS} in {path}, got "
+            f"{table[wrong[0]]!r} for {wrong[0]}"
+        )
+    return dense_table(table)
+
+
+@dataclass(frozen=True)
+class FittedReferences:
+    """Element references of a data set.
+
+    table: eV by atomic number, [119]; NaN for elements that do not occur. residuals: |E - sum of the references| over
+    the atoms of each structure, eV/atom. undetermined: symbols of elements whose energies the data fixes in sums only.
+    """
+
+    table: np.ndarray
+    residuals: np.ndarray
+    undetermined: list[str]
+
+
+def fit_element_references(numbers: Sequence[np.ndarray], energies: Sequence[float]) -> FittedReferences:
+    r"""Least squares of total energies on the counts of the elements, :math:`\min_r \sum_i (E_i - n_i \cdot r)^2`.
+
+    Where elements always come in the same ratio, only the energy of their sum is fixed. Of the solutions the one
+    nearest to OMol25's references is taken, or nearest to zero where that suits the energies better (formation
+    energies, pseudopotentials).
+
+    Args:
+        numbers: atomic numbers of each structure.
+        energies: total energies, eV.
+
+    Raises:
+        ValueError: no structures, or an energy that is not finite.
+    """
+    if not len(numbers) or len(numbers) != len(energies):
+        raise ValueError(f"energies: expected one for each of at least one structure, got {len(energies)}")
+    target = np.asarray(energies, float)
+    if not np.isfinite(target).all():
+        raise ValueError(f"energies: expected finite ones, got {target[~np.isfinite(target)][0]}")
+    counts = np.stack([np.bincount(z, minlength=NUM_ELEMENTS + 1) for z in numbers]).astype(float)
+    present = np.flatnonzero(counts.any(axis=0))
+    counts = counts[:, present]
+    atoms = counts.sum(axis=1)
+    starts = [np.nan_to_num(read_element_references(OMOL25_TABLE))[present], np.zeros(len(present))]
+    start = min(starts, key=lambda r: np.abs((target - counts @ r) / atoms).mean())
+    correction, _, rank, _ = np.linalg.lstsq(counts, target - counts @ start, rcond=None)
+    table = np.full(NUM_ELEMENTS + 1, math.nan)
+    table[0] = 0.0
+    table[present] = start + correction
+    # An element is undetermined where some change of the table that no energy sees changes it.
+    free = np.abs(np.linalg.svd(counts.T @ counts)[2][rank:]).max(axis=0, initial=0.0)
+    undetermined = [chemical_symbols[z] for z in present[free > 1e-6]]
+    return FittedReferences(table, np.abs(target - counts @ table[present]) / atoms, undetermined)
+
+
+def spread(size: int, limit: int) -> np.ndarray:
+    """At most `limit` of the indices 0 to size - 1, evenly spread."""
+    return np.unique(np.linspace(0, size - 1, min(size, limit)).astype(int))
+
+
+def read_energies(path: str, limit: int) -> tuple[list[np.ndarray], list[float]]:
+    """Atomic numbers and total energies (eV) of at most `limit` structures of an ASE database, spread over it.
+
+    Structures without a finite energy are left out, and how many is said in the log.
+    """
+    from fairchem.core.datasets.ase_datasets import AseDBDataset
+
+    dataset = AseDBDataset({"src": path})
+    chosen = spread(len(dataset), limit).tolist()
+    found = [(atoms.numbers, _energy(atoms)) for atoms in map(dataset.get_atoms, chosen)]
+    numbers, energies = [z for z, e in found if math.isfinite(e)], [e for _, e in found if math.isfinite(e)]
+    if len(energies) < len(chosen):
+        logging.warning("%s: %d of %d structures have no finite energy", path, len(chosen) - len(energies), len(chosen))
+    return numbers, energies
+
+
+def _energy(atoms: Atoms) -> float:
+    labels = {} if atoms.calc is None else atoms.calc.results
+    return float(atoms.info.get("energy", labels.get("energy", math.nan)))
