@@ -14,10 +14,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from e2former_fairchem.data.checks import check_dataset
-from e2former_fairchem.training.resolvers import element_references, sample
 from e2former_fairchem.training import values
 from e2former_fairchem.training.checkpoint import check_checkpoint_path
-from e2former_fairchem.training.resolvers import sample
+from e2former_fairchem.training.resolvers import element_references, sample
 
 
 def litter(folder: Path) -> list[str]:
