@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ase.data import chemical_symbols
 
-from e2former_fairchem.data.references import dense_table, read_element_references
+from e2former_fairchem.data.references import NUM_ELEMENTS, dense_table, read_element_references
 
-__all__ = ["element_references", "elements_of", "read_element_references", "table_of_head"]
+__all__ = ["NUM_ELEMENTS", "element_references", "elements_of", "read_element_references", "table_of_head"]
 
 _TABLES = Path(__file__).with_name("molfm_element_references.json")
 
