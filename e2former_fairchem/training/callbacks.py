@@ -64,6 +64,17 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
+def left_out(dataloader: Any) -> int:
+    """Number of structures that fairchem's sampler by atoms has dropped because they are larger than a batch."""
+    batches = getattr(getattr(dataloader, "batch_sampler", None), "all_batches", None)
+    return 0 if batches is None else len(dataloader.dataset) - sum(map(len, batches))
+
+
+def _say_left_out(what: str, dataloader: Any) -> None:
+    if number := left_out(dataloader):
+        print(f"{what}: {number} structures are left out, with more atoms than max_atoms", flush=True)
+
+
 def collect_metrics(unit: TEvalUnit) -> dict[str, dict[str, float]]:
     """Metrics of the evaluation that just ended, over all ranks: dataset -> `task,metric` -> value."""
     eval_unit = getattr(unit, "eval_unit", unit)
@@ -129,6 +140,10 @@ class Progress(Callback):
             f"training {parameters:,} parameters on {len(dataset)} structures, "
             f"{len(state.train_state.dataloader)} steps an epoch, on {distutils.get_device_for_local_rank()}"
         )
+        if distutils.is_master():
+            _say_left_out("training", state.train_state.dataloader)
+            if state.eval_state is not None:
+                _say_left_out("validation", state.eval_state.dataloader)
         if self.quiet:
             self._level = logging.getLogger().level
             logging.getLogger().setLevel(logging.WARNING)
@@ -367,8 +382,10 @@ class EvaluationReport(Callback):
         for name, values in metrics.items():
             words = format_metrics(values, properties, baseline.get(name))
             print(f"{name}, {sizes[name]} structures: {words}", flush=True)
+        _say_left_out("evaluation", state.eval_state.dataloader)
         if self.output is not None:
             report = {"metrics": metrics, "num_structures": sizes, "zero_force_mae": baseline}
+            report["left_out"] = left_out(state.eval_state.dataloader)
             path = Path(self.output).absolute()
             keep_old(path)
             write_atomically(path, lambda name: name.write_text(json.dumps(report, indent=1) + "\n"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint import FileSystemReader
 
 #: torch writes it last: a folder with this file is a whole checkpoint.
 METADATA = ".metadata"
@@ -71,13 +72,14 @@ def resume(config_folder: Path | None, key: str, recorded: str) -> str:
 
     Raises:
         FileNotFoundError: the checkpoint, or the run's folder, is at neither place.
+        ValueError: the checkpoint is damaged.
     """
     beside = config_folder is not None and (config_folder / METADATA).is_file()
     if key == "runner_state_path":
-        if beside:
-            return str(config_folder)
-        if (Path(recorded) / METADATA).is_file():
-            return recorded
+        for folder in (config_folder if beside else None, Path(recorded)):
+            if folder is not None and (folder / METADATA).is_file():
+                check_state(folder)
+                return str(folder)
         raise FileNotFoundError(
             f"job.{key}: expected a checkpoint beside the config in {config_folder} or in {recorded}, got none with "
             f"{METADATA}; to name its folder and the run's: job.{key}=FOLDER job.run_dir=FOLDER"
@@ -93,15 +95,34 @@ def resume(config_folder: Path | None, key: str, recorded: str) -> str:
     return recorded
 
 
-def check_state(location: str) -> None:
-    """Check that a folder holds a whole checkpoint of a run.
+def check_state(location: str | Path) -> None:
+    """Check that a folder holds a whole checkpoint of a run, as far as the sizes of its files tell.
 
     Raises:
-        FileNotFoundError: it does not.
+        FileNotFoundError: it is no checkpoint's.
+        ValueError: a file of the checkpoint is missing or cut off.
     """
-    if not (Path(location) / METADATA).is_file():
-        got = "a folder without" if Path(location).is_dir() else "no folder"
+    folder = Path(location)
+    if not (folder / METADATA).is_file():
+        got = "a folder without" if folder.is_dir() else "no folder"
         raise FileNotFoundError(
             f"job.runner_state_path: expected a checkpoint's folder with {METADATA}, got {location} ({got}); where it "
             "was moved: job.runner_state_path=FOLDER"
         )
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data
+    except Exception as err:  # a pickle that ends early fails in any way
+        raise ValueError(
+            f"job.runner_state_path: expected a checkpoint of torch's, got {folder / METADATA}, which cannot be read: "
+            f"{type(err).__name__}: {err}"
+        ) from err
+    needed: dict[str, int] = {}
+    for part in stored.values():
+        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
+    for name, size in needed.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found < size:
+            raise ValueError(
+                f"job.runner_state_path: expected {size} bytes in {folder / name}, got {found}: the checkpoint is not "
+                "whole; resume from another one"
+            )

@@ -299,6 +299,10 @@ def test_wrong_type_in_the_other_configs(fails: Callable, repo: Path, fake_omol2
         fails(config, *fake_omol25, "steps=1e6.5", parts=["steps: expected an integer of at least 1, got '1e6.5'"])
     fails(config, *fake_omol25, "tf32=maybe", parts=["tf32: expected true or false, got 'maybe'"])
     fails(config, *fake_omol25, "num_val=few", parts=["num_val: expected an integer of at least 1, got 'few'"])
+    s2ef = repo / "configs" / "leaderboard" / "s2ef.yaml"
+    fails(s2ef, "num_workers=two", parts=["num_workers: expected an integer of at least 0, got 'two'"])
+    spingap = repo / "configs" / "leaderboard" / "spingap.yaml"
+    fails(spingap, "retry_failed=maybe", parts=["retry_failed: expected true or false, got 'maybe'"])
     baseline = repo / "configs" / "baselines" / "escn_md_quickstart.yaml"
     fails(baseline, "warmup_steps=0", parts=["warmup_steps: expected an integer of at least 1, got 0"])
 

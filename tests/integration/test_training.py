@@ -12,15 +12,26 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fairchem.core.components.train.train_runner import get_most_recent_viable_checkpoint_path
+from fairchem.core.datasets.samplers.max_atom_distributed_sampler import MaxAtomDistributedBatchSampler
 from fairchem.core.modules.loss import L2NormLoss, MAELoss
 from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.utils.data import DataLoader
 from torchtnt.framework.unit import TTrainUnit
 
-from e2former_fairchem.training.callbacks import Checkpoints, Progress, format_metrics, keep_old, write_atomically
+from e2former_fairchem.training.callbacks import (
+    Checkpoints,
+    Progress,
+    format_metrics,
+    keep_old,
+    left_out,
+    write_atomically,
+)
 from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, load_for_evaluation, read_checkpoint
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.metrics import read_metrics
@@ -360,8 +371,7 @@ def test_runs_without_checkpoints_end_with_a_signals_status(number: int, handler
 def resumable(tmp_path: Path) -> Path:
     """A resume config whose run's folder and data were in /gone, where it now lies."""
     checkpoint = tmp_path / "run" / "first" / "checkpoints" / "step_3"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / ".metadata").touch()
+    dcp.save({"weights": torch.zeros(3)}, checkpoint_id=checkpoint)
     data = {"dataset_configs": {"omol": {"splits": {"train": {"src": "/gone/data"}}}}}
     config = {
         "job": {"run_dir": "/gone/run", "timestamp_id": "then"},
@@ -411,11 +421,38 @@ def test_a_resume_config_without_its_checkpoint_says_what_to_give(resumable: Pat
         get_hydra_config_from_yaml(str(lonely / "resume.yaml"), [f"{SRC}=/anywhere"])
 
 
+def test_a_checkpoint_that_was_copied_in_part(tmp_path: Path) -> None:
+    dcp.save({"weights": torch.zeros(1000)}, checkpoint_id=tmp_path)
+    check_state(tmp_path)
+    (file,) = tmp_path.glob("*.distcp")
+    whole = file.read_bytes()
+    for content in (whole[:-1], b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"runner_state_path: expected \d+ bytes in {file}, got {len(content)}"):
+            check_state(tmp_path)
+    (tmp_path / ".metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"runner_state_path: .* got {tmp_path}/.metadata, which cannot be read"):
+        check_state(tmp_path)
+
+
 def test_a_state_that_is_no_checkpoint(tmp_path: Path) -> None:
     """What resume.yaml files of earlier versions run into when their folder was moved."""
     for location, got in ((tmp_path, "a folder without"), (tmp_path / "absent", "no folder")):
         with pytest.raises(FileNotFoundError, match=rf"runner_state_path: expected .* got {location} \({got}\)"):
             check_state(str(location))
+
+
+def test_structures_larger_than_a_batch_are_counted() -> None:
+    """fairchem's sampler drops them, and logs their number where a quiet run shows no such line."""
+    natoms = np.array([2, 3, 9, 4, 8])
+
+    class Sizes(list):
+        def get_metadata(self, key: str, indices: Sequence[int]) -> np.ndarray:
+            return natoms[indices]
+
+    sampler = MaxAtomDistributedBatchSampler(Sizes(natoms), 7, num_replicas=1, rank=0, seed=0)
+    assert left_out(DataLoader(Sizes(natoms), batch_sampler=sampler)) == 2
+    assert left_out(DataLoader(Sizes(natoms), batch_size=2)) == 0
 
 
 def test_an_earlier_runs_file_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
