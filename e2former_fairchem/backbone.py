@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.data.structures import check_cell
 from e2former_fairchem.graph import Graph, build_graph
+from e2former_fairchem.inference_mode import outside_inference_mode
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
 from e2former_fairchem.parallel_guard import ParallelGuard
@@ -139,6 +140,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         """Names, from the backbone, of the parameters without weight decay (docs/network.md, section 15.2)."""
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
+    @outside_inference_mode
     @conditional_grad(torch.enable_grad())
     def forward(self, data: AtomicData) -> dict[str, Tensor]:
         """Node embeddings of a batch; see the class."""
@@ -293,7 +295,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
             )
 
     def prepare_for_inference(self, data: AtomicData, settings: InferenceSettings) -> E2FormerV2Backbone:
-        """Refuse what would compute a wrong number; nothing is replaced.
+        """Freeze the weights (`E2FormerV2.freeze`) and refuse what would compute a wrong number; nothing is replaced.
 
         Raises ValueError when edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds,
         and RuntimeError for a second model among the workers of one graph-parallel group.
@@ -305,6 +307,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
                 f"external_graph_gen: fairchem's external graph ends at {_EXTERNAL_RADIUS} Å, expected at least this "
                 f"model's cutoff, {self.cutoff} Å; use external_graph_gen=False"
             )
+        self.model.freeze()
         return self
 
     def on_predict_check(self, data: AtomicData) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from e2former_fairchem.graph import Graph
 from e2former_fairchem.segments import Transposed
@@ -24,9 +24,10 @@ from e2former_kernels.common.plan import SeveralRuns
 from e2former_kernels.compat import foreach_copy_
 
 if TYPE_CHECKING:
+    from e2former_fairchem.execution import Execution
     from e2former_fairchem.model import E2FormerV2
 
-__all__ = ["Atoms", "CapturedTrunk", "padded_capacity", "parameters_of"]
+__all__ = ["Atoms", "Replays", "padded_capacity"]
 
 #: Evaluations of the same atoms in a row before they are captured, which costs as much as several evaluations: a sweep
 #: over many molecules never captures.
@@ -122,11 +123,9 @@ class PaddedInputs:
 class _Capture:
     """Graphs of one evaluation and of its gradient by the edge vectors."""
 
-    def __init__(
-        self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, elements: tuple[int, ...] | None, gradient: bool
-    ) -> None:
+    def __init__(self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, execution: Execution, gradient: bool) -> None:
         padding = padded_capacity(graph.num_nodes, graph.num_edges)
-        self.inputs = PaddedInputs(atoms, graph, padding, elements[0] if elements else 1)
+        self.inputs = PaddedInputs(atoms, graph, padding, execution.elements[0])
         self.inputs.fill(atoms, graph)
         self.evaluations = 0
         vec = self.inputs.vec.requires_grad_(gradient)
@@ -136,7 +135,7 @@ class _Capture:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
         def evaluate() -> Tensor:
-            return trunk.evaluate(self.inputs.atoms, self.inputs.graph(vec), elements=elements)
+            return trunk.evaluate(self.inputs.atoms, self.inputs.graph(vec), execution=execution)
 
         with torch.set_grad_enabled(gradient):
             side = torch.cuda.Stream()
@@ -148,8 +147,7 @@ class _Capture:
                         torch.autograd.grad(out, vec, torch.ones_like(out))
                 del out
             torch.cuda.current_stream().wait_stream(side)
-            with_tables = [trunk.edge_degree, *(block.attention for block in trunk.blocks)]
-            self.tables = [module.tables_of_radial.table for module in with_tables]  # replays read them
+            self.splines = execution.frozen.tables()  # replays read them
             with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
                 out = evaluate()
             if gradient:
@@ -195,8 +193,8 @@ class _Replay(torch.autograd.Function):
         return None, None, None, None, found
 
 
-class CapturedTrunk:
-    """Captures of a trunk, by atoms and by what they depend on. A copy of the trunk starts with none."""
+class Replays:
+    """Captures of a trunk with frozen weights, by atoms and by what they depend on."""
 
     def __init__(self) -> None:
         self._captures: dict[tuple, _Capture] = {}
@@ -205,39 +203,13 @@ class CapturedTrunk:
         self._too_large: dict[tuple, int] = {}  # edges with which a capture was refused
         self._refused: str | None = None
 
-    def __deepcopy__(self, memo: dict) -> CapturedTrunk:
-        return type(self)()
-
-    def __reduce__(self) -> tuple:
-        return type(self), ()
-
-    @torch.compiler.disable
-    def serves(self, trunk: E2FormerV2, graph: Graph) -> bool:
-        """Whether an evaluation with frozen weights is of the kind that is captured: kernels, no autocast."""
-        config = trunk.config
-        return (
-            config.cuda_graph
-            and graph.vec.is_cuda
-            and self._refused is None
-            and config.kernel_backend != "reference"
-            and graph.vec.dtype == torch.float32
-            and graph.halo is None
-            and graph.num_edges > 0
-            and config.convolution in ("auto", "on_the_fly")
-            and config.long_range is None
-            and not torch.is_autocast_enabled("cuda")
-            and not torch.cuda.is_current_stream_capturing()
-        )
-
-    @torch.compiler.disable
-    def __call__(
-        self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, elements: tuple[int, ...] | None
-    ) -> Tensor | None:
+    def __call__(self, trunk: E2FormerV2, atoms: Atoms, graph: Graph, execution: Execution) -> Tensor | None:
         """Node features from a replay; None while these atoms have not come up often enough, or are too many."""
+        if self._refused is not None:
+            return None
         gradient = graph.vec.requires_grad and torch.is_grad_enabled()
-        weights = tuple([(p.data_ptr(), p._version) for p in parameters_of(trunk)])
         shape = (graph.num_nodes, atoms.charge.numel(), graph.vec.device)
-        key = (*shape, elements, gradient, hash(weights), torch.get_float32_matmul_precision())
+        key = (*shape, execution.elements, gradient, execution.name, execution.precision)
         capture = self._captures.pop(key, None)
         if capture is None or not capture.fits(graph.num_edges):
             del capture  # its memory serves the next one
@@ -249,7 +221,7 @@ class CapturedTrunk:
             while len(self._captures) >= MAX_CAPTURES:
                 self._captures.pop(next(iter(self._captures)))
             try:
-                capture = _Capture(trunk, atoms, graph, elements, gradient)
+                capture = _Capture(trunk, atoms, graph, execution, gradient)
             except SeveralRuns:
                 self._too_large[key] = graph.num_edges  # launches do not matter there
                 return None
@@ -260,17 +232,6 @@ class CapturedTrunk:
         self._captures[key] = capture
 
         def evaluate(vec: Tensor) -> Tensor:
-            return trunk.evaluate(atoms, graph.with_vec(vec), elements=elements)
+            return trunk.evaluate(atoms, graph.with_vec(vec), execution=execution)
 
         return _Replay.apply(capture, evaluate, atoms, graph, graph.vec)
-
-
-def parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    """The module's parameters, in an order of their own: a walk without names, which takes most of the time."""
-    found, modules = [], [module]
-    while modules:
-        here = modules.pop()
-        if here is not None:
-            found += here._parameters.values()
-            modules += here._modules.values()
-    return [parameter for parameter in found if parameter is not None]

@@ -11,6 +11,7 @@ from fairchem.core.models.base import HeadInterface
 from fairchem.core.models.uma.outputs import compute_hessian_loop
 from torch import Tensor, nn
 
+from e2former_fairchem.inference_mode import outside_inference_mode
 from e2former_fairchem.nn.output import EnergyMLP, LinearForce, PaiNNForce
 from e2former_fairchem.parallel import OWN_ATOMS, all_atoms, sum_over_workers
 from e2former_fairchem.segments import segment_sum
@@ -143,6 +144,7 @@ class E2FormerV2GradientHead(_Head):
         super().__init__(backbone, prefix, wrap_property)
         self.energy = EnergyMLP(backbone.sphere_channels)
 
+    @outside_inference_mode
     @conditional_grad(torch.enable_grad())
     def forward(self, data: AtomicData, emb: dict[str, Tensor]) -> dict[str, Any]:
         """Energies and derivatives of a batch; see the class."""

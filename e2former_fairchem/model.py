@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from e2former_fairchem.captured import Atoms, CapturedTrunk, parameters_of
+from e2former_fairchem.captured import Atoms, Replays
 from e2former_fairchem.config import E2FormerV2Config, LongRange
+from e2former_fairchem.execution import Execution, choose_execution
+from e2former_fairchem.frozen import Frozen, parameters_of
 from e2former_fairchem.nn.block import TransformerBlock
-from e2former_fairchem.nn.convolution import choose_convolution, image_nodes, with_geometry
 from e2former_fairchem.nn.embedding import AtomEmbedding, ChargeSpinEmbedding, EdgeDegreeEmbedding
+from e2former_fairchem.nn.images import image_nodes
 from e2former_fairchem.nn.linear import SO3Linear
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_fairchem.nn.radial import SpeciesEmbedding
@@ -22,6 +24,8 @@ from e2former_fairchem.spatial_order import SpatialOrder, spatial_order
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
+
+logger = logging.getLogger("e2former_fairchem")
 
 
 def _pointer(index: Tensor, rows: int) -> Tensor:
@@ -47,7 +51,8 @@ class LongRangeBlocks(nn.Module):
 class E2FormerV2(nn.Module):
     """The trunk of E2Former-V2 (arXiv:2601.16622; docs/network.md, sections 2 to 8).
 
-    Constants are computed in float64 and stored in the default dtype of the moment of construction.
+    Constants are computed in float64 and stored in the default dtype of the moment of construction. ``execution`` is
+    the name of the way in which the last evaluation ran (`e2former_fairchem.execution`), None before the first.
     """
 
     def __init__(self, config: E2FormerV2Config) -> None:
@@ -60,7 +65,36 @@ class E2FormerV2(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(config, order) for order in config.message_orders)
         self.long_range = None if config.long_range is None else LongRangeBlocks(config, config.long_range)
         self.norm = EquivariantRMSNorm(config.lmax, channels) if self.long_range is None else None
-        self._captured = CapturedTrunk()
+        self.execution: str | None = None
+        self._frozen: Frozen | None = None
+        self._trained: list[str] = []  # parameters that had gradients before freeze()
+
+    def freeze(self) -> E2FormerV2:
+        """Keep from now on what is made of the weights (`e2former_fairchem.frozen`), which get no gradients any more.
+
+        For repeated evaluations with kernels; fairchem's inference calls it. Numbers that are written to the weights
+        afterwards are noticed at the next evaluation, which makes everything anew.
+        """
+        if self._frozen is None:
+            self._trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+            self.requires_grad_(False)
+            self._frozen = Frozen()
+        return self
+
+    def unfreeze(self) -> E2FormerV2:
+        """Forget what was made of the weights; they have the gradients again that they had before :meth:`freeze`."""
+        if self._frozen is not None:
+            self._frozen = None
+            parameters = dict(self.named_parameters())
+            for name in self._trained:
+                parameters[name].requires_grad_(True)
+        return self
+
+    def train(self, mode: bool = True) -> E2FormerV2:
+        """As torch's; training unfreezes."""
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
 
     def forward(
         self,
@@ -84,38 +118,55 @@ class E2FormerV2(nn.Module):
             expected = "no long-range graph" if self.long_range is None else "a long-range graph"
             raise ValueError(f"long_graph: expected {expected} (long_range = {self.config.long_range})")
         atoms = Atoms(atomic_numbers, charge, spin, batch)
-        elements = self._elements(graph.present(atomic_numbers))
-        order = self._order(pos, batch, graph)
+        execution = self._choose(graph, atomic_numbers)
+        order = self._order(pos, batch, graph, execution)
         if order is not None:
             atoms = atoms._replace(atomic_numbers=order.atoms(atomic_numbers), batch=order.atoms(batch))
             graph = order.graph(graph)
-        x = None
-        if elements is not None and graph.vec.is_cuda and self._captured.serves(self, graph):
-            x = self._captured(self, atoms, graph, elements)
+        x, name = None, execution.name
+        if execution.replays:
+            x = self._replay(atoms, graph, execution)
+            name = name if x is None else "replayed"
         if x is None:
-            x = self.evaluate(atoms, graph, long_graph, pos, elements)
+            x = self.evaluate(atoms, graph, long_graph, pos, execution)
+        self.execution = name
         return x if order is None else order.back(x)
 
-    def _runs_kernels(self, device: torch.device) -> bool:
-        backend = self.config.kernel_backend
-        return backend == "triton" or (backend == "auto" and device.type == "cuda")
+    def _choose(self, graph: Graph, atomic_numbers: Tensor) -> Execution:
+        return choose_execution(
+            self.config, graph, self.charge_spin.mix.weight, lambda: self._frozen_weights(graph.present(atomic_numbers))
+        )
 
     @torch.compiler.disable
-    def _order(self, pos: Tensor | None, batch: Tensor, graph: Graph) -> SpatialOrder | None:
+    def _frozen_weights(self, atomic_numbers: Tensor) -> tuple[Frozen, tuple[int, ...]] | str:
+        """What is made of the weights, with the atomic numbers there are; or why weights are not frozen."""
+        if self._frozen is None:
+            return "nobody called freeze()"
+        parameters = parameters_of(self)
+        if any(p.requires_grad for p in parameters):
+            return "weights ask for gradients"
+        # element 0, which does not exist, says whether weights have changed: both are read at once
+        present = torch.zeros(self.config.max_num_elements + 1, dtype=torch.uint8, device=atomic_numbers.device)
+        present.index_fill_(0, atomic_numbers, 1)
+        same = self._frozen.check(parameters, present[:1])
+        changed, *there = present.tolist()
+        if changed or not same:
+            logger.info("weights have changed since freeze(): what was made of them is made again")
+            self._frozen = Frozen()
+            self._frozen.check(parameters, present[:1])
+        return self._frozen, tuple(number for number, is_there in enumerate(there, 1) if is_there)
+
+    @torch.compiler.disable
+    def _replay(self, atoms: Atoms, graph: Graph, execution: Execution) -> Tensor | None:
+        if self._frozen.replays is None:
+            self._frozen.replays = Replays()
+        return self._frozen.replays(self, atoms, graph, execution)
+
+    @torch.compiler.disable
+    def _order(self, pos: Tensor | None, batch: Tensor, graph: Graph, execution: Execution) -> SpatialOrder | None:
         """Another order of the atoms, where the kernels are faster in it; edges carry all that they read."""
-        edges_only = self.long_range is None and self.config.convolution in ("auto", "on_the_fly")
-        return spatial_order(pos, batch, graph) if edges_only and self._runs_kernels(batch.device) else None
-
-    @torch.compiler.disable
-    def _elements(self, atomic_numbers: Tensor) -> tuple[int, ...] | None:
-        """The atomic numbers there are, where kernels may take radial networks with frozen weights from tables."""
-        if not self._runs_kernels(atomic_numbers.device):
-            return None
-        if any(p.requires_grad for p in parameters_of(self)):
-            return None
-        present = torch.zeros(self.config.max_num_elements + 1, dtype=torch.bool, device=atomic_numbers.device)
-        present.index_fill_(0, atomic_numbers, True)
-        return tuple(number for number, there in enumerate(present.tolist()) if there)  # one read
+        edges_only = self.long_range is None and execution.form == "relative" and execution.backend == "triton"
+        return spatial_order(pos, batch, graph) if edges_only else None
 
     def evaluate(
         self,
@@ -123,35 +174,29 @@ class E2FormerV2(nn.Module):
         graph: Graph,
         long_graph: Graph | None = None,
         pos: Tensor | None = None,
-        elements: tuple[int, ...] | None = None,
+        execution: Execution | None = None,
     ) -> Tensor:
-        """Node features as :meth:`forward`, never from a CUDA graph.
-
-        elements: the atomic numbers there are, where radial networks may come from tables.
-        """
+        """Node features as :meth:`forward`, never from a CUDA graph. execution: chosen here when None."""
         atomic_numbers, charge, spin, batch = atoms
-        convolution = choose_convolution(self.config, graph.source.numel(), self.charge_spin.mix.weight)
-        # a checkpointed block keeps nothing anyway, and with weight gradients the features are needed once more
-        again = elements is not None and not self.config.activation_checkpointing and graph.halo is None
-        convolution = with_geometry(convolution, self.config, graph)
-        convolution = replace(convolution, elements=elements, compute_again=again)
-        images = image_nodes(pos, batch, charge.numel(), graph) if convolution.node_factored else None
+        execution = self._choose(graph, atomic_numbers) if execution is None else execution
+        species = graph.present(atomic_numbers)
+        execution = execution.on(self.config, graph, species)
+        images = image_nodes(pos, batch, charge.numel(), graph) if execution.node_factored else None
         own = graph.own(batch)
         system = gather_rows(self.charge_spin(charge, spin), own, lambda: (None, _pointer(own, charge.numel())))
-        species = graph.present(atomic_numbers)
-        x = self.edge_degree(species, graph, convolution)
+        x = self.edge_degree(species, graph, execution)
         if self.atom_embedding is not None:
             token = self.atom_embedding(graph.own(atomic_numbers), system)
             x = torch.cat([x[:, :1] + token.unsqueeze(1), x[:, 1:]], 1)
         for block in self.blocks:
-            x = self._run(block, x, system, species, graph, convolution, images)
+            x = self._run(block, x, system, species, graph, execution, images)
         if self.long_range is None:
-            return self.norm(x, backend=convolution.backend)
+            return self.norm(x, execution=execution)
         y = self.long_range.norm_in(x)
-        convolution = choose_convolution(self.config, long_graph.source.numel(), y)
         species = long_graph.present(atomic_numbers)
+        execution = execution.on_long_range(long_graph, species)
         for block in self.long_range.blocks:
-            y = self._run(block, y, system, species, long_graph, convolution, None)
+            y = self._run(block, y, system, species, long_graph, execution, None)
         return self.long_range.mix(torch.cat([x, self.long_range.norm_out(y)], -1))
 
     def _run(self, block: TransformerBlock, *args) -> Tensor:

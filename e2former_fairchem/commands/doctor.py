@@ -148,6 +148,7 @@ class Network(torch.nn.Module):
         finally:
             torch.set_default_dtype(before)
         self.requires_grad_(False).to(device)
+        self.trunk.freeze()
 
     def forward(self, numbers: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Energy [1] (float64) and forces [N, 3]."""

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH, E2FormerV2Config
+from e2former_fairchem.execution import REFERENCE, Execution
 from e2former_fairchem.nn.axis_aligned import eaas_tables
-from e2former_fairchem.nn.convolution import Convolution, ImageNodes
+from e2former_fairchem.nn.images import ImageNodes
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
-from e2former_fairchem.nn.radial_tables import TableCache
 from e2former_fairchem.so3 import path_table
-from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import float32_products, grouped_linear
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_table import RadialTable
@@ -55,9 +54,10 @@ class DirectionalGate(nn.Module):
             self.out = kaiming_linear(heads, heads)
         self.project = SO3Linear(lmax, config.sphere_channels, width)
 
-    def forward(self, target_embedding: Tensor, source_embedding: Tensor) -> DotWeights:
+    def forward(self, target_embedding: Tensor, source_embedding: Tensor, execution: Execution) -> DotWeights:
         if self.score == "qk_dot":
-            return DotWeights(self.radial(target_embedding, source_embedding), self.out.weight, self.out.bias)
+            radial = self.radial(target_embedding, source_embedding, execution)
+            return DotWeights(radial, self.out.weight, self.out.bias)
         return DotWeights(
             None,
             self.hidden.weight,
@@ -94,11 +94,10 @@ class PathProjection(nn.Module):
         """n^{-1/2} B of every degree, [out, paths * C]."""
         return [w / math.sqrt(paths) for paths, w in zip(self.row_paths, self.weights, strict=True)]
 
-    def forward(self, rows: Tensor, backend: str = "reference") -> Tensor:
+    def forward(self, rows: Tensor, execution: Execution = REFERENCE) -> Tensor:
         """rows: [N, P, C] -> [N, (lmax+1)^2, out]."""
-        if backend == "triton":
-            first, *others = self.weights
-            return of_rows(rows, derived("scaled", first, lambda _: self.scaled(), others))
+        if execution.backend == "triton":
+            return of_rows(rows, execution.made(self, "scaled", self.scaled))
         blocks = rows.split([(2 * l + 1) * paths for l, paths in enumerate(self.row_paths)], 1)
         parts = []
         for paths, block, weight in zip(self.row_paths, blocks, self.weights, strict=True):
@@ -138,7 +137,6 @@ class EquivariantAttention(nn.Module):
         self.target_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
         outputs = heads if config.score == "qk_dot" else 2 * heads
         self.radial = RadialMLP(config.num_radial_basis, ATTENTION_SPECIES_WIDTH, config.hidden_radial_width, outputs)
-        self.tables_of_radial = TableCache()
         self.query_key = QueryKey(lmax, channels, heads, config.head_dim)
         self.value = SO3Linear(lmax, channels, channels)
         self.dot = None if config.score == "qk" else DirectionalGate(config)
@@ -164,21 +162,19 @@ class EquivariantAttention(nn.Module):
         recursion = tuple(getattr(self, f"recursion{n}") for n in range(self.num_recursions))
         return EAASTables(self.coupling, self.aligned_index, self.aligned_value, recursion, self.row_paths)
 
-    def radial_and_table(self, convolution: Convolution) -> tuple[RadialWeights, RadialTable | None]:
+    def radial_and_splines(self, execution: Execution) -> tuple[RadialWeights, RadialTable | None]:
         """Weights of the radial network, and its splines where there are some."""
-        target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
-        radial = self.radial(target_table, source_table)
-        if convolution.elements is None or self.dot is not None:
+        radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
+        if execution.elements is None or self.dot is not None:
             return radial, None
-        parameters = (target_table, source_table, *self.radial.parameters())
-        return radial, self.tables_of_radial.get(convolution.elements, parameters, lambda: radial, self.spec.cutoff)
+        return radial, execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff)
 
     def forward(
         self,
         h: Tensor,
         atomic_numbers: Tensor,
         graph: Graph,
-        convolution: Convolution,
+        execution: Execution,
         images: ImageNodes | None,
         h_again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
@@ -187,14 +183,15 @@ class EquivariantAttention(nn.Module):
         h_again: gives h once more, so that the backward pass need not keep what is made of it.
         Returns [N, (lmax+1)^2, C].
         """
-        backend = convolution.backend
-        query, key = self.query_key(h, backend, h_again)
-        key, value = graph.fetch(key, self.value(h, backend))
-        target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
-        radial, table = self.radial_and_table(convolution)
-        dot = None if self.dot is None else self.dot.project(h, backend)
-        dot_weights = None if self.dot is None else self.dot(target_table, source_table)
-        factored = convolution.node_factored and self.spec.order == 1
+        backend = execution.backend
+        query, key = self.query_key(h, execution, h_again)
+        key, value = graph.fetch(key, self.value(h, execution))
+        radial, table = self.radial_and_splines(execution)
+        dot = dot_weights = None
+        if self.dot is not None:
+            dot = self.dot.project(h, execution)
+            dot_weights = self.dot(self.target_embedding.weight, self.source_embedding.weight, execution)
+        factored = execution.node_factored and self.spec.order == 1
         image_rows = None
         if factored:
             assert images is not None
@@ -202,7 +199,7 @@ class EquivariantAttention(nn.Module):
             image_rows = contract(
                 value.index_select(0, images.image_source), images.image_position.to(value.dtype), self.tables
             )
-        form = convolution.form if self.spec.order == 1 else "relative"
+        form = execution.form if self.spec.order == 1 else "relative"
         options = {
             "form": form,
             "image": images.image if factored else None,
@@ -224,21 +221,25 @@ class EquivariantAttention(nn.Module):
             self.coupling,
         )
         if backend == "triton" and form != "dense":
-            options |= {"source_order": graph.source_order, "source_ptr": graph.source_ptr, "table": table}
-            if not torch.compiler.is_compiling():
-                options["edges"] = graph.edge_list(atomic_numbers)
+            options |= {
+                "source_order": graph.source_order,
+                "source_ptr": graph.source_ptr,
+                "table": table,
+                "edges": execution.edges,
+                "half": execution.half,
+            }
             if h_again is not None:
-                options["value_again"] = lambda: self.value(h_again(), backend)
+                options["value_again"] = lambda: self.value(h_again(), execution)
             rows = equivariant_attention(*arguments, **options)
         else:
             rows = equivariant_attention_reference(
-                *arguments, recompute=convolution.recompute, geometry=convolution.geometry, **options
+                *arguments, recompute=execution.recompute, geometry=execution.geometry, **options
             )
         if factored:
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
             own = contract(plain, images.position.to(plain.dtype), self.tables)
             rows = own - contracted
-        return self._output(rows, backend)
+        return self._output(rows, execution)
 
     @property
     def one_map(self) -> bool:
@@ -251,17 +252,13 @@ class EquivariantAttention(nn.Module):
 
     def behind_paths(self) -> list[Tensor]:
         """That map for every degree, [C, paths * C]."""
+        with float32_products():
+            return [w @ b for w, b in zip(self.out.weight, self.paths.scaled(), strict=True)]
 
-        def product(weight: Tensor) -> list[Tensor]:
-            with float32_products():
-                return [w @ b for w, b in zip(weight, self.paths.scaled(), strict=True)]
-
-        return derived("behind paths", self.out.weight, product, list(self.paths.weights))
-
-    def _output(self, rows: Tensor, backend: str) -> Tensor:
+    def _output(self, rows: Tensor, execution: Execution) -> Tensor:
         """rows: [N, P or (lmax+1)^2, C] -> [N, (lmax+1)^2, C]."""
         if self.paths is None:
-            return self.out(rows, backend)
-        if backend != "triton" or not self.one_map or torch.is_autocast_enabled(rows.device.type):
-            return self.out(self.paths(rows, backend), backend)
-        return of_rows(rows, self.behind_paths(), self.out.bias)
+            return self.out(rows, execution)
+        if execution.backend != "triton" or not self.one_map or execution.autocast:
+            return self.out(self.paths(rows, execution), execution)
+        return of_rows(rows, execution.made(self, "behind paths", self.behind_paths), self.out.bias)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.execution import Execution
 from e2former_fairchem.nn.attention import EquivariantAttention
-from e2former_fairchem.nn.convolution import Convolution, ImageNodes
 from e2former_fairchem.nn.feedforward import GatedFeedForward
 from e2former_fairchem.nn.half_block import half_attention, serves
+from e2former_fairchem.nn.images import ImageNodes
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 
 if TYPE_CHECKING:
@@ -40,34 +41,33 @@ class TransformerBlock(nn.Module):
         system: Tensor,
         atomic_numbers: Tensor,
         graph: Graph,
-        convolution: Convolution,
+        execution: Execution,
         images: ImageNodes | None,
     ) -> Tensor:
         """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C].
 
         atomic_numbers: of the graph's senders.
         """
-        if serves(self, x, system, graph, convolution):
-            x = half_attention(self, x, system, atomic_numbers, graph, convolution)
+        if serves(self, execution):
+            x = half_attention(self, x, system, atomic_numbers, graph, execution)
         else:
-            x = self.attend(system, atomic_numbers, graph, convolution, images, x, graph.vec)
-        return self.feedforward.of_norm(x, self.norm2, convolution.backend)
+            x = self.attend(system, atomic_numbers, graph, execution, images, x, graph.vec)
+        return self.feedforward.of_norm(x, self.norm2, execution)
 
     def attend(
         self,
         system: Tensor,
         atomic_numbers: Tensor,
         graph: Graph,
-        convolution: Convolution,
+        execution: Execution,
         images: ImageNodes | None,
         x: Tensor,
         vec: Tensor,
     ) -> Tensor:
         """x + Attn(N1(x) + s). vec: the graph's edge vectors, [E, 3]."""
-        backend = convolution.backend
-        h = self.norm1(x, system, backend=backend)
+        h = self.norm1(x, system, execution=execution)
         again = None
-        if convolution.compute_again:
-            again = partial(self.norm1, x.detach(), system.detach(), backend=backend)
+        if execution.compute_again:
+            again = partial(self.norm1, x.detach(), system.detach(), execution=execution)
         graph = graph if vec is graph.vec else graph.with_vec(vec)
-        return x + self.attention(h, atomic_numbers, graph, convolution, images, again)
+        return x + self.attention(h, atomic_numbers, graph, execution, images, again)

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.execution import Execution
 from e2former_fairchem.nn.linear import kaiming_linear
 from e2former_fairchem.nn.radial import EMBEDDING_SCALE, RadialMLP, SpeciesEmbedding
-from e2former_fairchem.nn.radial_tables import TableCache
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
-    from e2former_fairchem.nn.convolution import Convolution
 
 TABLE_ROWS = 30
 MAX_CHARGE = 10
@@ -78,13 +77,11 @@ class EdgeDegreeEmbedding(nn.Module):
             groups=config.lmax + 1,
             layer_norm=config.edge_layer_norm,
         )
-        self.tables_of_radial = TableCache()
 
-    def forward(self, atomic_numbers: Tensor, graph: Graph, convolution: Convolution) -> Tensor:
+    def forward(self, atomic_numbers: Tensor, graph: Graph, execution: Execution) -> Tensor:
         """atomic_numbers: of the graph's senders; graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
         config = self.config
-        target_table, source_table = self.target_embedding.weight, self.source_embedding.weight
-        radial = self.radial(target_table, source_table)
+        radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
         arguments = (
             config.lmax,
             config.cutoff,
@@ -97,15 +94,15 @@ class EdgeDegreeEmbedding(nn.Module):
             atomic_numbers,
             radial,
         )
-        if convolution.backend == "triton":
-            parameters = (target_table, source_table, *self.radial.parameters())
-            table = self.tables_of_radial.get(
-                convolution.elements, parameters, lambda: radial, config.cutoff, last=False
-            )
-            edges = None if torch.compiler.is_compiling() else graph.edge_list(atomic_numbers)
+        if execution.backend == "triton":
+            table = None
+            if execution.elements is not None:
+                table = execution.frozen.splines(self, execution.elements, radial, config.cutoff, last=False)
             return edge_degree_embedding(
-                *arguments, source_order=graph.source_order, source_ptr=graph.source_ptr, table=table, edges=edges
+                *arguments,
+                source_order=graph.source_order,
+                source_ptr=graph.source_ptr,
+                table=table,
+                edges=execution.edges,
             )
-        return edge_degree_embedding_reference(
-            *arguments, recompute=convolution.recompute, geometry=convolution.geometry
-        )
+        return edge_degree_embedding_reference(*arguments, recompute=execution.recompute, geometry=execution.geometry)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from e2former_fairchem.execution import Execution
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_fairchem.so3 import degree_of_row
 from e2former_kernels.feedforward import SIGMOID_SCALE, SILU_SCALE, gated_feedforward
+
+if TYPE_CHECKING:
+    from e2former_kernels.feedforward.half import HalfWeights
+    from e2former_kernels.feedforward.passes import Weights
 
 
 class GatedFeedForward(nn.Module):
@@ -27,21 +34,34 @@ class GatedFeedForward(nn.Module):
         rows = [l - 1 for l in degree_of_row(lmax)[1:]]
         self.register_buffer("gate_row", torch.tensor(rows), persistent=False)
 
-    def of_norm(self, x: Tensor, norm: EquivariantRMSNorm, backend: str) -> Tensor:
+    def weights(self, norm: EquivariantRMSNorm) -> tuple[Tensor, ...]:
+        """The parameters of the norm and the network in the order of the kernels' arguments."""
+        return (
+            norm.affine_weight,
+            norm.affine_bias,
+            self.linear1.weight,
+            self.linear1.bias,
+            self.gates.weight,
+            self.gates.bias,
+            self.linear2.weight,
+            self.linear2.bias,
+        )
+
+    def prepared(self, norm: EquivariantRMSNorm, execution: Execution) -> HalfWeights | Weights | None:
+        """The frozen parameters as the kernels' products take them; None where they are not frozen."""
+        if execution.frozen is None:
+            return None
+        from e2former_kernels.feedforward.half import half_weights
+        from e2former_kernels.feedforward.passes import Weights, of_rows
+
+        make = half_weights if execution.half else of_rows
+        return execution.made(self, make.__name__, lambda: make(Weights(*self.weights(norm))))
+
+    def of_norm(self, x: Tensor, norm: EquivariantRMSNorm, execution: Execution) -> Tensor:
         """x + this network on ``norm(x)``. x: [N, (lmax+1)^2, C]. Same shape back."""
-        if backend == "triton":
-            return gated_feedforward(
-                x,
-                norm.affine_weight,
-                norm.affine_bias,
-                self.linear1.weight,
-                self.linear1.bias,
-                self.gates.weight,
-                self.gates.bias,
-                self.linear2.weight,
-                self.linear2.bias,
-                residual=True,
-            )
+        if execution.backend == "triton":
+            prepared = self.prepared(norm, execution)
+            return gated_feedforward(x, *self.weights(norm), residual=True, prepared=prepared)
         return x + self(norm(x))
 
     def forward(self, x: Tensor) -> Tensor:

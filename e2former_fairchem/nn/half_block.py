@@ -8,46 +8,61 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from e2former_fairchem.nn.convolution import Convolution
-from e2former_kernels.common.precision import half_products
+from e2former_fairchem.execution import Execution
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
     from e2former_fairchem.nn.block import TransformerBlock
+    from e2former_kernels.equivariant_attention.half_block import BlockWeights
 
 __all__ = ["half_attention", "serves"]
 
 
-def serves(block: TransformerBlock, x: Tensor, system: Tensor, graph: Graph, convolution: Convolution) -> bool:
-    """Whether :func:`half_attention` covers an evaluation; ``compute_again`` says that weights are frozen."""
+def serves(block: TransformerBlock, execution: Execution) -> bool:
+    """Whether :func:`half_attention` covers a block."""
     attention = block.attention
     return (
-        convolution.backend == "triton"
-        and convolution.compute_again
-        and convolution.form == "relative"
+        execution.half
+        and execution.compute_again
+        and execution.form == "relative"
         and attention.spec.order == 1
         and attention.dot is None
         and attention.one_map
-        and half_products(x)
-        and graph.vec.dtype == torch.float32
-        and graph.halo is None
-        and not system.requires_grad
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
+    )
+
+
+def _weights(block: TransformerBlock, execution: Execution) -> BlockWeights:
+    from e2former_kernels.equivariant_attention.half_block import block_weights
+
+    attention, norm = block.attention, block.norm1
+    query_key = attention.query_key.prepared(execution)
+    return execution.made(
+        block,
+        "half",
+        lambda: block_weights(
+            norm.affine_weight,
+            norm.affine_bias,
+            query_key,
+            attention.value.weight,
+            attention.value.bias,
+            attention.behind_paths(),
+            attention.out.bias,
+            attention.coupling,
+        ),
     )
 
 
 @torch.compiler.disable
 def half_attention(
-    block: TransformerBlock, x: Tensor, system: Tensor, atomic_numbers: Tensor, graph: Graph, convolution: Convolution
+    block: TransformerBlock, x: Tensor, system: Tensor, atomic_numbers: Tensor, graph: Graph, execution: Execution
 ) -> Tensor:
     """x + attention(norm1(x) + system). x: [N, (lmax+1)^2, C]; system: [N, C]; atomic_numbers: [N]."""
-    from e2former_kernels.equivariant_attention.half_block import BlockWeights, HalfBlock, attention_block
+    from e2former_kernels.equivariant_attention.half_block import HalfBlock, attention_block
     from e2former_kernels.equivariant_attention.op import GraphTensors, Pieces, make_step
 
-    attention, norm = block.attention, block.norm1
+    attention = block.attention
     spec, nodes = attention.spec, x.shape[0]
-    radial, table = attention.radial_and_table(convolution)
+    radial, table = attention.radial_and_splines(execution)
     nothing = x.new_empty(1)  # the step's queries, keys and values are rows that the block makes
     heads = nothing.expand(nodes, spec.num_heads, attention.query_key.head_dim)
     pieces = Pieces(graph.vec, heads, heads, nothing.expand(x.shape), None, None, radial, None)
@@ -55,16 +70,7 @@ def half_attention(
         graph.source, graph.target, graph.row_ptr, atomic_numbers, attention.coupling, graph.source_order,
         graph.source_ptr, None,
     )  # fmt: skip
-    step = make_step(spec, pieces, tensors, "relative", table, edges=graph.edge_list(atomic_numbers))
-    weights = BlockWeights(
-        norm.affine_weight,
-        norm.affine_bias,
-        attention.query_key.weights(),
-        attention.value.weight,
-        attention.value.bias,
-        attention.behind_paths(),
-        attention.out.bias,
-    )
-    half = HalfBlock(step, [t for _, t in pieces.flat()], weights, system)
-    operations = partial(block.attend, system, atomic_numbers, graph, convolution, None)
+    step = make_step(spec, pieces, tensors, "relative", table, edges=execution.edges, half=True)
+    half = HalfBlock(step, [t for _, t in pieces.flat()], _weights(block, execution), system)
+    operations = partial(block.attend, system, atomic_numbers, graph, execution, None)
     return attention_block(half, operations, x, graph.vec)

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from e2former_fairchem.execution import REFERENCE, Execution
 from e2former_fairchem.so3 import degree_of_row
-from e2former_kernels.common.grouped_linear import so3_linear
+from e2former_kernels.common.grouped_linear import so3_linear, so3_rows
 
 
 def kaiming_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
@@ -37,10 +38,13 @@ class SO3Linear(nn.Module):
         # 1 for the scalar row: the bias of all rows is a product with it, where slices would be copies in the backward
         self.register_buffer("scalar", (degree == 0).to(self.weight.dtype).view(-1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor, backend: str = "reference") -> Tensor:
-        """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]. backend ``triton``: strided products, no copies of rows."""
-        if backend == "triton":
-            return so3_linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, execution: Execution = REFERENCE) -> Tensor:
+        """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]. With kernels: strided products, no copies of rows."""
+        if execution.backend == "triton":
+            rows = None
+            if execution.frozen is not None:
+                rows = execution.made(self, "rows", lambda: so3_rows(self.weight))
+            return so3_linear(x, self.weight, self.bias, rows=rows)
         weight = self.weight.index_select(0, self.degree)
         y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2))
         if self.bias is not None:

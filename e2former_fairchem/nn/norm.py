@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from e2former_fairchem.execution import REFERENCE, Execution
 from e2former_fairchem.so3 import degree_of_row
 from e2former_kernels.norm import equivariant_rms_norm
 
@@ -31,9 +32,9 @@ class EquivariantRMSNorm(nn.Module):
         self.register_buffer("scalar", scalar, persistent=False)
         self.register_buffer("balance", (balance / channels).to(torch.get_default_dtype()), persistent=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, backend: str = "reference") -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None, execution: Execution = REFERENCE) -> Tensor:
         """x: [N, (lmax+1)^2, C]; shift: [N, C], added to the scalar row of the result. Same shape as x."""
-        if backend == "triton":
+        if execution.backend == "triton":
             return equivariant_rms_norm(x, self.affine_weight, self.affine_bias, shift)
         centred = x - x.mean(-1, keepdim=True) * self.scalar
         variance = (centred.square().sum(-1) @ self.balance.to(x.dtype)).view(-1, 1, 1)

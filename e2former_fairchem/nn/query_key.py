@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from e2former_fairchem.execution import REFERENCE, Execution
 from e2former_fairchem.so3 import degree_of_row
 from e2former_kernels.query_key import QueryKeyWeights, query_key
+
+if TYPE_CHECKING:
+    from e2former_kernels.query_key.half import HalfWeights
+    from e2former_kernels.query_key.passes import RowWeights
 
 LAYER_NORM_EPS = 1e-5
 
@@ -67,12 +73,23 @@ class QueryKey(nn.Module):
             self.out_bias,
         )
 
+    def prepared(self, execution: Execution) -> HalfWeights | RowWeights | None:
+        """The frozen parameters as the kernels' products take them; None where they are not frozen."""
+        if execution.frozen is None:
+            return None
+        from e2former_kernels.query_key.half import half_weights
+        from e2former_kernels.query_key.passes import row_weights
+
+        if execution.half:
+            return execution.made(self, "half", lambda: half_weights(self.weights()))
+        return execution.made(self, "rows", lambda: row_weights(self.weights()))
+
     def forward(
-        self, h: Tensor, backend: str = "reference", h_again: Callable[[], Tensor] | None = None
+        self, h: Tensor, execution: Execution = REFERENCE, h_again: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]; h_again: gives it once more. Returns query and key, each [N, H, S]."""
-        if backend == "triton":
-            both = query_key(h, self.weights(), h_again).transpose(0, 1)  # as they lie in memory
+        if execution.backend == "triton":
+            both = query_key(h, self.weights(), h_again, self.prepared(execution)).transpose(0, 1)  # as they lie
             return both.unflatten(-1, (self.num_heads, self.head_dim)).unbind(0)
         nodes = h.shape[0]
         s = self.invariants(h).unflatten(-1, (2, self.width)).permute(2, 1, 0, 3).flatten(2)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from e2former_kernels.common.derived import derived
+from e2former_fairchem.execution import REFERENCE, Execution
 from e2former_kernels.common.radial import RadialWeights
 
 
@@ -45,18 +45,19 @@ class RadialMLP(nn.Module):
         bound = math.sqrt(6 / in_features)
         return nn.Parameter(torch.empty(groups, out_features, in_features).uniform_(-bound, bound))
 
-    def forward(self, target_embedding: Tensor, source_embedding: Tensor) -> RadialWeights:
+    def forward(
+        self, target_embedding: Tensor, source_embedding: Tensor, execution: Execution = REFERENCE
+    ) -> RadialWeights:
         """Fold the element embeddings [Z, species_width] into per-element rows of the first layer."""
 
-        def fold(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            basis, target, source = weight.split([self.num_basis, self.species_width, self.species_width], -1)
+        def fold() -> tuple[Tensor, Tensor, Tensor]:
+            basis, target, source = self.weight0.split([self.num_basis, self.species_width, self.species_width], -1)
             with torch.autocast(basis.device.type, enabled=False):  # weights stay in one dtype, also under autocast
                 target_table = torch.einsum("zs,ghs->zgh", target_embedding, target) + self.bias0
                 return basis, target_table, torch.einsum("zs,ghs->zgh", source_embedding, source)
 
-        folded = derived("folded", self.weight0, fold, (target_embedding, source_embedding, self.bias0))
         return RadialWeights(
-            *folded,
+            *execution.made(self, "folded", fold),
             self.norm0_weight,
             self.norm0_bias,
             self.weight1,

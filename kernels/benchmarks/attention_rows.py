@@ -102,7 +102,9 @@ class AttentionCase:
         index = (self.vec, s.source, s.target, s.row_ptr, s.numbers, self.radial, self.dot_weights, self.coupling)
         arguments = (self.spec, self.query, self.key, self.value, self.dot, *index)
         if form == "triton":
-            return equivariant_attention(*arguments, source_order=s.order, source_ptr=s.ptr, table=table)
+            trained = any(w.requires_grad for w in self.weights)
+            half = not trained and torch.get_float32_matmul_precision() != "highest"
+            return equivariant_attention(*arguments, source_order=s.order, source_ptr=s.ptr, table=table, half=half)
         return equivariant_attention_reference(*arguments, form="dense", recompute=False)
 
     def forward(self, form: str, table: RadialTable | None = None) -> Tensor:

@@ -64,7 +64,7 @@ def check_network(precision: str, atoms: int = 96, device: str = "cuda", **confi
         found["same_bits"] &= all(p is None or torch.equal(p, q) for p, q in zip(trained, again, strict=True))
         pair = compare_gradients(trained, gradients(reference, exact, conserving))
         found[name], found[f"{name}_worst"] = pair
-    model.requires_grad_(False)
+    model.freeze()
     for _ in range(EVALUATIONS):
         _, frozen = model.energy_forces(system)
     found["forces_frozen"] = relative_error(frozen, forces64)

@@ -68,7 +68,7 @@ def main() -> None:
     results = Results(args.name, args.output)
     # graphs serve small systems, and a capture would hold memory
     widths = (TINY if args.tiny else {}) | {"kernel_backend": "triton", "cuda_graph": False}
-    model = Network(**widths).to(args.device).requires_grad_(False)
+    model = Network(**widths).to(args.device).freeze()
     card = card_gib(args.device)
     fits: dict[int, dict] = {}
     fails: list[int] = []

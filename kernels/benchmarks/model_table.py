@@ -34,7 +34,7 @@ def network_rows(form: str, config: dict, args, results: Results) -> None:
             row = measure(lambda s=system, c=conserving: model.training_step(s, c), args.repeats, warmup)
             results.add(name, row | {"edges": system.edges})
             model.zero_grad(set_to_none=True)
-    model.requires_grad_(False)
+    model.freeze()
     for atoms in args.atoms:
         name = f"{form}/energy_forces/{atoms}"
         try:

@@ -27,7 +27,7 @@ def main() -> None:
     model = Network(kernel_backend="triton").cuda()
     system = System(args.atoms, args.neighbours or None, "cuda")
     if not args.train:
-        model.requires_grad_(False)
+        model.freeze()
     run = (lambda: model.training_step(system)) if args.train else (lambda: model.energy_forces(system))
     for _ in range(2):
         run()

@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_float32_matmul_precision(args.precision)
     system = System(args.atoms, 32, "cuda")
-    layer = Network(num_layers=1).cuda().requires_grad_(False).trunk.blocks[0].attention
+    layer = Network(num_layers=1).cuda().freeze().trunk.blocks[0].attention
     heads, width, channels = layer.spec.num_heads, PAPER["head_dim"], PAPER["sphere_channels"]
     query, key = (torch.randn(system.atoms, heads, width, device="cuda").requires_grad_() for _ in range(2))
     value = torch.randn(system.atoms, layer.spec.num_rows, channels, device="cuda").requires_grad_()
@@ -63,6 +63,7 @@ def main() -> None:
         out = equivariant_attention(
             layer.spec, query, key, value, None, vec, system.source, system.target, system.row_ptr, system.numbers,
             radial, None, layer.coupling, source_order=system.order, source_ptr=system.ptr, table=table,
+            half=args.precision != "highest",
         )  # fmt: skip
         torch.autograd.grad(out.sum(), inputs)
 

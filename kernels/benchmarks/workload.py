@@ -125,6 +125,12 @@ class Network(torch.nn.Module):
         self.trunk = E2FormerV2(E2FormerV2Config(**(PAPER | config)))
         self.head = EnergyMLP(self.trunk.config.sphere_channels)
 
+    def freeze(self) -> Network:
+        """Weights get no gradients, and what is made of them is kept."""
+        self.requires_grad_(False)
+        self.trunk.freeze()
+        return self
+
     def energy(self, system: System, pos: Tensor) -> Tensor:
         charge = system.charge
         x = self.trunk(system.numbers, charge, charge, system.batch, pos, system.graph(pos))
@@ -150,8 +156,10 @@ class Network(torch.nn.Module):
         return loss
 
     def forget(self) -> None:
-        """Drop captured CUDA graphs, whose memory would count as there before the next measurement."""
-        self.trunk._captured = type(self.trunk._captured)()
+        """Drop what was made of frozen weights, CUDA graphs above all: its memory would count as there before."""
+        if self.trunk._frozen is not None:
+            self.trunk.unfreeze().freeze()
+            self.trunk.requires_grad_(False)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

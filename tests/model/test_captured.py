@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import pickle
 
 import pytest
 import torch
 from ase.build import molecule
 from torch import Tensor
 
-from e2former_fairchem.captured import Atoms, CapturedTrunk, PaddedInputs, padded_capacity
+from e2former_fairchem.captured import Atoms, PaddedInputs, Replays, padded_capacity
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.execution import Execution
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.testing import atomic_data
@@ -23,7 +22,7 @@ SMALL = {"lmax": 1, "sphere_channels": 8, "num_layers": 2, "num_heads": 4, "head
 def network(dtype: torch.dtype, device: str = "cpu", **config: object) -> E2FormerV2:
     torch.manual_seed(0)
     trunk = E2FormerV2(E2FormerV2Config(**(SMALL | {"cutoff": 3.0} | config)))
-    return trunk.to(device, dtype).requires_grad_(False)
+    return trunk.to(device, dtype).freeze()
 
 
 def inputs(dtype: torch.dtype, stretch: float = 1.0, device: str = "cpu", cutoff: float = 3.0) -> tuple[Atoms, Graph]:
@@ -69,20 +68,6 @@ def test_padding_atoms_are_another_molecule(stretches: tuple[float, ...], float6
             torch.testing.assert_close(grad[: graph.num_edges], expected[1], rtol=1e-12, atol=1e-12)
 
 
-def test_copies_start_without_captures() -> None:
-    trunk = network(torch.float32)
-    trunk._captured._times = 2
-    for other in (copy.deepcopy(trunk), pickle.loads(pickle.dumps(trunk))):
-        assert isinstance(other._captured, CapturedTrunk) and other._captured._times == 0
-
-
-def test_who_is_served() -> None:
-    """Nothing is captured on the CPU, nor where gradients of the weights may be asked for."""
-    trunk = network(torch.float32)
-    _, graph = inputs(torch.float32)
-    assert not trunk._captured.serves(trunk, graph)
-
-
 def test_only_evaluations_in_a_row_are_captured(monkeypatch) -> None:
     """A sweep over molecules captures nothing, however often each size comes up."""
     import e2former_fairchem.captured as captured
@@ -94,14 +79,14 @@ def test_only_evaluations_in_a_row_are_captured(monkeypatch) -> None:
         raise captured.SeveralRuns
 
     monkeypatch.setattr(captured, "_Capture", refuse)
-    trunk = network(torch.float32)
+    trunk, replays, execution = network(torch.float32), Replays(), Execution("frozen", elements=(1, 6, 8))
     sets = [inputs(torch.float32), inputs(torch.float32)]
     sets[1] = sets[1][0], dataclasses.replace(sets[1][1], num_nodes=13)
     for n in (0, 1) * 5:
-        assert trunk._captured(trunk, *sets[n], (1, 6, 8)) is None
+        assert replays(trunk, *sets[n], execution) is None
     assert not made
     for _ in range(6):
-        assert trunk._captured(trunk, *sets[0], (1, 6, 8)) is None
+        assert replays(trunk, *sets[0], execution) is None
     assert len(made) == 1  # found to be too large, and not tried again
 
 
@@ -122,7 +107,7 @@ def test_replays_on_a_gpu() -> None:
         (x, graph), (y, other) = call(trunk, stretch), call(plain, stretch)
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient(trunk, x, graph), gradient(plain, y, other), rtol=1e-5, atol=1e-6)
-    assert trunk._captured._captures and trunk._captured._refused is None and not plain._captured._captures
+    assert trunk.execution == "replayed" and plain.execution == "frozen_half"
     # an evaluation whose activations a later one has overwritten; the same bits as its own
     x, graph = call(trunk, 1.0)
     expected = gradient(trunk, x, graph)
@@ -144,7 +129,7 @@ def test_replays_on_a_gpu() -> None:
     for _ in range(4):
         torch.testing.assert_close(call(trunk, 1.0)[0], call(plain, 1.0)[0], rtol=1e-6, atol=1e-6)
     # gradients of the weights
-    trunk.requires_grad_(True)
+    trunk.unfreeze()
     x, _ = call(trunk, 1.0)
     x.sum().backward()
     assert trunk.blocks[0].attention.value.weight.grad.abs().max() > 0

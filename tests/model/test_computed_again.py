@@ -48,7 +48,7 @@ def network(score: str) -> E2FormerV2:
         lmax=1, sphere_channels=CHANNELS, num_layers=LAYERS, num_heads=4, head_dim=2, num_radial_basis=8, score=score,
         max_num_elements=10, kernel_backend="triton",
     )  # fmt: skip
-    return E2FormerV2(config).double().requires_grad_(False)
+    return E2FormerV2(config).double().freeze()
 
 
 @pytest.fixture

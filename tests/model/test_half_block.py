@@ -44,7 +44,9 @@ class Case:
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float64)
         config = {"lmax": 1, "max_num_elements": 10, "kernel_backend": "triton"} | SHAPE | config
-        self.model = E2FormerV2(E2FormerV2Config(**config)).to(dtype).requires_grad_(trained)
+        self.model = E2FormerV2(E2FormerV2Config(**config)).to(dtype)
+        if not trained:
+            self.model.freeze()
         torch.set_default_dtype(torch.float32)
         generator = torch.Generator().manual_seed(1)
         pos = 4 * torch.rand(ATOMS, 3, dtype=torch.float64, generator=generator)

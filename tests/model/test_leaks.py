@@ -83,7 +83,7 @@ def test_evaluations(kind: str, form: dict) -> None:
     torch.manual_seed(0)
     trunk = E2FormerV2(E2FormerV2Config(**(SMALL | {"cutoff": 3.0, "max_num_elements": 30} | form)))
     if kind != "training":
-        trunk.requires_grad_(False)
+        trunk.freeze()
 
     def evaluate() -> None:
         data, graph = graph_of("pair" if form["kernel_backend"] == "triton" else "both")

@@ -9,6 +9,7 @@ from ase import Atoms
 
 from e2former_fairchem import spatial_order as module
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.execution import Execution
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.testing import atomic_data
@@ -68,7 +69,9 @@ def test_network_does_not_show_it(frozen: bool, monkeypatch) -> None:
         lmax=1, sphere_channels=8, num_layers=1, num_heads=4, head_dim=2, num_radial_basis=8, max_num_elements=10,
         kernel_backend="triton", cutoff=5.0,
     )  # fmt: skip
-    model = E2FormerV2(config).double().requires_grad_(not frozen)
+    model = E2FormerV2(config).double()
+    if frozen:
+        model.freeze()
     data = atomic_data(systems(2), torch.float64)
     zeros = torch.zeros(1, dtype=torch.long)
     found = []
@@ -76,7 +79,7 @@ def test_network_does_not_show_it(frozen: bool, monkeypatch) -> None:
         monkeypatch.setattr(module, "MIN_ATOMS", least)
         pos = data.pos.clone().requires_grad_()
         graph = graph_of(data, pos)
-        assert (model._order(pos, data.batch, graph) is None) == (least > 2)
+        assert (model._order(pos, data.batch, graph, Execution(backend="triton")) is None) == (least > 2)
         x = model(data.atomic_numbers, zeros, zeros, data.batch, pos, graph)
         weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
         (forces,) = torch.autograd.grad((weight * x).sum(), pos)

@@ -1,8 +1,6 @@
-"""float16 rows with a factor, where TF32 is allowed: as exact as TF32 for rows of any size; frozen weights only."""
+"""float16 rows with a factor, as exact as TF32 for rows of any size; frozen weights only."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,9 +8,10 @@ import torch
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.half import from_products, half_matrices, half_rows, half_weight, rows_from_products
 from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
-from e2former_kernels.feedforward import op as feedforward_op
+from e2former_kernels.feedforward.half import half_weights as half_feedforward
+from e2former_kernels.feedforward.passes import Weights
 from e2former_kernels.query_key import QueryKeyWeights, query_key
-from e2former_kernels.query_key import op as query_key_op
+from e2former_kernels.query_key.half import half_weights as half_query_key
 from e2former_kernels.query_key.reference import query_key_reference
 
 pytestmark = pytest.mark.skipif(
@@ -20,14 +19,6 @@ pytestmark = pytest.mark.skipif(
 )
 SIZES = (1.0, 0.0, 1e-30, 1e-9, 1e6, 1e30)  # of rows
 ROUNDING = 2.0**-11
-
-
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def test_rows_of_any_size() -> None:
@@ -101,7 +92,7 @@ def weights(degrees: int, channels: int, width: int, outputs: int) -> QueryKeyWe
 
 
 @pytest.mark.parametrize("nodes", [0, 1, 37])
-def test_query_key(nodes: int, tf32) -> None:
+def test_query_key(nodes: int) -> None:
     """Each atom's query, key and gradient within a few roundings of float64, however large its features are."""
     given = weights(3, 32, 16, 24)
     h = torch.randn(nodes, 9, 32, dtype=torch.float64)
@@ -109,8 +100,9 @@ def test_query_key(nodes: int, tf32) -> None:
     grad = torch.randn(nodes, 2, 24, dtype=torch.float64)
     found = []
     for function, dtype in ((query_key, torch.float32), (query_key_reference, torch.float64)):
-        x = h.to(dtype).requires_grad_()
-        y = function(x, QueryKeyWeights(*(w.to(dtype) for w in given)))
+        x, cast = h.to(dtype).requires_grad_(), QueryKeyWeights(*(w.to(dtype) for w in given))
+        options = {"prepared": half_query_key(cast)} if function is query_key else {}
+        y = function(x, cast, **options)
         (by_h,) = torch.autograd.grad(y, x, grad.to(dtype))
         found.append((y.detach().double(), by_h.double()))
     for mine, expected in zip(*found, strict=True):
@@ -132,7 +124,7 @@ def feedforward_weights(degrees: int, channels: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("nodes", "lmax"), [(0, 2), (1, 1), (37, 2), (5, 4)])
-def test_feedforward(nodes: int, lmax: int, residual: bool, tf32) -> None:
+def test_feedforward(nodes: int, lmax: int, residual: bool) -> None:
     """Each atom's result and gradient within a few roundings of float64, however large its features are."""
     given = feedforward_weights(lmax + 1, 24)
     x = torch.randn(nodes, (lmax + 1) ** 2, 24, dtype=torch.float64)
@@ -140,8 +132,9 @@ def test_feedforward(nodes: int, lmax: int, residual: bool, tf32) -> None:
     grad = torch.randn_like(x) * torch.tensor([1.0, 1e-9, 1e6] * 13, dtype=torch.float64)[:nodes].view(-1, 1, 1)
     found = []
     for function, dtype in ((gated_feedforward, torch.float32), (gated_feedforward_reference, torch.float64)):
-        leaf = x.to(dtype).requires_grad_()
-        y = function(leaf, *(w.to(dtype) for w in given), residual=residual)
+        leaf, cast = x.to(dtype).requires_grad_(), [w.to(dtype) for w in given]
+        options = {"prepared": half_feedforward(Weights(*cast))} if function is gated_feedforward else {}
+        y = function(leaf, *cast, residual=residual, **options)
         (by_x,) = torch.autograd.grad(y, leaf, grad.to(dtype))
         found.append((y.detach().double(), by_x.double()))
     for mine, expected in zip(*found, strict=True):
@@ -149,24 +142,13 @@ def test_feedforward(nodes: int, lmax: int, residual: bool, tf32) -> None:
         assert bool((error <= 8 * ROUNDING * expected.flatten(1).norm(dim=1)).all())
 
 
-@pytest.mark.parametrize(
-    ("precision", "trained", "half"), [("high", False, True), ("high", True, False), ("highest", False, False)]
-)
-def test_who_gets_a_half_feedforward(precision: str, trained: bool, half: bool, tf32, monkeypatch) -> None:
-    torch.set_float32_matmul_precision(precision)
-    asked, inner = [], feedforward_op.half_value
-    monkeypatch.setattr(feedforward_op, "half_value", lambda *given: asked.append(1) or inner(*given))
-    gated_feedforward(torch.randn(3, 4, 8), *(w.float().requires_grad_(trained) for w in feedforward_weights(2, 8)))
-    assert bool(asked) is half
-
-
-@pytest.mark.parametrize(
-    ("precision", "trained", "half"), [("high", False, True), ("high", True, False), ("highest", False, False)]
-)
-def test_who_gets_it(precision: str, trained: bool, half: bool, tf32, monkeypatch) -> None:
-    torch.set_float32_matmul_precision(precision)
-    asked, inner = [], query_key_op.query_key_value
-    monkeypatch.setattr(query_key_op, "query_key_value", lambda h, w: asked.append(1) or inner(h, w))
-    given = QueryKeyWeights(*(w.float().requires_grad_(trained) for w in weights(2, 8, 4, 8)))
-    query_key(torch.randn(3, 4, 8), given)
-    assert bool(asked) is half
+def test_prepared_weights_need_no_gradients() -> None:
+    given = [w.float() for w in feedforward_weights(2, 8)]
+    prepared = half_feedforward(Weights(*given))
+    trained = [w.clone().requires_grad_() for w in given]
+    with pytest.raises(ValueError, match="prepared: expected None where weights need gradients"):
+        gated_feedforward(torch.randn(3, 4, 8), *trained, prepared=prepared)
+    given = QueryKeyWeights(*(w.float() for w in weights(2, 8, 4, 8)))
+    trained = given._replace(bias=given.bias.clone().requires_grad_())
+    with pytest.raises(ValueError, match="prepared: expected None where weights need gradients"):
+        query_key(torch.randn(3, 4, 8), trained, prepared=half_query_key(given))

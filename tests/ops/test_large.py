@@ -157,7 +157,7 @@ ENDS = {"receivers": Sizes(425_000, 425_100), "senders": Sizes(1000, NODES)}
 HEARD, TOLD = 30, 50
 KINDS = {
     "trained": ("attention", "highest"),
-    "frozen": ("attention", "high"),  # splines, and float16 rows where TF32 is allowed
+    "frozen": ("attention", "high"),  # splines and float16 rows
     "dot": ("attention_dot", "highest"),
 }
 
@@ -180,7 +180,8 @@ def test_attention(make, operation, on, end: str, kind: str, device: str) -> Non
     for given in two_sizes(tensors, heard, told, sizes):
         given["features"] = given.pop("value")  # "value" is the result, whose rows are the receivers'
         last = {"query": heard, "dot": heard, "key": told, "features": told, "value": heard}
-        run = lambda t: case.run(t | {"value": t["features"]})  # noqa: E731
+        more = {"half": gpu} if kind == "frozen" else {}
+        run = lambda t: case.run(t | {"value": t["features"]} | more)  # noqa: B023, E731
         found.append(derivatives(run, given, last, ("vec",), NAN))
     assert not gpu or max(sizes.receivers * 20 * 256, given["features"].numel()) > BEYOND
     assert_same(*found[::-1], 1e-5 if gpu else 1e-11)

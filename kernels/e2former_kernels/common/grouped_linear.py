@@ -19,7 +19,6 @@ from torch import Tensor
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.degree_sums import degree_sums
-from e2former_kernels.common.derived import derived
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import node_plan, run_step
@@ -54,13 +53,9 @@ def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
         return torch.tensor([l for l in range(degrees) for _ in range(2 * l + 1)], device=device)
 
 
-def _rows(weight: Tensor) -> Tensor:
-    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
-
-
 def so3_rows(weight: Tensor) -> Tensor:
     """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several runs."""
-    return derived("rows", weight, _rows)
+    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
 
 
 def apply_so3(x: Tensor, weight: Tensor, transpose: bool, out: Tensor) -> Tensor:
@@ -214,12 +209,14 @@ class _So3(torch.autograd.Function):
     """(x, W, b) -> y of :func:`apply_so3`, b added where l = 0, or with ``transpose`` (g, W) -> gradient by x."""
 
     @staticmethod
-    def forward(ctx, transpose: bool, exact: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.transpose, ctx.exact = transpose, exact
+    def forward(
+        ctx, transpose: bool, exact: bool, rows: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.transpose, ctx.exact, ctx.rows = transpose, exact, rows
         x = x.contiguous()
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, weight)
         width = weight.shape[2 if transpose else 1]
-        y = apply_so3(x, weight, transpose, x.new_empty(*x.shape[:2], width))
+        y = apply_so3(x, weight if rows is None else rows, transpose, x.new_empty(*x.shape[:2], width))
         if bias is not None:
             y[:, 0] += bias
         return y
@@ -227,13 +224,13 @@ class _So3(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        need = ctx.needs_input_grad[2:]
-        by_x = _So3.apply(not ctx.transpose, ctx.exact, grad, weight, None) if need[0] else None
+        need = ctx.needs_input_grad[3:]
+        by_x = _So3.apply(not ctx.transpose, ctx.exact, ctx.rows, grad, weight, None) if need[0] else None
         by_weight = None
         if need[1]:
             pair = (x, grad) if ctx.transpose else (grad, x)
             by_weight = _So3Outer.apply(ctx.exact, *pair)
-        return None, None, by_x, by_weight, grad[:, 0].sum(0) if need[2] else None
+        return None, None, None, by_x, by_weight, grad[:, 0].sum(0) if need[2] else None
 
 
 class _So3Outer(torch.autograd.Function):
@@ -252,8 +249,8 @@ class _So3Outer(torch.autograd.Function):
         need = ctx.needs_input_grad[1:]
         return (
             None,
-            _So3.apply(False, ctx.exact, x, by_weight, None) if need[0] else None,
-            _So3.apply(True, ctx.exact, grad, by_weight, None) if need[1] else None,
+            _So3.apply(False, ctx.exact, None, x, by_weight, None) if need[0] else None,
+            _So3.apply(True, ctx.exact, None, grad, by_weight, None) if need[1] else None,
         )
 
 
@@ -268,11 +265,18 @@ def float32_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact_gradient: bool = False) -> Tensor:
+def so3_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    exact_gradient: bool = False,
+    rows: Tensor | None = None,
+) -> Tensor:
     """y[l, m] = W_l x[l, m], plus the bias where l = 0.
 
     x: [N, (L+1)^2, I]; weight: [L+1, O, I]; bias: [O]. Returns [N, (L+1)^2, O]. Differentiable and under autocast as
-    :func:`grouped_linear`. exact_gradient: the gradient by the weight in float32 also where TF32 is allowed.
+    :func:`grouped_linear`. exact_gradient: the gradient by the weight in float32 also where TF32 is allowed. rows:
+    :func:`so3_rows` of a weight that needs no gradient, where the caller keeps them.
     """
     degrees, outputs = weight.shape[0], weight.shape[1]
     check_shape("x", x, "N, (lmax+1)^2, I", (x.shape[0], degrees**2, x.shape[-1]))
@@ -283,13 +287,14 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact_grad
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        rows = None if rows is None else rows.to(dtype)
     if torch.compiler.is_compiling():
         given = [x, weight] if bias is None else [x, weight, bias]
         return _registered_so3(given, settings=Settings([int(exact_gradient)]))
     if weight.requires_grad and torch.is_grad_enabled():
         given = [x, weight] if bias is None else [x, weight, bias]
         return run_step(_so3_step(given, exact_gradient), given)
-    return _So3.apply(False, exact_gradient, x, weight, bias)
+    return _So3.apply(False, exact_gradient, rows, x, weight, bias)
 
 
 # --- as training and torch.compile have them ---------------------------------------------------------------------
@@ -340,7 +345,7 @@ class _So3Step:
 
 def _so3_step(tensors: list[Tensor], exact: bool) -> _So3Step:
     def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _So3.apply(False, exact, x, weight, bias)
+        return _So3.apply(False, exact, None, x, weight, bias)
 
     return _So3Step(node_plan(function, tensors[:1], tensors[1:]), exact)
 

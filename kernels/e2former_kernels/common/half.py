@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.derived import derived
 from e2former_kernels.common.tiles import next_power
 
 
@@ -77,22 +76,14 @@ def half_matrices(x: Tensor) -> Rows:
 
 def half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [D, ...] as float16 numbers of at most 1, and each degree's factor [D], float32."""
-    return derived("half", weight, _half_weight)
-
-
-def _half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.flatten(1).abs().amax(1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (weight / scale.view(-1, *[1] * (weight.ndim - 1))).half(), scale
 
 
 def row_bias(bias: Tensor, rows: int) -> Tensor:
-    """A frozen bias [C] of row 0 as one of every row, [M, C]."""
-
-    def make(bias: Tensor) -> Tensor:
-        return torch.cat([bias.unsqueeze(0), bias.new_zeros(rows - 1, bias.shape[0])])
-
-    return derived("of rows", bias, make)
+    """A bias [C] of row 0 as one of every row, [M, C]."""
+    return torch.cat([bias.unsqueeze(0), bias.new_zeros(rows - 1, bias.shape[0])])
 
 
 @triton.jit

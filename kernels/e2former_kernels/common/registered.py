@@ -111,7 +111,6 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
     """
 
     def step_of(tensors: Sequence[Tensor], index: Sequence[Tensor], needs: Sequence[int], *settings):
-        # those that are as they should be remain themselves: things are kept by identity (common/derived.py)
         tensors = [
             t if t.requires_grad is (n in needs) else t.detach().requires_grad_(n in needs)
             for n, t in enumerate(tensors)

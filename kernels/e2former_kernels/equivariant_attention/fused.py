@@ -1,8 +1,8 @@
 """Value and first derivative of the attention with fused kernels, run by run; nothing of edge size is kept between.
 
 For score ``qk``; ``directional.py`` adds the gates of the others. The second derivative of forces is in ``second.py``;
-everything beyond goes through :mod:`e2former_kernels.common.chunked`. With frozen weights and TF32 allowed, the rows of
-atoms that edges gather are taken to float16 first (``common/half.py``).
+everything beyond goes through :mod:`e2former_kernels.common.chunked`. With ``half`` the rows of atoms that edges gather
+are taken to float16 first (``common/half.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.half import Rows, half_rows
 from e2former_kernels.common.plan import EdgeChunk, EdgeList
-from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_table import RadialTable
@@ -103,7 +102,8 @@ class FusedAttention:
     directions: B of the kernels, 3 for the relative form of order 1, else 1. coupling: [P, 3 M] or None.
     training_chunks: runs of the gradients by weights and of the second derivative. radial: the structure of the radial
     weights (which of them are there). plan: the same function for :mod:`e2former_kernels.common.chunked`. table:
-    splines of the radial network, where its weights are frozen. cache: what a pass takes over from those before it.
+    splines of the radial network, where its weights are frozen. half: value and first derivative gather rows in
+    float16. cache: what a pass takes over from those before it.
     """
 
     spec: AttentionSpec
@@ -115,6 +115,7 @@ class FusedAttention:
     radial: RadialWeights
     plan: Plan
     table: RadialTable | None = None
+    half: bool = False
     cache: dict = field(default_factory=dict, compare=False)
     first_weight: ClassVar[int] = _RADIAL
 
@@ -198,9 +199,6 @@ class FusedAttention:
         """
         return network.backward(grad, kept, edges.position, *self.edges.elements(chunk)), None
 
-    def _half(self, tensors: list[Tensor]) -> bool:
-        return half_products(tensors[_VALUE]) and not self._trained(tensors)
-
     def _given(self, tensors: list[Tensor], half: bool) -> Given:
         vec, *rest = tensors[:_RADIAL]
         return Given(vec, *(_rows(t.contiguous(), half) for t in rest))
@@ -232,7 +230,7 @@ class FusedAttention:
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C], radial weights -> [N, P or M, C]."""
-        given, value = self._given(tensors, self._half(tensors)), tensors[_VALUE]
+        given, value = self._given(tensors, self.half), tensors[_VALUE]
         nodes, channels = given.query.numbers.shape[0], value.shape[2]
         out = value.new_empty(nodes, value.shape[1] if self.coupling is None else self.coupling.shape[0], channels)
 
@@ -288,7 +286,7 @@ class FusedAttention:
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         """Gradients of the wanted inputs."""
-        half = self._half(tensors)
+        half = self.half
         given, channels, grad = self._given(tensors, half), tensors[_VALUE].shape[2], grad.contiguous()
         coupling = self.transposed()
 

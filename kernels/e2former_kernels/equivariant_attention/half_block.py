@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import apply_groups, apply_so3, so3_rows
 from e2former_kernels.common.half import (
     Rows,
@@ -29,25 +28,9 @@ from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.equivariant_attention.fused import FusedAttention, Given
 from e2former_kernels.equivariant_attention.primitives import contract_rows, launch_contract
 from e2former_kernels.norm.passes import launch_norm_rows, launch_norm_rows_reverse
-from e2former_kernels.query_key.half import half_weights, query_key_products, query_key_reverse
-from e2former_kernels.query_key.reference import QueryKeyWeights
+from e2former_kernels.query_key.half import HalfWeights, query_key_products, query_key_reverse
 
 __all__ = ["BlockWeights", "HalfBlock", "attention_block"]
-
-
-class BlockWeights(NamedTuple):
-    """All frozen. norm_weight: [L+1, C]; norm_bias, value_bias, out_bias: [C]; value_weight: [L+1, C, C].
-
-    out: of each degree, [C, paths C]: from the path rows that lead to a row of the degree to that row of the result.
-    """
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    query_key: QueryKeyWeights
-    value_weight: Tensor
-    value_bias: Tensor
-    out: Sequence[Tensor]
-    out_bias: Tensor
 
 
 class _OutMap(NamedTuple):
@@ -62,20 +45,53 @@ class _OutMap(NamedTuple):
     largest: Tensor
 
 
-def _out_map(weights: BlockWeights, coupling: Tensor) -> _OutMap:
-    first, *others = weights.out
-    channels = first.shape[0]
+class BlockWeights(NamedTuple):
+    """What the block reads, made of frozen weights.
 
-    def make(_: Tensor) -> _OutMap:
-        halves = [half_weight(w.unsqueeze(0)) for w in weights.out]
-        factors = torch.cat([factor for _, factor in halves])
-        paths = [(2 * l + 1) * (w.shape[1] // channels) for l, w in enumerate(weights.out)]
-        of_path = torch.cat([f.expand(n) for f, n in zip(factors, paths, strict=True)])
-        largest = factors.max()
-        back = (coupling * (of_path / largest).unsqueeze(1)).t().contiguous()
-        return _OutMap([w.squeeze(0) for w, _ in halves], so3_rows(factors), back, largest)
+    norm_weight: [L+1, C]; norm_bias: [C]; value: of rows, [M, C, C]; value_bias, out_bias: of rows, [M, C].
+    """
 
-    return derived("behind attention", first, make, [*others, coupling])
+    norm_weight: Tensor
+    norm_bias: Tensor
+    query_key: HalfWeights
+    value: Rows
+    value_bias: Tensor
+    out: _OutMap
+    out_bias: Tensor
+
+
+def block_weights(
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_key: HalfWeights,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    out: Sequence[Tensor],
+    out_bias: Tensor,
+    coupling: Tensor,
+) -> BlockWeights:
+    """What the block reads.
+
+    norm_weight: [L+1, C]; norm_bias, value_bias, out_bias: [C]; value_weight: [L+1, C, C]; coupling: [P, 3, M]. out: of
+    each degree, [C, paths C]: from the path rows that lead to a row of the degree to that row of the result.
+    """
+    channels, rows = out[0].shape[0], value_weight.shape[0] ** 2
+    halves = [half_weight(w.unsqueeze(0)) for w in out]
+    factors = torch.cat([factor for _, factor in halves])
+    paths = [(2 * l + 1) * (w.shape[1] // channels) for l, w in enumerate(out)]
+    of_path = torch.cat([f.expand(n) for f, n in zip(factors, paths, strict=True)])
+    largest = factors.max()
+    back = (coupling.flatten(1) * (of_path / largest).unsqueeze(1)).t().contiguous()
+    value, degrees = half_weight(value_weight)
+    return BlockWeights(
+        norm_weight,
+        norm_bias,
+        query_key,
+        Rows(so3_rows(value), so3_rows(degrees)),
+        row_bias(value_bias, rows),
+        _OutMap([w.squeeze(0) for w, _ in halves], so3_rows(factors), back, largest),
+        row_bias(out_bias, rows),
+    )
 
 
 class HalfBlock:
@@ -89,11 +105,8 @@ class HalfBlock:
         self, step: FusedAttention, tensors: list[Tensor], weights: BlockWeights, shift: Tensor | None
     ) -> None:
         self.step, self.tensors, self.weights, self.shift = step, tensors, weights, shift
-        self.query_key = half_weights(weights.query_key)
-        value, degrees = half_weight(weights.value_weight)
-        self.value = Rows(so3_rows(value), so3_rows(degrees))
-        self.out = _out_map(weights, step.coupling)
-        self.degrees = [2 * l + 1 for l in range(len(weights.out))]
+        self.query_key, self.value, self.out = weights.query_key, weights.value, weights.out
+        self.degrees = [2 * l + 1 for l in range(len(weights.out.weights))]
         self.kept: tuple[Rows, Rows] | None = None  # queries and keys
 
     def _normal(self, x: Tensor) -> Rows:
@@ -101,11 +114,10 @@ class HalfBlock:
 
     def _values(self, h: Rows) -> Rows:
         products = apply_so3(h.numbers, self.value.numbers, False, torch.empty_like(h.numbers))
-        bias = row_bias(self.weights.value_bias, h.numbers.shape[1])
-        return rows_from_products(products, h.factor, self.value.factor, bias)
+        return rows_from_products(products, h.factor, self.value.factor, self.weights.value_bias)
 
     def _queries_and_keys(self, h: Rows) -> tuple[Rows, Rows]:
-        products, bias = query_key_products(h, self.query_key), self.weights.query_key.out_bias
+        products, bias = query_key_products(h, self.query_key), self.query_key.given.out_bias
         heads = self.step.spec.num_heads
         rows = [
             rows_from_products(p.unsqueeze(1), f, self.query_key.out.factor[n : n + 1], bias[n])
@@ -119,7 +131,7 @@ class HalfBlock:
         query, key = self._queries_and_keys(h)
         given = Given(vec, query, key, self._values(h))
         y, channels = torch.empty_like(x), x.shape[2]
-        bias = row_bias(self.weights.out_bias, x.shape[1])
+        bias = self.weights.out_bias
         del h
 
         def finish(chunk: EdgeChunk, outer: Tensor) -> None:

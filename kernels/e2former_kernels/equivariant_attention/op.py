@@ -25,7 +25,6 @@ from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, 
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, EdgeList, LazyPlan, run_size
-from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
@@ -330,6 +329,7 @@ def make_step(
     table: RadialTable | None,
     max_run_edges: int | None = None,
     edges: EdgeList | None = None,
+    half: bool = False,
 ) -> FusedAttention | _Recomputed:
     """The operation on one graph. Raises as :func:`equivariant_attention` does."""
     source, target, row_ptr, species, coupling, source_order, source_ptr, image = graph
@@ -369,8 +369,10 @@ def make_step(
     relative = spec.order == 1 and form == "relative"
     directions = 3 if relative else 1
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial)
+    if half and trained:
+        raise ValueError("half: expected false where the radial network's weights need gradients")
     # of an edge, and its share of the receivers' outer products, at some thirty edges each; their gradients may be half
-    share = 64 if half_products(pieces.value) and not trained else 32
+    share = 64 if half else 32
     per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // share
     if table is None:
         per_edge += 4 * spec.num_heads + 3 * hidden
@@ -398,6 +400,7 @@ def make_step(
         "radial": pieces.radial,
         "plan": plan_of(function, chunks, arguments),
         "table": table,
+        "half": half,
     }
     if spec.score == "qk":
         return FusedAttention(**parts)
@@ -482,6 +485,7 @@ def equivariant_attention(
     table: RadialTable | None = None,
     value_again: Callable[[], Tensor] | None = None,
     edges: EdgeList | None = None,
+    half: bool = False,
 ) -> Tensor:
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
@@ -491,12 +495,13 @@ def equivariant_attention(
     (:func:`e2former_kernels.common.radial_table.build_radial_table`), for score ``qk`` and weights that need no
     gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
     value_again: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.again`). edges: these
-    same edges with what earlier calls made of them.
+    same edges with what earlier calls made of them. half: the rows of atoms that edges gather are float16 with a factor
+    (``common/half.py``), for float32 inputs whose products may be rounded as TF32 does and weights without gradient.
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
     TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under torch.compile
-    ``value_again`` has no effect; see :mod:`e2former_kernels.common.registered`.
+    ``value_again``, ``edges`` and ``half`` have no effect; see :mod:`e2former_kernels.common.registered`.
     """
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
 
@@ -512,4 +517,4 @@ def equivariant_attention(
         index = (*graph, *(table or (None,) * 5)[:2])
         settings = _settings(spec, pieces, index, form, table, max_run_edges)
         return _registered(there(pieces.every()), there(index), settings)
-    return _run(spec, pieces, value_again, graph, form, table, max_run_edges, edges)
+    return _run(spec, pieces, value_again, graph, form, table, max_run_edges, edges, half)

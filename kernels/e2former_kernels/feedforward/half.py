@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import apply_so3, float32_products, so3_rows
 from e2former_kernels.common.half import Rows, from_products, half_rows, half_weight, new_rows, row_bias
 from e2former_kernels.common.step import node_runs
@@ -39,25 +38,15 @@ class HalfWeights(NamedTuple):
 
 
 def half_weights(weights: Weights) -> HalfWeights:
-    """All of ``weights`` frozen."""
-
-    def folded(gate_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with float32_products():
-            both = (gate_weight @ weights.weight1[0]).unsqueeze(0)
-            bias = torch.addmv(weights.gate_bias, gate_weight, weights.bias1)
-        return *half_weight(both), bias
-
-    others = [weights.weight1, weights.bias1, weights.gate_bias]
-    gates, gate_factor, gate_bias = derived("folded gates", weights.gate_weight, folded, others)
+    """What the products take, made of weights that do not change."""
+    with float32_products():
+        both = (weights.gate_weight @ weights.weight1[0]).unsqueeze(0)
+        gate_bias = torch.addmv(weights.gate_bias, weights.gate_weight, weights.bias1)
+    gates, gate_factor = half_weight(both)
     first, first_degrees = half_weight(weights.weight1)
     second, second_degrees = half_weight(weights.weight2)
-
-    def behind(_: Tensor) -> tuple[Tensor, Tensor]:
-        rows = so3_rows(first_degrees)
-        return so3_rows(first)[1:], torch.cat([gate_factor, rows[1:]])
-
-    rows, back = derived("behind row 0", weights.weight1, behind, [weights.gate_weight])
-
+    back = torch.cat([gate_factor, so3_rows(first_degrees)[1:]])
+    rows = so3_rows(first)[1:]
     return HalfWeights(
         weights,
         Rows(rows, first_degrees),
@@ -91,9 +80,9 @@ def _gate_arguments(y: Rows, gates: Tensor, weights: HalfWeights) -> tuple[Tenso
     return y.numbers, gates, y.factor, weights.first.factor, weights.gates.factor, weights.gate_bias
 
 
-def half_value(x: Tensor, weights: Weights, residual: bool) -> Tensor:
+def half_value(x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
     """The network on x [N, M, C], contiguous; plus x itself with ``residual``."""
-    out, half = torch.empty_like(x), half_weights(weights)
+    out = torch.empty_like(x)
     for run in node_runs(x.shape[0]) if x.numel() else ():
         part = x[run.nodes]
         y, gates = _first(part, half)
@@ -106,9 +95,9 @@ def half_value(x: Tensor, weights: Weights, residual: bool) -> Tensor:
     return out
 
 
-def half_gradient(grad: Tensor, x: Tensor, weights: Weights, residual: bool) -> Tensor:
+def half_gradient(grad: Tensor, x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
     """Gradient by x of <grad, result>. grad, x: [N, M, C], contiguous."""
-    by_x, half = torch.empty_like(x), half_weights(weights)
+    by_x = torch.empty_like(x)
     for run in node_runs(x.shape[0]) if x.numel() else ():
         part, by_out = x[run.nodes], grad[run.nodes]
         y, gates = _first(part, half)
@@ -122,6 +111,6 @@ def half_gradient(grad: Tensor, x: Tensor, weights: Weights, residual: bool) -> 
         torch.mm(gates, half.gates.numbers[0], out=by_h[:, 0])
         torch.bmm(y.numbers.transpose(0, 1), half.first.numbers, out=by_h[:, 1:].transpose(0, 1))
         launch_norm_rows_reverse(
-            part, weights.norm_weight, Rows(by_h, common), half.back, by_out if residual else None, by_x[run.nodes]
+            part, half.given.norm_weight, Rows(by_h, common), half.back, by_out if residual else None, by_x[run.nodes]
         )
     return by_x

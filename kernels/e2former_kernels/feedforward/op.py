@@ -10,25 +10,23 @@ from torch import Tensor
 
 from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.step import node_plan, run_step
-from e2former_kernels.feedforward.half import half_gradient, half_value
+from e2former_kernels.feedforward.half import HalfWeights, half_gradient, half_value
 from e2former_kernels.feedforward.passes import Weights, gradients, of_rows, value
 from e2former_kernels.feedforward.reference import gated_feedforward_reference
-
-
-def _half(x: Tensor, weights: Weights) -> bool:
-    return half_products(x) and not any(w.requires_grad for w in weights)
 
 
 @dataclass(frozen=True)
 class _FeedForward:
     plan: Plan
     residual: bool
+    prepared: HalfWeights | Weights | None  # of frozen weights, kept by the caller
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
     def _of_rows(self, weights: Weights) -> Weights:
+        if isinstance(self.prepared, Weights):
+            return self.prepared
         if "weights" in self.cache:
             return self.cache["weights"]
         rows = of_rows(weights)
@@ -38,15 +36,15 @@ class _FeedForward:
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         x, weights = tensors[0].contiguous(), Weights(*tensors[1:])
-        if _half(x, weights):
-            return half_value(x, weights, self.residual)
+        if isinstance(self.prepared, HalfWeights):
+            return half_value(x, self.prepared, self.residual)
         out = value(x, self._of_rows(weights))
         return out.add_(x) if self.residual else out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         grad, x, weights = grad.contiguous(), tensors[0].contiguous(), Weights(*tensors[1:])
-        if _half(x, weights):
-            return [half_gradient(grad, x, weights, self.residual)]
+        if isinstance(self.prepared, HalfWeights):
+            return [half_gradient(grad, x, self.prepared, self.residual)]
         by_x, by_weights, _ = gradients(grad, x, None, self._of_rows(weights), any(wanted), self.residual)
         found = [by_x, *(by_weights or ())]
         return [torch.zeros_like(tensors[n]) if found[n] is None else found[n] for n in wanted]
@@ -64,7 +62,7 @@ class _FeedForward:
         return [found[n] for n in again]
 
 
-def _step(residual: bool, x: Tensor, *weights: Tensor) -> _FeedForward:
+def _step(residual: bool, prepared: HalfWeights | Weights | None, x: Tensor, *weights: Tensor) -> _FeedForward:
     norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2 = weights
     degrees, channels = norm_weight.shape[0], x.shape[-1]
     gates, square = degrees * channels, ("lmax+1, C, C", (degrees, channels, channels))
@@ -76,19 +74,21 @@ def _step(residual: bool, x: Tensor, *weights: Tensor) -> _FeedForward:
         weight2=(weight2, *square), bias2=(bias2, "C", (channels,)),
     )  # fmt: skip
     function = functools.partial(gated_feedforward_reference, residual=residual)
-    return _FeedForward(node_plan(function, [x], list(weights)), residual)
+    if prepared is not None and any(w.requires_grad for w in weights):
+        raise ValueError("gated_feedforward: prepared: expected None where weights need gradients")
+    return _FeedForward(node_plan(function, [x], list(weights)), residual, prepared)
 
 
 def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _FeedForward:
-    return _step(bool(settings.integers[0]), *tensors)
+    return _step(bool(settings.integers[0]), None, *tensors)
 
 
 _registered = register("gated_feedforward", _make_step, lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
 
 
 @torch.compiler.disable()
-def _run(residual: bool, *tensors: Tensor) -> Tensor:
-    return run_step(_step(residual, *tensors), list(tensors))
+def _run(residual: bool, prepared: HalfWeights | Weights | None, *tensors: Tensor) -> Tensor:
+    return run_step(_step(residual, prepared, *tensors), list(tensors))
 
 
 def gated_feedforward(
@@ -102,14 +102,17 @@ def gated_feedforward(
     weight2: Tensor,
     bias2: Tensor,
     residual: bool = False,
+    prepared: HalfWeights | Weights | None = None,
 ) -> Tensor:
     """The function of :func:`gated_feedforward_reference` with Triton kernels; differentiable to any order.
 
-    residual: plus x, without another pass over either where weights are frozen and TF32 is allowed (``half.py``).
+    residual: plus x, without another pass over either with float16 rows. prepared: of weights that do not change and
+    need no gradient, :func:`.half.half_weights` for value and gradient by x with float16 rows (``half.py``), or
+    :func:`.passes.of_rows`; float32 and made here when None; not under torch.compile.
     Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under
     torch.compile: see :mod:`e2former_kernels.common.registered`.
     """
     tensors = (x, norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
     if torch.compiler.is_compiling():
         return _registered(list(tensors), settings=Settings([int(residual)]))
-    return _run(residual, *tensors)
+    return _run(residual, prepared, *tensors)

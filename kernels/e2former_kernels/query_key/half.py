@@ -13,7 +13,6 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.derived import derived
 from e2former_kernels.common.grouped_linear import apply_so3, so3_rows
 from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight, new_rows
 from e2former_kernels.common.step import node_runs
@@ -53,14 +52,11 @@ class Run(NamedTuple):
 
 
 def half_weights(weights: QueryKeyWeights) -> HalfWeights:
-    """All of ``weights`` frozen."""
+    """What the products take, made of weights that do not change."""
     weight, degrees = half_weight(weights.weight)
     channels = weights.weight.shape[-1]  # rows are at most 1, weights too
 
-    def largest(bias: Tensor) -> Tensor:
-        return torch.stack([channels * degrees.max(), bias.abs().max()])
-
-    bound = derived("largest product", weights.bias, largest, [weights.weight])
+    bound = torch.stack([channels * degrees.max(), weights.bias.abs().max()])
     hidden, out = (Rows(*half_weight(w)) for w in (weights.hidden_weight, weights.out_weight))
     return HalfWeights(weights, so3_rows(weight), degrees, so3_rows(degrees), bound, hidden, out)
 
@@ -151,17 +147,15 @@ def query_key_reverse(grad: Rows, h: Rows, weights: HalfWeights) -> Rows:
     return Rows(h.numbers, bounds)
 
 
-def query_key_value(h: Tensor, weights: QueryKeyWeights) -> Tensor:
+def query_key_value(h: Tensor, half: HalfWeights) -> Tensor:
     """Queries and keys, [2, N, O]. h: [N, M, C], contiguous."""
-    half = half_weights(weights)
     products, factor = query_key_products(half_rows(h), half)
     out = h.new_empty(products.shape)
-    from_products(products.transpose(0, 1), factor.t(), half.out.factor, out.transpose(0, 1), weights.out_bias)
+    from_products(products.transpose(0, 1), factor.t(), half.out.factor, out.transpose(0, 1), half.given.out_bias)
     return out
 
 
-def query_key_gradient(grad: Tensor, h: Tensor, weights: QueryKeyWeights) -> Tensor:
+def query_key_gradient(grad: Tensor, h: Tensor, half: HalfWeights) -> Tensor:
     """Gradient by h of <grad, queries and keys>. grad: [N, 2, O]; h: [N, M, C], contiguous."""
-    half = half_weights(weights)
     products, factor = query_key_reverse(half_matrices(grad.transpose(0, 1)), half_rows(h), half)
     return from_products(products, factor, half.row_factors, torch.empty_like(h))

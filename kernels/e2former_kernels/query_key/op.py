@@ -10,16 +10,11 @@ from torch import Tensor
 
 from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.precision import half_products
 from e2former_kernels.common.registered import register
 from e2former_kernels.common.step import node_plan, run_step
-from e2former_kernels.query_key.half import query_key_gradient, query_key_value
+from e2former_kernels.query_key.half import HalfWeights, query_key_gradient, query_key_value
 from e2former_kernels.query_key.passes import RowWeights, forward_run, gradients, outputs, row_weights, runs
 from e2former_kernels.query_key.reference import QueryKeyWeights, check_query_key, query_key_reference
-
-
-def _half(h: Tensor, weights: QueryKeyWeights) -> bool:
-    return half_products(h) and not any(w.requires_grad for w in weights)
 
 
 def _apart(grad: Tensor) -> Tensor:
@@ -30,9 +25,12 @@ def _apart(grad: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _QueryKey:
     plan: Plan
+    prepared: HalfWeights | RowWeights | None = None  # of frozen weights, kept by the caller
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
     def _rows(self, weights: QueryKeyWeights) -> RowWeights:
+        if isinstance(self.prepared, RowWeights):
+            return self.prepared
         if "rows" in self.cache:
             return self.cache["rows"]
         rows = row_weights(weights)
@@ -43,8 +41,8 @@ class _QueryKey:
     def forward(self, tensors: list[Tensor]) -> Tensor:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
-        if _half(h, weights):
-            return query_key_value(h, weights).transpose(0, 1)
+        if isinstance(self.prepared, HalfWeights):
+            return query_key_value(h, self.prepared).transpose(0, 1)
         out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
         rows = self._rows(weights)
         for run in runs(h, rows, 1):
@@ -54,8 +52,8 @@ class _QueryKey:
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         h, *rest = (t.contiguous() for t in tensors)
         weights = QueryKeyWeights(*rest)
-        if _half(h, weights):
-            return [query_key_gradient(_apart(grad).transpose(0, 1), h, weights)]
+        if isinstance(self.prepared, HalfWeights):
+            return [query_key_gradient(_apart(grad).transpose(0, 1), h, self.prepared)]
         by_h, by_weights, _ = gradients(_apart(grad), h, None, self._rows(weights), any(wanted))
         found = [by_h, *(by_weights or ())]
         return [found[n] for n in wanted]
@@ -72,9 +70,12 @@ class _QueryKey:
         return [found[n] for n in again]
 
 
-def _step(h: Tensor, weights: QueryKeyWeights) -> _QueryKey:
+def _step(h: Tensor, weights: QueryKeyWeights, prepared: HalfWeights | RowWeights | None = None) -> _QueryKey:
     check_query_key(h, weights)
-    return _QueryKey(node_plan(lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)), [h], list(weights)))
+    if prepared is not None and any(w.requires_grad for w in weights):
+        raise ValueError("query_key: prepared: expected None where weights need gradients")
+    plan = node_plan(lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)), [h], list(weights))
+    return _QueryKey(plan, prepared)
 
 
 def _shape(tensors: list[Tensor], *_) -> Tensor:
@@ -86,17 +87,24 @@ _registered = register("query_key", lambda tensors, *_: _step(tensors[0], QueryK
 
 
 @torch.compiler.disable()
-def _run(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None) -> Tensor:
+def _run(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None, prepared) -> Tensor:
     with computed_again((h, h_again)):
-        return run_step(_step(h, weights), [h, *weights])
+        return run_step(_step(h, weights, prepared), [h, *weights])
 
 
-def query_key(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None = None) -> Tensor:
+def query_key(
+    h: Tensor,
+    weights: QueryKeyWeights,
+    h_again: Callable[[], Tensor] | None = None,
+    prepared: HalfWeights | RowWeights | None = None,
+) -> Tensor:
     """The function of :func:`query_key_reference` with Triton kernels; differentiable to any order.
 
-    h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.again`); not under torch.compile,
-    for which see :mod:`e2former_kernels.common.registered`.
+    h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.again`). prepared: of weights that
+    do not change and need no gradient, :func:`.half.half_weights` for value and gradient by h with float16 rows
+    (``half.py``), or :func:`.passes.row_weights`; float32 and made here when None. Both not under torch.compile, for
+    which see :mod:`e2former_kernels.common.registered`.
     """
     if torch.compiler.is_compiling():
         return _registered([h, *weights])
-    return _run(h, weights, h_again)
+    return _run(h, weights, h_again, prepared)

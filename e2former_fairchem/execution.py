@@ -1,0 +1,194 @@
+"""How an evaluation runs: chosen once, here. Below this file nobody asks for device, precision or mode.
+
+| name | taken when | what runs |
+|---|---|---|
+| ``reference`` | ``kernel_backend: reference``; ``auto`` without a GPU, or in float64 | PyTorch |
+| ``kernels`` | Triton runs, and weights may change: training, a model that nobody froze | Triton kernels, float32 |
+| ``compiled`` | the same inside ``torch.compile`` | the kernels as operations of ``torch.library`` |
+| ``frozen`` | ``model.freeze()``, which fairchem's inference calls | and splines for radial networks, merged maps |
+| ``frozen_half`` | frozen, and TF32 is allowed | and rows of atoms in float16 with a factor |
+| ``replayed`` | frozen, small, the same atoms again and again | one of the last two from CUDA graphs (`captured`) |
+
+``dense`` convolutions run in PyTorch in all of them. An execution that is not taken has its reason in
+`Execution.why_not`; the first evaluation of each kind says both in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from e2former_fairchem.config import E2FormerV2Config
+from e2former_kernels.common.backend import resolve_backend
+from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
+from e2former_kernels.common.plan import EdgeList
+
+if TYPE_CHECKING:
+    from e2former_fairchem.frozen import Frozen
+    from e2former_fairchem.graph import Graph
+
+__all__ = ["Execution", "choose_execution"]
+
+logger = logging.getLogger("e2former_fairchem")
+
+# Below this many numbers of edge tensors in one layer, keeping them for the backward pass is cheaper than computing
+# them twice (64 MB in float32).
+KEEP_NUMBERS = 1 << 24
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What the network's modules need to know; see the table above.
+
+    Args:
+        name: of the table.
+        backend: ``reference`` or ``triton``.
+        form: of the attention operation: ``relative``, ``sum`` or ``dense``.
+        node_factored: the convolution is EAAS, whose nodes need positions.
+        recompute: the reference keeps no edge tensors for its backward pass.
+        half: rows of atoms are float16 with a factor.
+        autocast: torch's autocast is on.
+        precision: torch's, of float32 products.
+        frozen: what is made of the weights, where they are frozen.
+        elements: the atomic numbers there are, where weights are frozen.
+        compute_again: of node features keep only what takes more than a norm and a matrix product to compute again.
+        replays: repeated evaluations come from CUDA graphs.
+        geometry: of the edges, computed once for all layers where the reference keeps edge tensors.
+        edges: of the graph, for the kernels, with what their calls share.
+        why_not: of the executions further down in the table, the reasons.
+    """
+
+    name: str = "reference"
+    backend: str = "reference"
+    form: str = "relative"
+    node_factored: bool = False
+    recompute: bool = False
+    half: bool = False
+    autocast: bool = False
+    precision: str = "highest"
+    frozen: Frozen | None = None
+    elements: tuple[int, ...] | None = None
+    compute_again: bool = False
+    replays: bool = False
+    geometry: EdgeGeometry | None = None
+    edges: EdgeList | None = None
+    why_not: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def made(self, owner: nn.Module, name: str, make: Callable[[], Made]) -> Made:
+        """``make()``, once for frozen weights."""
+        return make() if self.frozen is None else self.frozen.made(owner, name, make)
+
+    def on(self, config: E2FormerV2Config, graph: Graph, species: Tensor) -> Execution:
+        """The same on a graph, with what its layers share. species: [num_senders], atomic numbers."""
+        if self.backend == "triton":
+            return replace(self, edges=None if self.name == "compiled" else graph.edge_list(species))
+        numbers = graph.num_edges * 6 * (config.lmax + 1) ** 2 * config.sphere_channels
+        recompute = {"auto": numbers > KEEP_NUMBERS, "dense": False}.get(config.convolution, True)
+        if recompute:
+            return replace(self, recompute=True)
+        geometry = edge_geometry(graph.vec, config.cutoff, config.num_radial_basis, config.envelope_exponent)
+        return replace(self, geometry=geometry)
+
+    def on_long_range(self, graph: Graph, species: Tensor) -> Execution:
+        """The same on the long-range graph, whose networks have no splines."""
+        edges = None if self.edges is None else graph.edge_list(species)
+        return replace(self, elements=None, compute_again=False, geometry=None, edges=edges)
+
+
+REFERENCE = Execution()
+
+
+def choose_execution(
+    config: E2FormerV2Config,
+    graph: Graph,
+    like: Tensor,
+    frozen_weights: Callable[[], tuple[Frozen, tuple[int, ...]] | str],
+) -> Execution:
+    """How an evaluation of ``graph`` runs.
+
+    Args:
+        config: of the network.
+        graph: the short-range graph.
+        like: a weight, for device and dtype.
+        frozen_weights: what is made of the weights and the elements there are, or why weights are not frozen. Asked
+            only where the answer matters.
+
+    Raises:
+        RuntimeError: ``kernel_backend: triton`` cannot run here.
+    """
+    forms = {"dense": "dense", "eaas": "sum"}
+    device, backend = like.device, config.kernel_backend
+    if backend == "auto" and like.dtype == torch.float64:
+        backend = "reference"
+    given = {
+        "backend": resolve_backend(backend, device),
+        "form": forms.get(config.convolution, "relative"),
+        "node_factored": config.convolution == "eaas",
+        "autocast": torch.is_autocast_enabled(device.type),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+    if given["backend"] == "reference":
+        return _said(Execution(**given, why_not={"kernels": _no_kernels(config, like)}))
+    if torch.compiler.is_compiling():
+        return Execution("compiled", **given)
+    weights = frozen_weights()
+    if isinstance(weights, str):
+        return _said(Execution("kernels", **given, why_not={"frozen": weights}))
+    frozen, elements = weights
+    again = not config.activation_checkpointing and graph.halo is None
+    given |= {"frozen": frozen, "elements": elements, "compute_again": again}
+    no_half = _first(
+        (given["precision"] == "highest", "products in TF32 are not allowed"),
+        (like.dtype != torch.float32, f"weights are {like.dtype}"),
+        (graph.vec.dtype != torch.float32, f"edge vectors are {graph.vec.dtype}"),
+        (given["autocast"], "autocast is on"),
+    )
+    no_replay = _first(
+        (not config.cuda_graph, "cuda_graph is false"),
+        (not graph.vec.is_cuda, f"the edges are on {graph.vec.device}"),
+        (graph.vec.dtype != torch.float32, f"edge vectors are {graph.vec.dtype}"),
+        (graph.halo is not None, "graph parallelism exchanges features"),
+        (graph.num_edges == 0, "there are no edges"),
+        (given["form"] != "relative", f"convolution is {config.convolution}"),
+        (config.long_range is not None, "there are long-range blocks"),
+        (given["autocast"], "autocast is on"),
+        (graph.vec.is_cuda and torch.cuda.is_current_stream_capturing(), "a CUDA graph is being captured"),
+    )
+    reasons = {"frozen_half": no_half, "replayed": no_replay}
+    why_not = {name: reason for name, reason in reasons.items() if reason is not None}
+    name = "frozen" if no_half else "frozen_half"
+    return _said(Execution(name, half=no_half is None, replays=no_replay is None, why_not=why_not, **given))
+
+
+def _first(*reasons: tuple[bool, str]) -> str | None:
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def _no_kernels(config: E2FormerV2Config, like: Tensor) -> str:
+    if config.kernel_backend == "reference":
+        return "kernel_backend is reference"
+    return "float64 is the reference's" if like.dtype == torch.float64 else f"weights are on {like.device}"
+
+
+@torch.compiler.disable
+def _said(execution: Execution) -> Execution:
+    if logger.isEnabledFor(logging.INFO):
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in execution.why_not.items())
+        _say(f"execution: {execution.name}" + (f" ({reasons})" if reasons else ""))
+    return execution
+
+
+_said_lines: set[str] = set()
+
+
+def _say(line: str) -> None:
+    if line not in _said_lines:
+        _said_lines.add(line)
+        logger.info(line)

@@ -1,0 +1,137 @@
+"""Everything that is made of a model's weights and kept: its one home, made by ``freeze()``, gone with ``unfreeze()``.
+
+Splines of the radial networks, merged maps, float16 rows and CUDA graphs all stand for weights that do not change. A
+model that nobody froze keeps none of them. A frozen model notices at every evaluation when its weights have changed, by
+whatever way, and makes everything anew: who may write to them is not asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from e2former_kernels.common.radial import RadialWeights
+from e2former_kernels.common.radial_table import RadialTable, build_radial_table
+
+if TYPE_CHECKING:
+    from e2former_fairchem.captured import Replays
+    from e2former_kernels.common.seal import Seal
+
+__all__ = ["Frozen", "parameters_of"]
+
+logger = logging.getLogger("e2former_fairchem")
+
+Made = TypeVar("Made")
+
+
+class Frozen:
+    """What is made of the weights of one model. A copy, pickled or deep, starts empty.
+
+    The first evaluation seals the weights: a digest of every block of their memory (`e2former_kernels.common.seal`),
+    which every later evaluation checks in one launch, whose verdict it reads together with the elements.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[nn.Module, str], object] = {}
+        self._splines: dict[nn.Module, _Splines] = {}
+        self._seal: Seal | None = None
+        self.replays: Replays | None = None
+
+    def __deepcopy__(self, memo: dict) -> Frozen:
+        return type(self)()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def made(self, owner: nn.Module, name: str, make: Callable[[], Made]) -> Made:
+        """``make()``, the first time; later what it returned. owner: the module whose weights ``make`` reads."""
+        key = owner, name
+        if key not in self._made:
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = make()
+        return self._made[key]
+
+    def splines(
+        self, owner: nn.Module, elements: Sequence[int], weights: RadialWeights, cutoff: float, last: bool = True
+    ) -> RadialTable | None:
+        """Splines of the radial networks of ``owner`` for all pairs of ``elements``; None: evaluate the networks.
+
+        Args:
+            owner: the module that the networks belong to.
+            elements: atomic numbers at hand.
+            weights: of the networks.
+            cutoff: Å.
+            last: with the networks' last linear layer.
+        """
+        return self._splines.setdefault(owner, _Splines()).get(elements, weights, cutoff, last)
+
+    def tables(self) -> list[RadialTable]:
+        """The splines there are."""
+        return [splines.table for splines in self._splines.values() if splines.table is not None]
+
+    def check(self, parameters: Sequence[nn.Parameter], broken: Tensor) -> bool:
+        """Whether the weights are the sealed ones as far as the host can tell; seals them the first time.
+
+        Args:
+            parameters: of the model.
+            broken: [1], integers on the weights' device, set to 1 where a number has changed.
+        """
+        if self._seal is None:
+            from e2former_kernels.common.seal import Seal
+
+            with torch.inference_mode(False):
+                self._seal = Seal(parameters)
+            return True
+        if not self._seal.same_memory(parameters):
+            return False
+        self._seal.check(broken)
+        return True
+
+
+class _Splines:
+    """Splines of one module's radial networks, for the elements at hand.
+
+    They are made when the same elements come a second time in a row (dynamics and relaxations; a sweep over single
+    molecules with ever new elements would make them for nothing), for them and those there were before where both stay
+    within the size limit. Where no table fits, the networks are evaluated, and the log says so.
+    """
+
+    def __init__(self) -> None:
+        self.table: RadialTable | None = None
+        self._elements: frozenset[int] = frozenset()
+        self._pending: frozenset[int] | None = None
+        self._refused: set[frozenset[int]] = set()
+
+    def get(self, elements: Sequence[int], weights: RadialWeights, cutoff: float, last: bool) -> RadialTable | None:
+        wanted = frozenset(elements)
+        if self.table is not None and wanted <= self._elements:
+            return self.table
+        if wanted in self._refused:
+            return None
+        if self._pending != wanted:
+            self._pending = wanted
+            return None
+        for candidate in dict.fromkeys((self._elements | wanted, wanted)):
+            with torch.inference_mode(False):
+                table = build_radial_table(weights, cutoff, sorted(candidate), last)
+            if table is not None:
+                self.table, self._elements = table, candidate
+                return table
+        self._refused.add(wanted)
+        logger.info("radial networks of %d elements do not fit a table: they are evaluated", len(wanted))
+        return None
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The module's parameters, in an order of their own: a walk without names, which takes most of the time."""
+    found, modules = [], [module]
+    while modules:
+        here = modules.pop()
+        if here is not None:
+            found += here._parameters.values()
+            modules += here._modules.values()
+    return [parameter for parameter in found if parameter is not None]
