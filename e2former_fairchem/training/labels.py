@@ -233,9 +233,18 @@ def get_dataloader(
 ) -> DataLoader:
     """fairchem's `get_dataloader` after `check_labels`; every rank checks, so that all of them stop.
 
+    Structures that fairchem's sampler leaves out because they are larger than a batch are counted in a warning.
     Raises ValueError as `check_labels` does, and for a limit that is no positive number.
     """
     if max_energy_residual is not None:
         positive("max_energy_residual", max_energy_residual)
     check_labels(dataset, collate_fn, max_energy_residual)
-    return dataloader_builder.get_dataloader(dataset, batch_sampler_fn, collate_fn, num_workers)
+    loader = dataloader_builder.get_dataloader(dataset, batch_sampler_fn, collate_fn, num_workers)
+    batches = getattr(loader.batch_sampler, "all_batches", None)  # fairchem's sampler by atoms says it on level info
+    if batches is not None and (left_out := len(dataset) - sum(map(len, batches))):
+        _log(
+            logging.warning,
+            f"{left_out:,} of {len(dataset):,} structures of {', '.join(dataset.dataset_names)} have more than "
+            f"{loader.batch_sampler.max_atoms:,} atoms (max_atoms) and are left out",
+        )
+    return loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -398,3 +399,28 @@ def nodes(node: object) -> list[dict]:
     """All mappings of a YAML file."""
     inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     return ([node] if isinstance(node, dict) else []) + [found for part in inner for found in nodes(part)]
+
+
+def test_evaluations_are_protected_too(
+    repo: Path, launch: Callable, elsewhere: Path, tmp_path: Path, write_checkpoint: Callable
+) -> None:
+    write_checkpoint(elsewhere / "checkpoint.pt")
+    source = write(tmp_path / "d", [labelled(energy=9.6 - energy_of(molecule("H2O"))), labelled(forces=math.nan)])
+    overrides = ["checkpoint=checkpoint.pt", "dataset=omol25_val", f"data_val={source}", "job.device_type=CPU"]
+    overrides += ["dataset.key_mapping.energy=energy", "dataset.key_mapping.forces=forces"]
+    evaluate = repo / "configs" / "evaluate" / "omol25.yaml"
+    with pytest.raises(Exception, match=r"structure 1 of omol.val: forces not finite \(forces\)"):
+        launch(evaluate, *overrides)
+    with pytest.raises(Exception, match=r"element_references: omol.val: energy .*structure 1 of omol.val"):
+        launch(evaluate, *overrides, "dataset.bad_labels=mask")
+    assert not list(elsewhere.rglob("results.json"))
+
+
+def test_structures_that_the_sampler_leaves_out_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from fairchem.core.datasets.samplers.max_atom_distributed_sampler import MaxAtomDistributedBatchSampler
+
+    data = combined(write(tmp_path / "d", [labelled(), labelled("C2H6"), labelled("CO")]))
+    sampler = partial(MaxAtomDistributedBatchSampler, max_atoms=6, shuffle=False, seed=0)
+    loader = get_dataloader(data, sampler, LabelCollater(tasks()), 0)
+    assert sum(len(batch.sid) for batch in loader) == 2
+    assert "1 of 3 structures of omol.train have more than 6 atoms (max_atoms) and are left out" in caplog.text
