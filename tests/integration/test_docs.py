@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = ("README.md", "docs/workflows.md", "docs/leaderboard.md", "docs/network.md")
+PAGES = ("README.md", "docs/workflows.md", "docs/leaderboard.md", "docs/network.md", "docs/architecture.md")
 
 
 def sections(page: Path) -> set[str]:
@@ -69,8 +69,41 @@ def test_citations_of_the_network_exist(repo: Path) -> None:
                 missing = set(re.findall(r"[\d.]*\d", found[2])) - set(known[found[1]])
                 assert not missing, f"{path}: docs/network.md has no {found[1]} {sorted(missing)}"
     assert cited > 40, cited
-    page = " ".join((repo / "docs" / "network.md").read_text().split())
-    own = re.findall(NUMBERS, page)
-    own += [("equation", numbers) for numbers in re.findall(r"\((\d{1,2}\.\d{1,2}(?:, \d{1,2}\.\d{1,2})*)\)", page)]
-    for kind, numbers in own:
-        assert set(re.findall(r"[\d.]*\d", numbers)) <= set(known[kind]), f"docs/network.md: {kind} {numbers}"
+    for name in ("network.md", "architecture.md"):
+        page = " ".join((repo / "docs" / name).read_text().split())
+        pairs = r"\((\d{1,2}\.\d{1,2}(?:,? (?:to )?\d{1,2}\.\d{1,2})*)\)"  # (6.10), (6.1, 6.2), (4.1 to 4.3)
+        own = re.findall(NUMBERS, page) + [("equation", numbers) for numbers in re.findall(pairs, page)]
+        assert own, name
+        for kind, numbers in own:
+            assert set(re.findall(r"[\d.]*\d", numbers)) <= set(known[kind]), f"docs/{name}: {kind} {numbers}"
+
+
+def expanded(name: str) -> list[str]:
+    """Names that braces stand for: ``a/{b,c}.py``."""
+    braces = re.fullmatch(r"(.*)\{([^}]*)\}(.*)", name)
+    return [name] if braces is None else [braces[1] + part + braces[3] for part in braces[2].split(",")]
+
+
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/network.md"])
+def test_files_and_names_that_pages_mention_exist(name: str, repo: Path) -> None:
+    """Files by path, by their last part or by a pattern; classes, functions and constants by name."""
+    roots = [repo, repo / "kernels" / "e2former_kernels", repo / "e2former_fairchem"]
+    sources = {path: path.read_text() for root in roots[1:] for path in root.rglob("*.py")}
+    sources |= {
+        path: path.read_text() for folder in ("tests", "kernels/benchmarks") for path in (repo / folder).rglob("*.py")
+    }
+    words = set(re.findall(r"\w+", " ".join(sources.values())))
+    files = names = 0
+    for token in set(re.findall(r"`([^`\n]+)`", (repo / name).read_text())):
+        if re.fullmatch(r"[\w/.{},*-]+\.(py|yaml|md|toml)", token) or re.fullmatch(r"\w+(/\w+)+", token):
+            for path in expanded(token):
+                there = any(any(root.glob(path)) for root in roots) or (
+                    "/" not in path and any(repo.glob(f"*/**/{path}"))
+                )
+                assert there, f"{name}: {path} is not there"
+                files += 1
+        elif re.fullmatch(r"\w{4,}", token) and ("_" in token or re.search(r"[a-z][A-Z]", token)):
+            assert token in words, f"{name}: nothing is called {token}"
+            names += 1
+    assert files > 5, files
+    assert names > 20, names
