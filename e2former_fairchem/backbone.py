@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from fairchem.core.common import gp_utils
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import conditional_grad
@@ -26,7 +28,7 @@ from e2former_fairchem.inference_mode import outside_inference_mode
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
 from e2former_fairchem.parallel_guard import ParallelGuard
-from e2former_fairchem.validation import check_batch, check_keys, log_once, plain
+from e2former_fairchem.validation import check_batch, check_keys, log_once, plain, symbol
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -57,11 +59,16 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         that differentiate return.
     dataset_mapping: names of the data sets whose tasks this backbone accepts (to the name of their head), or None for
         any.
+    strict_elements: refuse structures with elements that training never saw, instead of a warning.
 
     ``forward`` returns ``node_embedding`` [N, (lmax+1)^2, C] in e3nn's order and sign (rows of a degree l: l^2 to
     (l+1)^2 - 1, degree 1 as x, y, z), and ``batch``. It sets ``batch_full`` and ``atomic_numbers_full`` in the data,
     which heads and element references read. With graph parallelism the embeddings, ``batch`` and the data's ``batch``
     and ``atomic_numbers`` are those of this worker's atoms, as in fairchem's models; ``own_atoms`` says which they are.
+
+    The buffer ``elements_seen`` [max_num_elements + 1] is 1 for the atomic numbers of the batches that the weights were
+    trained on, by any worker. Its entry 0 is 0, and all others 1, until training begins; all are 1 where nothing is
+    known, as in checkpoints without the buffer.
     Raises TypeError for an unknown key and ValueError for a value or a combination that cannot be.
     """
 
@@ -96,6 +103,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         regress_forces: bool = True,
         regress_stress: bool = False,
         dataset_mapping: Mapping[str, str] | None = None,
+        strict_elements: bool = False,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -112,6 +120,9 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self.otf_graph = otf_graph
         self.max_num_elements = max_num_elements
         self.dataset_mapping = given["dataset_mapping"]
+        self.strict_elements = strict_elements
+        self.register_buffer("elements_seen", (torch.arange(max_num_elements + 1) > 0).long())
+        self.register_load_state_dict_pre_hook(_complete_state)
         # What fairchem's heads read.
         self.lmax = config.lmax
         self.sphere_channels = config.sphere_channels
@@ -135,6 +146,12 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         """Number of trainable and frozen parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def elements(self) -> tuple[str, ...] | None:
+        """Symbols of the elements that training has seen; None where nothing is known of it, or it has not begun."""
+        seen = self.elements_seen.tolist()
+        return None if all(seen) or not seen[0] else tuple(symbol(z) for z, there in enumerate(seen) if z and there)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names, from the backbone, of the parameters without weight decay (docs/network.md, section 15.2)."""
@@ -156,13 +173,19 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def _prepare(self, data: AtomicData) -> tuple[Tensor, Tensor, Graph, Graph | None]:
         """Checks, gradients and graphs: all that depends on values rather than shapes, in one place."""
         partition = None
+        learning = self.training and any(p.requires_grad for p in self.parameters())
+        check = partial(check_batch, data, self.max_num_elements)
+        if not learning:
+            check = partial(check, self.elements_seen, self.strict_elements)
         if active():
             with self._guard.watch():
                 partition = self._partition(data)
-                charge, spin = check_batch(data, self.max_num_elements)
+                charge, spin = check()
         else:
-            charge, spin = check_batch(data, self.max_num_elements)
+            charge, spin = check()
         data["atomic_numbers"] = numbers = data["atomic_numbers"].long()
+        if learning:
+            self._record(numbers)
         data["atomic_numbers_full"] = numbers
         data["batch_full"] = batch = data["batch"]
         regress = self.regress_config
@@ -176,6 +199,19 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         if partition is not None:
             data["atomic_numbers"], data["batch"] = numbers[partition.own], batch[partition.own]
         return charge, spin, *graphs
+
+    def _record(self, numbers: Tensor) -> None:
+        """Add the elements of a training batch to those seen, without a word to the host.
+
+        Workers see different batches, and a checkpoint holds the buffers of one of them: so all of them hold the union.
+        They are in step anyway, for the sum of their gradients.
+        """
+        seen = self.elements_seen
+        seen.mul_(seen[0].clone())  # before training began, no element was held to be unseen
+        seen[:1].fill_(1)
+        seen.index_fill_(0, numbers, 1)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
 
     def _partition(self, data: AtomicData) -> Partition:
         """This worker's part of the atoms, of a batch that is whole and the same for all workers."""
@@ -298,7 +334,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         """Freeze the weights (`E2FormerV2.freeze`) and refuse what would compute a wrong number; nothing is replaced.
 
         Raises ValueError when edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds,
-        and RuntimeError for a second model among the workers of one graph-parallel group.
+        or when ``strict_elements`` meets a checkpoint without a record of them, and RuntimeError for a second model
+        among the workers of one graph-parallel group.
         """
         self._guard.prepare(self, data, settings)
         self._external_graph = bool(settings.external_graph_gen)
@@ -306,6 +343,11 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
             raise ValueError(
                 f"external_graph_gen: fairchem's external graph ends at {_EXTERNAL_RADIUS} Å, expected at least this "
                 f"model's cutoff, {self.cutoff} Å; use external_graph_gen=False"
+            )
+        if self.strict_elements and self.elements is None:
+            raise ValueError(
+                "strict_elements: expected a checkpoint that knows which elements training has seen, got one without "
+                "that record (of an earlier version, or without training); use strict_elements=false"
             )
         self.model.freeze()
         return self
@@ -333,7 +375,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
 
 def _check_own_keys(given: Mapping[str, Any]) -> None:
     """Keys of the backbone alone: types and combinations."""
-    for key in ("otf_graph", "direct_forces", "regress_forces", "regress_stress"):
+    for key in ("otf_graph", "direct_forces", "regress_forces", "regress_stress", "strict_elements"):
         if not isinstance(given[key], bool):
             raise ValueError(f"{key}: expected true or false, got {given[key]!r}")
     limit = given["max_neighbors"]
@@ -355,6 +397,13 @@ def _check_own_keys(given: Mapping[str, Any]) -> None:
     strangers = sorted(set(mapping.values()) - set(mapping))
     if strangers:
         raise ValueError(f"dataset_mapping: expected values among its keys {sorted(mapping)}, got {strangers}")
+
+
+def _complete_state(backbone: E2FormerV2Backbone, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before loading weights without a record of the elements seen: nothing is known of them."""
+    key = f"{prefix}elements_seen"
+    if key not in state and any(name.startswith(f"{prefix}model.") for name in state):
+        state[key] = torch.ones_like(backbone.elements_seen)
 
 
 def _without_mean(normalizer: Normalizer) -> Normalizer:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from ase.data import chemical_symbols
 from fairchem.core.units.mlip_unit.api.inference import CHARGE_RANGE, SPIN_RANGE
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -22,19 +23,37 @@ if TYPE_CHECKING:
 __all__ = [
     "check_batch",
     "check_keys",
+    "first_time",
     "log_once",
     "plain",
+    "symbol",
 ]
 
 _NAMED = 5
+#: Distance of neighbouring coordinates (Å) from which a structure is named in a warning, and from which it is refused.
+#: A force constant of 50 eV/Å² makes a change of forces of 1e-4 eV/Å from a few millionths of an ångström.
+COARSE_POSITIONS = 2.0**-14
+MEANINGLESS_POSITIONS = 0.01
 _logged: set[str] = set()
+
+
+def first_time(key: str) -> bool:
+    """Whether something comes up for the first time in this process."""
+    if key in _logged:
+        return False
+    _logged.add(key)
+    return True
 
 
 def log_once(message: str) -> None:
     """Log a warning the first time it comes up in this process."""
-    if message not in _logged:
-        _logged.add(message)
+    if first_time(message):
         logging.warning(message)
+
+
+def symbol(number: int) -> str:
+    """An element's symbol."""
+    return chemical_symbols[number] if number < len(chemical_symbols) else f"Z = {number}"
 
 
 def plain(value: Any) -> Any:
@@ -60,23 +79,32 @@ def check_keys(owner: str, unknown: Mapping[str, Any], function: Callable[..., A
     raise TypeError(f"{owner}: unknown key {key!r}{hint}; expected {', '.join(sorted(allowed))}")
 
 
-def check_batch(data: AtomicData, max_num_elements: int) -> tuple[Tensor, Tensor]:
+def check_batch(
+    data: AtomicData, max_num_elements: int, seen: Tensor | None = None, strict: bool = False
+) -> tuple[Tensor, Tensor]:
     """Charge and spin [B] int64 of a batch whose elements, charges, spins and positions are in range.
 
     Everything is reduced on the device and read in one synchronisation. spin 0 means not given, as fairchem's LAMMPS
-    and benchmark inputs send it, and is said once in the log.
+    and benchmark inputs send it, and is said once in the log; so are elements that training never saw, and positions
+    so far from the origin that their precision is too coarse.
+
+    seen: [max_num_elements + 1] int64, 0 for atomic numbers that training never saw; None does not ask. strict: refuse
+    them.
     Raises ValueError naming the first offending atoms or structures.
     """
     charge, spin = (_per_system(data, key) for key in ("charge", "spin"))
     numbers, pos, cell = data["atomic_numbers"], data["pos"].detach(), data["cell"].detach()
     if numbers.numel() == 0:
         raise ValueError("expected at least one atom, got an empty batch")
+    integers, reals = [numbers, charge, spin], [pos, cell]
+    if seen is not None:  # clamped, because nothing is known of the numbers yet
+        integers.append(seen.index_select(0, numbers.long().clamp(0, max_num_elements)))
     # extremes of coordinates are finite where all of them are, in one operation instead of isfinite's five
-    ranges = [torch.aminmax(values) for values in (numbers, charge, spin, pos, cell)]
-    kinds = [torch.stack([end for both in kind for end in both]) for kind in (ranges[:3], ranges[3:])]
-    summary = torch.cat([kind.double() for kind in kinds]).tolist()
-    low_z, high_z, low_charge, high_charge, low_spin, high_spin = map(int, summary[:6])
-    finite = all(map(math.isfinite, summary[6:]))
+    kinds = [torch.stack([end for values in kind for end in torch.aminmax(values)]) for kind in (integers, reals)]
+    wide = torch.promote_types(kinds[1].dtype, torch.float32)
+    summary = torch.cat([kind.to(wide) for kind in kinds]).tolist()
+    ends, real_ends = list(map(int, summary[: 2 * len(integers)])), summary[2 * len(integers) :]
+    low_z, high_z, low_charge, high_charge, low_spin, high_spin = ends[:6]
     if low_z < 1 or high_z > max_num_elements:
         _raise_atoms(data, (numbers < 1) | (numbers > max_num_elements), max_num_elements)
     for key, values, low, high, bounds in (
@@ -86,14 +114,58 @@ def check_batch(data: AtomicData, max_num_elements: int) -> tuple[Tensor, Tensor
         if low < bounds[0] or high > bounds[1]:
             bad = int(((values < bounds[0]) | (values > bounds[1])).nonzero()[0])
             raise ValueError(f"{key} of structure {bad}: expected {bounds[0]} to {bounds[1]}, got {int(values[bad])}")
-    if not finite:
+    if not all(map(math.isfinite, real_ends)):
         _raise_not_finite(data)
+    _check_precision(data, max(-real_ends[0], real_ends[1]))
+    if seen is not None and ends[6] == 0:
+        _unseen(data, seen, strict)
     if low_spin == 0:
         log_once(
             "e2former_v2: a structure has spin 0, which stands for a spin multiplicity that is not given. Set "
             "atoms.info['spin'] (1 for a singlet) and, for data sets, a2g_args.r_data_keys: [spin, charge]."
         )
     return charge, spin
+
+
+def _unseen(data: AtomicData, seen: Tensor, strict: bool) -> None:
+    """Name the elements of a batch that training never saw."""
+    wrong = seen[data["atomic_numbers"].long()] == 0
+    names = ", ".join(map(symbol, data["atomic_numbers"][wrong].unique().tolist()))
+    if not strict:
+        log_once(
+            f"e2former_v2: training never saw {names}: predictions for structures with these elements mean nothing. "
+            "The backbone's key strict_elements: true refuses them."
+        )
+        return
+    atoms = wrong.nonzero().squeeze(1).tolist()
+    known = ", ".join(map(symbol, seen[1:].nonzero().squeeze(1).add(1).tolist()))
+    where = ", ".join(f"{name} is {symbol(int(data['atomic_numbers'][atom]))}" for atom, name in _names(data, atoms))
+    raise ValueError(
+        f"atomic_numbers: expected elements that training has seen (strict_elements), {known}, got {names}: {where}; "
+        f"{len(atoms)} atoms in all"
+    )
+
+
+def _check_precision(data: AtomicData, reach: float) -> None:
+    """Name the structure whose positions, up to `reach` Å from the origin, are too coarse in their precision."""
+    dtype = data["pos"].dtype
+    spacing = torch.finfo(dtype).eps * 2.0 ** (math.frexp(reach)[1] - 1)
+    if spacing < COARSE_POSITIONS:
+        return
+    meaningless = spacing > MEANINGLESS_POSITIONS
+    if not meaningless and not first_time(f"positions {spacing} Å apart"):
+        return
+    atom = int(data["pos"].detach().abs().amax(1).argmax())
+    where = (
+        f"structure {int(data['batch'][atom])} reaches {reach:,.0f} Å from the origin, where neighbouring "
+        f"{str(dtype).removeprefix('torch.')} numbers are {spacing:.2g} Å apart"
+    )
+    remedy = "centre it first: atoms.positions -= atoms.positions.mean(0)"
+    if meaningless:
+        raise ValueError(
+            f"positions: expected coordinates that are known to {MEANINGLESS_POSITIONS} Å, but {where}; {remedy}"
+        )
+    logging.warning(f"e2former_v2: {where}, so that forces change with the place; {remedy}.")
 
 
 def _per_system(data: AtomicData, key: str) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from fairchem.core.models.base import HydraModel
 from torch import Tensor
 
 from e2former_fairchem.interop.molfm_config import MolFMConfig, parse_molfm_config
 from e2former_fairchem.interop.molfm_weights import translate_state_dict
+from e2former_fairchem.interop.references import NUM_ELEMENTS, element_references
 
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
 HEADS = "e2former_fairchem.heads"
@@ -45,6 +48,14 @@ def molfm_model_config(parsed: MolFMConfig, prefix: str | None = None) -> dict[s
     }
 
 
+def _elements_seen(head: str) -> list[bool]:
+    """By atomic number, whether a head was trained on the element: all where its references do not tell."""
+    try:
+        return [math.isfinite(value) for value in element_references(head)]
+    except ValueError:  # a head without a table
+        return [True] * (NUM_ELEMENTS + 1)
+
+
 def build_from_molfm(
     config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, release: str, head: str = "omol25"
 ) -> HydraModel:
@@ -56,7 +67,8 @@ def build_from_molfm(
     to use. Built in the default dtype of the moment.
 
     Returns a ``HydraModel``; ``model(data)`` gives ``{"energy": {"energy": [B]}, "forces": {"forces": [N, 3]}}`` in
-    eV and eV/Å, without element references. Raises ValueError for a configuration that is not implemented and
+    eV and eV/Å, without element references. Which elements the network has seen is known where the head's element
+    references tell. Raises ValueError for a configuration that is not implemented and
     :class:`StateDictError` for keys that do not fit.
     """
     parsed = parse_molfm_config(config, release)
@@ -73,6 +85,7 @@ def build_from_molfm(
         conserving=parsed.conserving,
     )
     trunk.load_state_dict(tensors["trunk"])
+    model.backbone.elements_seen.copy_(torch.tensor(_elements_seen(head))[: trunk.config.max_num_elements + 1])
     heads = model.output_heads
     if parsed.conserving:
         heads["energy_forces"].energy.load_state_dict(tensors["energy"])

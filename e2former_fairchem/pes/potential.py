@@ -62,7 +62,8 @@ class Potential:
             try:
                 found = cls(Predictor(checkpoint, task_name, one, device), max_atoms, name, note)
                 if precision == "auto" and name == "float64":
-                    found.evaluate([Atoms("H2", [[0, 0, 0], [0, 0, 0.75]], info={"charge": 0, "spin": 1})])
+                    element = (found.elements or ("H",))[0]
+                    found.evaluate([Atoms([element] * 2, [[0, 0, 0], [0, 0, 1]], info={"charge": 0, "spin": 1})])
                 return found
             except (RuntimeError, TypeError, NotImplementedError) as err:
                 if precision != "auto" or name == "float32":
@@ -114,6 +115,11 @@ class Potential:
         return None if found is None else float(found)
 
     @property
+    def elements(self) -> tuple[str, ...] | None:
+        """Symbols of the elements that training has seen, or None where the checkpoint does not know."""
+        return getattr(self._backbone, "elements", None)
+
+    @property
     def direct_forces(self) -> bool:
         """Whether forces come from a head of their own, and not from the energy's gradient."""
         return bool(getattr(getattr(self._backbone, "regress_config", None), "direct_forces", False))
@@ -131,6 +137,7 @@ class Potential:
             "backbone": f"{type(self._backbone).__module__}.{type(self._backbone).__qualname__}",
             "parameters": sum(p.numel() for p in model.parameters()),
             "cutoff": self.cutoff,
+            "elements": self.elements,
             "max_neighbors": getattr(self._backbone, "max_neighbors", None),
             "direct_forces": self.direct_forces,
             "precision": self.precision,

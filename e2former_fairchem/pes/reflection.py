@@ -29,7 +29,7 @@ class ReflectionSettings:
         max_rotation: largest difference between rotated copies, meV.
     """
 
-    systems: tuple[str, ...] = ("H2O2", "CHFClBr")
+    systems: tuple[str, ...] = ("H2O2", "methyloxirane")
     rotations: int = 6
     max_energy: float | None = 1.0
     max_force: float | None = 0.01

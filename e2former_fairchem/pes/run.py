@@ -70,6 +70,8 @@ def make_plan(
 def run_plan(potential: Potential, plan: Sequence[Plan], seed: int, say: Callable[[str], None]) -> Outcomes:
     """Run the checks; an exception ends the check of its system only, and is in its outcome.
 
+    A system with an element that the checkpoint's training never saw is skipped.
+
     Args:
         potential: the model.
         plan: see `make_plan`.
@@ -85,8 +87,12 @@ def run_plan(potential: Potential, plan: Sequence[Plan], seed: int, say: Callabl
         for number, (name, atoms) in enumerate(one.systems):
             begun = time.monotonic()
             rng = np.random.default_rng([seed, list(CHECKS).index(one.check), number])
+            unseen = sorted(set(atoms.symbols) - set(potential.elements or atoms.symbols))
             try:
-                outcome = function(potential, name, atoms.copy(), one.settings, rng)
+                if unseen:
+                    outcome = Outcome(skipped=f"training never saw {', '.join(unseen)}")
+                else:
+                    outcome = function(potential, name, atoms.copy(), one.settings, rng)
             except Exception as err:  # a model fails as it likes; the other checks are still worth having
                 outcome = Outcome(error=f"{type(err).__name__}: {err}", traceback=traceback.format_exc())
             outcome.seconds = time.monotonic() - begun

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.collections import g2
 from ase.io import read
+
+from e2former_fairchem.validation import CHARGE_RANGE, SPIN_RANGE
 
 
 def _water_dimer() -> Atoms:
@@ -32,6 +35,23 @@ def _chiral_methane() -> Atoms:
     return Atoms("CHFClBr", np.vstack([np.zeros(3), lengths[:, None] * corners]))
 
 
+def _methyloxirane() -> Atoms:
+    """Propylene oxide, 10 atoms: oxirane with a methyl group, staggered, in place of a hydrogen. Chiral."""
+    ring = molecule("CH2OCH2")
+    (oxygen,), carbon = np.flatnonzero(ring.numbers == 8), np.flatnonzero(ring.numbers == 6)[0]
+    hydrogen = min(np.flatnonzero(ring.numbers == 1), key=lambda atom: ring.get_distance(carbon, atom))
+    axis = ring.get_distance(carbon, hydrogen, vector=True)
+    axis /= np.linalg.norm(axis)
+    side = ring.get_distance(oxygen, carbon, vector=True)
+    side -= (side @ axis) * axis
+    side /= np.linalg.norm(side)
+    methyl = ring.positions[carbon] + 1.50 * axis
+    turns = 2 * np.pi * np.arange(3)[:, None] / 3
+    around = np.cos(turns) * side + np.sin(turns) * np.cross(axis, side)
+    del ring[hydrogen]
+    return ring + Atoms("CH3", np.vstack([methyl, methyl + 1.09 * (axis + np.sqrt(8) * around) / 3]))
+
+
 def _ammonia_crystal() -> Atoms:
     """Two ammonia molecules in a cell smaller than the cutoff, 8 atoms, about 70 neighbours within 6 Å."""
     first, second = molecule("NH3"), molecule("NH3")
@@ -52,9 +72,30 @@ def _diamond() -> Atoms:
 OWN: dict[str, Callable[[], Atoms]] = {
     "water_dimer": _water_dimer,
     "CHFClBr": _chiral_methane,
+    "methyloxirane": _methyloxirane,
     "ammonia_crystal": _ammonia_crystal,
     "diamond": _diamond,
 }
+
+
+#: What a structure's info calls charge and multiplicity: our key, others' keys, range, default.
+_INFO = (
+    ("charge", ("total_charge",), CHARGE_RANGE, 0),
+    ("spin", ("multiplicity", "spin_multiplicity"), SPIN_RANGE, 1),
+)
+
+
+def _set_charge_and_spin(info: dict[str, Any], where: str) -> None:
+    """Set charge and spin of a structure from whatever spelling it has. where: its place, for messages."""
+    for key, others, (low, high), default in _INFO:
+        given = {name: info[name] for name in (key, *others) if name in info}
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+                raise ValueError(f"{where}: expected {name} as an integer from {low} to {high}, got {value!r}")
+        if len(set(given.values())) > 1:
+            said = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"{where}: expected one {key}, got {said}")
+        info[key] = int(next(iter(given.values()), default))
 
 
 def _from_file(spec: str, key: str) -> list[tuple[str, Atoms]]:
@@ -74,6 +115,8 @@ def _from_file(spec: str, key: str) -> list[tuple[str, Atoms]]:
     found = found if isinstance(found, list) else [found]
     if not found or any(len(atoms) == 0 for atoms in found):
         raise ValueError(f"{key}: expected structures with at least one atom, got an empty one or none in {spec}")
+    for n, atoms in enumerate(found):
+        _set_charge_and_spin(atoms.info, f"{key}: structure {n} of {spec}")
     if len(found) == 1:
         return [(file.stem, found[0])]
     return [(f"{file.stem}[{n}]", atoms) for n, atoms in enumerate(found)]
@@ -82,8 +125,9 @@ def _from_file(spec: str, key: str) -> list[tuple[str, Atoms]]:
 def load_systems(specs: Sequence[str], key: str, min_atoms: int = 2) -> list[tuple[str, Atoms]]:
     """Structures with names.
 
-    Charge and spin (the multiplicity) come from a structure's info. Without them the charge is 0, and the multiplicity
-    is 1, or what ASE's magnetic moments of a g2 molecule say (O2: 3).
+    Charge and spin (the multiplicity) come from a structure's info, also spelled total_charge and multiplicity or
+    spin_multiplicity. Without them the charge is 0, and the multiplicity is 1, or what ASE's magnetic moments of a g2
+    molecule say (O2: 3).
 
     Args:
         specs: molecules of ASE's g2 collection (`CH3OH`), our own (`OWN`), or files that ASE reads, each structure of
@@ -93,7 +137,8 @@ def load_systems(specs: Sequence[str], key: str, min_atoms: int = 2) -> list[tup
 
     Raises:
         FileNotFoundError: neither a name nor a file.
-        ValueError: a file that ASE cannot read, or without structures; a structure with fewer atoms than `min_atoms`.
+        ValueError: a file that ASE cannot read, or without structures; a structure with fewer atoms than `min_atoms`,
+            or whose charge or spin is no integer in fairchem's range, or given twice with different values.
     """
     found: list[tuple[str, Atoms]] = []
     for spec in specs:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
 BACKBONE_NAMES = (BACKBONE, "e2former_v2")
 _HEADS = "output_heads."
+_RECORD = "backbone.elements_seen"  # checkpoints of earlier versions have none, and load as such
 
 
 def _kind_of(path: Path) -> str:
@@ -198,7 +199,7 @@ def initialize_from_checkpoint(
     target, source = model.state_dict(), _averaged_weights(checkpoint)
     own = {k: v for k, v in target.items() if not k.startswith(_HEADS)}
     theirs = {k: v for k, v in source.items() if not k.startswith(_HEADS)}
-    misfits = [f"{k} is missing" for k in own.keys() - theirs.keys()]
+    misfits = [f"{k} is missing" for k in own.keys() - theirs.keys() - {_RECORD}]
     misfits += [f"{k} is unknown" for k in theirs.keys() - own.keys()]
     misfits += [
         f"{k} has the shape {tuple(theirs[k].shape)} instead of {tuple(own[k].shape)}"

@@ -28,7 +28,7 @@ DESIGN_KEYS = [
     "value_multiplicity", "edge_layer_norm", "inverse_distance", "cutoff", "max_neighbors", "score", "message_order",
     "attention_norm", "envelope_exponent", "atom_embedding", "reflection_equivariant", "long_range", "convolution",
     "kernel_backend", "activation_checkpointing", "cuda_graph", "otf_graph", "max_num_elements", "direct_forces",
-    "regress_forces", "regress_stress", "dataset_mapping",
+    "regress_forces", "regress_stress", "dataset_mapping", "strict_elements",
 ]
 # fmt: on
 DIRECT = {

@@ -162,7 +162,8 @@ def test_backbone_groups_have_only_the_designs_keys(group: Path) -> None:
     assert config.pop("model") == "e2former_fairchem.backbone.E2FormerV2Backbone"
     assert "mmax" not in config  # fairchem would take the network for UMA
     known = set(E2FormerV2Config.__dataclass_fields__) | {
-        *("max_neighbors", "otf_graph", "direct_forces", "regress_forces", "regress_stress", "dataset_mapping")
+        *("max_neighbors", "otf_graph", "direct_forces", "regress_forces", "regress_stress", "dataset_mapping"),
+        "strict_elements",
     }
     assert set(config) == known
     backbone = E2FormerV2Backbone(**config | {"sphere_channels": 8, "num_heads": 4, "num_layers": 1})
