@@ -88,14 +88,14 @@ _INFO = (
 def _set_charge_and_spin(info: dict[str, Any], where: str) -> None:
     """Set charge and spin of a structure from whatever spelling it has. where: its place, for messages."""
     for key, others, (low, high), default in _INFO:
-        given = {name: info[name] for name in (key, *others) if name in info}
+        given = {name: np.asarray(info[name]).tolist() for name in (key, *others) if name in info}
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{where}: expected {name} as an integer from {low} to {high}, got {value!r}")
         if len(set(given.values())) > 1:
             said = ", ".join(f"{name}={value}" for name, value in given.items())
             raise ValueError(f"{where}: expected one {key}, got {said}")
-        info[key] = int(next(iter(given.values()), default))
+        info[key] = next(iter(given.values()), default)
 
 
 def _from_file(spec: str, key: str) -> list[tuple[str, Atoms]]:

@@ -19,6 +19,7 @@ from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 from safetensors.torch import save_file
 
+from e2former_fairchem import validation
 from e2former_fairchem.commands import convert_molfm
 from e2former_fairchem.commands import safetensors as safetensors_command
 from e2former_fairchem.interop.checkpoint_file import export_safetensors, import_safetensors, read_tensors
@@ -108,13 +109,16 @@ def test_calculator_and_fine_tuning(one, tmp_path, capsys) -> None:
     assert model.no_weight_decay()
 
 
-def test_an_element_without_reference_has_no_energy(one, tmp_path) -> None:
+def test_an_element_without_reference_has_no_energy(one, tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(validation, "_logged", set())
     weights, config = release_files(one, tmp_path)
     report = convert_molfm_checkpoint(weights, config, tmp_path / "out.pt")
     assert report.elements[0] == "H" and report.elements[-1] == "Bi" and len(report.elements) == 83
     atoms = Atoms("PoH", [[0, 0, 0], [0, 0, 1.8]], info={"charge": 0, "spin": 2})
     atoms.calc = FAIRChemCalculator(predict_unit(tmp_path / "out.pt"), task_name="omol")
     assert math.isnan(atoms.get_potential_energy()) and np.isfinite(atoms.get_forces()).all()
+    assert "training never saw Po:" in caplog.text
+    assert atoms.calc.predictor.model.module.backbone.elements == report.elements
 
 
 def test_units_heads_and_references(one, tmp_path) -> None:

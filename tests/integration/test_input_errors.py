@@ -125,6 +125,34 @@ def test_positions_that_are_not_finite(value: float, refuse, batch_of, structure
     refuse(data, r"positions: expected finite coordinates, but atom 5 \(atom 2 of structure 1\) at .*; 1 atoms")
 
 
+def test_float32_positions_far_from_the_origin(build, batch_of, structures, caplog, monkeypatch) -> None:
+    """One warning for each spacing of the numbers there, by structure; an error where they mean nothing."""
+    monkeypatch.setattr(validation, "_logged", set())
+    model = build(dtype=torch.float32)
+
+    def moved(distance: float, dtype: torch.dtype = torch.float32):
+        water = structures["water"].copy()
+        water.positions -= [0, distance, 0]
+        return batch_of(structures["ethanol"], water, dtype=dtype)
+
+    model(moved(200.0))
+    assert not caplog.text
+    for distance in (1500.0, 1500.0, 1600.0, 10_000.0):
+        model(moved(distance))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "structure 1 reaches 1,501 Å from the origin, where neighbouring float32 numbers are 0.00012" in first
+    assert "atoms.positions -= atoms.positions.mean(0)" in first
+    assert "structure 1 reaches 10,001 Å" in second and "0.00098 Å apart" in second
+    message = (
+        r"positions: expected coordinates that are known to 0.01 Å, but structure 1 reaches 1,000,001 Å .* 0.062 Å"
+    )
+    with pytest.raises(ValueError, match=message):
+        model(moved(1e6))
+    caplog.clear()
+    build()(moved(1e6, torch.float64))
+    assert not caplog.text
+
+
 def test_cell_that_is_not_finite(refuse, batch_of, structures) -> None:
     data = batch_of(structures["water"], structures["crystal"])
     data["cell"][1, 0, 0] = float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.morse import MorsePotential
 from ase.io import write
+from ase.neighborlist import natural_cutoffs, neighbor_list
 
 from e2former_fairchem.pes import bond_scan, extensivity
 from e2former_fairchem.pes.curves import extrema, find_jumps, integrate
@@ -48,6 +50,7 @@ class Fake:
     precision = "float64"
     cutoff = 4.0
     direct_forces = mirror_images_differ = False
+    elements: tuple[str, ...] | None = None
 
     def __init__(self, defect=None) -> None:
         self.calculator = Surface(defect)
@@ -230,10 +233,11 @@ def test_handedness_and_orientation_are_told_apart() -> None:
         return 0.01 * float((atoms.positions[1] - atoms.positions[0])[0]) ** 2, 0.0
 
     mirror, rotated = "energy of the mirror image", "energy of rotated copies, max"
-    found = verdicts(outcome("reflection", "CHFClBr", handed))
-    assert (found[mirror], found[rotated]) == ("fail", "pass")
-    found = verdicts(outcome("reflection", "CHFClBr", oriented))
-    assert (found[mirror], found[rotated]) == ("pass", "fail")
+    for system in ("methyloxirane", "CHFClBr"):
+        found = verdicts(outcome("reflection", system, handed))
+        assert (found[mirror], found[rotated]) == ("fail", "pass")
+        found = verdicts(outcome("reflection", system, oriented))
+        assert (found[mirror], found[rotated]) == ("pass", "fail")
 
 
 # ---------------------------------------------------------------- parts
@@ -298,6 +302,10 @@ def test_systems(tmp_path: Path) -> None:
     (_, oxygen), (_, water) = load_systems(["O2", "H2O"], "x")
     assert (oxygen.info["spin"], water.info["spin"], water.info["charge"]) == (3, 1, 0)
     assert abs(np.linalg.norm(load_systems(["water_dimer"], "x")[0][1].positions[3]) - 2.91) < 1e-9
+    ((_, oxirane),) = load_systems(["methyloxirane"], "x")
+    assert oxirane.get_chemical_formula() == "C3H6O"
+    first, second = neighbor_list("ij", oxirane, natural_cutoffs(oxirane, mult=1.2))
+    assert sorted(np.bincount(first)) == [1] * 6 + [2, 4, 4, 4] and not set(first[first == second])
     water.info["charge"] = 1
     write(tmp_path / "own.xyz", [water, oxygen, water])
     found = load_systems([f"{tmp_path / 'own.xyz'}@1:3"], "structures")
@@ -314,6 +322,50 @@ def test_systems(tmp_path: Path) -> None:
             load_systems([spec], "structures")
     with pytest.raises(ValueError, match="each system once, got H2O"):
         load_systems(["H2O", "H2O"], "structures")
+
+
+@pytest.mark.parametrize("defaults", [kind() for kind, _ in CHECKS.values()], ids=list(CHECKS))
+def test_default_systems_consist_of_the_samples_elements(defaults, repo: Path) -> None:
+    references = json.loads((repo / "e2former_fairchem/data/sample/statistics.json").read_text())["element_references"]
+    for name, atoms in load_systems(defaults.systems, "systems"):
+        assert set(atoms.numbers) <= set(np.flatnonzero(references)), name
+
+
+def test_systems_with_elements_never_seen_are_left_out_and_named() -> None:
+    potential, lines = Fake(), []
+    potential.elements = ("H", "C", "F", "O")
+    plan = make_plan(["reflection"], {"reflection": {"systems": ["H2O2", "CHFClBr"]}}, None)
+    found = run_plan(potential, plan, 0, lines.append)["reflection"]
+    assert found["H2O2"].verdict == "pass" and found["CHFClBr"].verdict == "skipped"
+    assert "reflection CHFClBr: skipped (training never saw Br, Cl)" in lines[1]
+    assert "training never saw Br, Cl" in render(rows({"reflection": found}))
+
+
+def test_other_spellings_of_charge_and_spin(tmp_path: Path) -> None:
+    """Read where they say one thing, refused by file, structure and key where they do not."""
+    ion = load_systems(["OH"], "x")[0][1]
+    path = tmp_path / "ions.xyz"
+
+    def load(*infos: dict) -> list[tuple[int, int]]:
+        structures = [ion.copy() for _ in infos]
+        for atoms, info in zip(structures, infos, strict=True):
+            atoms.info = info
+        write(path, structures)
+        return [(atoms.info["charge"], atoms.info["spin"]) for _, atoms in load_systems([str(path)], "structures")]
+
+    found = load({"total_charge": -1, "multiplicity": 1}, {"charge": -1, "spin_multiplicity": 3}, {}, {"spin": 2})
+    assert found == [(-1, 1), (-1, 3), (0, 1), (0, 2)]
+    assert load({"charge": 1, "total_charge": 1, "spin": 3, "multiplicity": 3}) == [(1, 3)]
+    for info, message in (
+        ({"charge": 0, "total_charge": -1}, "expected one charge, got charge=0, total_charge=-1"),
+        ({"spin": 1, "multiplicity": 2}, "expected one spin, got spin=1, multiplicity=2"),
+        ({"total_charge": -0.5}, "expected total_charge as an integer from -100 to 100, got -0.5"),
+        ({"charge": "minus"}, "expected charge as an integer from -100 to 100, got 'minus'"),
+        ({"multiplicity": 101}, "expected multiplicity as an integer from 0 to 100, got 101"),
+        ({"spin": True}, "expected spin as an integer from 0 to 100, got True"),
+    ):
+        with pytest.raises(ValueError, match=f"structures: structure 1 of .*ions.xyz: {message}"):
+            load({}, info)
 
 
 @pytest.mark.parametrize(

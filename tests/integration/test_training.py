@@ -481,6 +481,8 @@ def test_train_evaluate_and_fine_tune(
     checkpoint = elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
     assert f"inference checkpoint: {checkpoint}" in said
     assert [p.name for p in elsewhere.iterdir()] == ["runs"]  # one folder, nothing else
+    elements = load_for_evaluation(str(checkpoint)).module.backbone.elements
+    assert elements == ("H", "C", "N", "O", "F", "Si", "P", "S", "Cl")
 
     launch(repo / "configs" / "evaluate" / "omol25.yaml", "job.device_type=CPU")
     said = capsys.readouterr().out
