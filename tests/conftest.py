@@ -62,6 +62,25 @@ def float64_default() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run: in Triton's interpreter on a machine without a GPU, and on the GPU of one that has it."""
+    if request.param == "cpu":
+        from e2former_kernels.common.backend import triton_installed
+
+        if torch.cuda.is_available() or not triton_installed():
+            pytest.skip("runs in Triton's interpreter, without a GPU")
+    return request.param
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[Callable[[str], None]]:
+    """Sets the precision of float32 products, `highest` or `high` (TF32 on a GPU), for one test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
 #: Widths of a network that takes milliseconds.
 TINY = (
     "backbone.sphere_channels=8",
