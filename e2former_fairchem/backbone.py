@@ -152,6 +152,10 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         seen = self.elements_seen.tolist()
         return None if all(seen) or not seen[0] else tuple(symbol(z) for z, there in enumerate(seen) if z and there)
 
+    def forget_elements(self) -> None:
+        """Keep no record of the elements seen, in the state dict neither: nothing is known of them."""
+        self.register_buffer("elements_seen", torch.ones_like(self.elements_seen), persistent=False)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names, from the backbone, of the parameters without weight decay (docs/network.md, section 15.2)."""
@@ -402,7 +406,8 @@ def _check_own_keys(given: Mapping[str, Any]) -> None:
 def _complete_state(backbone: E2FormerV2Backbone, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before loading weights without a record of the elements seen: nothing is known of them."""
     key = f"{prefix}elements_seen"
-    if key not in state and any(name.startswith(f"{prefix}model.") for name in state):
+    wanted = "elements_seen" in backbone.state_dict() and any(name.startswith(f"{prefix}model.") for name in state)
+    if wanted and key not in state:
         state[key] = torch.ones_like(backbone.elements_seen)
 
 

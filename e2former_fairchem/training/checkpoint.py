@@ -12,10 +12,13 @@ from typing import Any
 import hydra
 import torch
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
-from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT
+from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT, MLIPTrainEvalUnit
 from fairchem.core.units.mlip_unit.utils import load_inference_model
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+
+from e2former_fairchem.backbone import E2FormerV2Backbone
 
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
 BACKBONE_NAMES = (BACKBONE, "e2former_v2")
@@ -132,6 +135,21 @@ def load_for_evaluation(
         return_checkpoint=False,
         preloaded_checkpoint=checkpoint,
     )
+
+
+def resume_without_record(unit: MLIPTrainEvalUnit) -> None:
+    """Let a run of an earlier version, whose checkpoints hold no record of the elements seen, go on without one.
+
+    unit: after `load_state`, which only notes where the state lies.
+    """
+    models = [model for model in (unit.model, unit.ema_model) if model is not None]
+    backbones = [m for model in models for m in model.modules() if isinstance(m, E2FormerV2Backbone)]
+    if not backbones or unit.lazy_state_location is None:
+        return
+    stored = FileSystemReader(unit.lazy_state_location).read_metadata().state_dict_metadata
+    if not any(name.endswith(_RECORD) for name in stored):
+        for backbone in backbones:
+            backbone.forget_elements()
 
 
 def read_tasks(location: str | Path, any_backbone: bool = False) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from fairchem.core.components.train.train_runner import TrainEvalRunner
 from torchtnt.framework.fit import fit
 
 from e2former_fairchem.compat import set_runner_callbacks, slurm_timeout_hours
+from e2former_fairchem.training.checkpoint import resume_without_record
 from e2former_fairchem.training.resume import check_state
 from e2former_fairchem.training.values import integer
 
@@ -54,6 +55,7 @@ class EpochTrainEvalRunner(TrainEvalRunner):
         if checkpoint_location is not None:
             check_state(checkpoint_location)
         super().load_state(checkpoint_location)
+        resume_without_record(self.train_eval_unit)
 
     def run(self) -> None:
         """Train and evaluate."""

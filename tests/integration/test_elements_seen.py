@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
@@ -18,7 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2former_fairchem import validation
 from e2former_fairchem.data.make_sample import write_folder
-from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, load_for_evaluation, read_checkpoint
+from e2former_fairchem.training.checkpoint import (
+    initialize_from_checkpoint,
+    load_for_evaluation,
+    read_checkpoint,
+    resume_without_record,
+)
 
 RECORD = "backbone.elements_seen"
 
@@ -173,6 +181,42 @@ def test_earlier_checkpoints_load_and_nothing_is_known(old, batch_of, structures
     fresh.backbone.elements_seen.copy_(torch.arange(119) < 3)
     fresh.load_state_dict(heads_only, strict=False)
     assert fresh.backbone.elements == ("H", "He")  # loading heads says nothing about the backbone
+
+
+def test_a_run_of_an_earlier_version_resumes(build, batch_of, structures, tmp_path) -> None:
+    """Its state holds no record, which torch.distributed.checkpoint refuses to load into a model that has one."""
+
+    def start() -> SimpleNamespace:
+        model = build().train()
+        model(batch_of(structures["water"]))
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        return SimpleNamespace(model=model, ema_model=averaged, lazy_state_location=str(tmp_path))
+
+    def load(run: SimpleNamespace) -> None:
+        state = {"model": run.model.state_dict(), "ema": run.ema_model.state_dict()}
+        dcp.load(state, checkpoint_id=tmp_path)
+        run.model.load_state_dict(state["model"])
+        run.ema_model.load_state_dict(state["ema"])
+
+    first = start()
+    state = {"model": first.model.state_dict(), "ema": first.ema_model.state_dict()}
+    earlier = {kind: {k: v for k, v in tensors.items() if not k.endswith(RECORD)} for kind, tensors in state.items()}
+    dcp.save(earlier, checkpoint_id=tmp_path)
+    with pytest.raises(dcp.CheckpointException, match=f"Missing key in checkpoint state_dict: .*{RECORD}"):
+        load(start())
+    resumed = start()
+    resume_without_record(resumed)
+    load(resumed)
+    resumed.model(batch_of(structures["atom"]))
+    resumed.ema_model.update_parameters(resumed.model)
+    for model in (resumed.model, resumed.ema_model.module):
+        assert model.backbone.elements is None and RECORD not in model.state_dict()
+    shutil.rmtree(tmp_path)
+    dcp.save(state, checkpoint_id=tmp_path)
+    resumed = start()
+    resume_without_record(resumed)
+    load(resumed)
+    assert resumed.model.backbone.elements == ("H", "O")
 
 
 def _worker(rank: int, store: str, model, data, results) -> None:
