@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from e2former_fairchem.execution import Execution
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
-from e2former_fairchem.so3 import degree_of_row
-from e2former_kernels.feedforward import SIGMOID_SCALE, SILU_SCALE, gated_feedforward
+from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
 
 if TYPE_CHECKING:
     from e2former_kernels.feedforward.half import HalfWeights
@@ -31,8 +28,6 @@ class GatedFeedForward(nn.Module):
         self.linear1 = SO3Linear(lmax, channels, channels)
         self.gates = kaiming_linear(channels, (lmax + 1) * channels)
         self.linear2 = SO3Linear(lmax, channels, channels)
-        rows = [l - 1 for l in degree_of_row(lmax)[1:]]
-        self.register_buffer("gate_row", torch.tensor(rows), persistent=False)
 
     def weights(self, norm: EquivariantRMSNorm) -> tuple[Tensor, ...]:
         """The parameters of the norm and the network in the order of the kernels' arguments."""
@@ -62,12 +57,4 @@ class GatedFeedForward(nn.Module):
         if execution.backend == "triton":
             prepared = self.prepared(norm, execution)
             return gated_feedforward(x, *self.weights(norm), residual=True, prepared=prepared)
-        return x + self(norm(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [N, (lmax+1)^2, C]. Same shape back."""
-        scalar, rest = self.linear1(x).split([1, self.gate_row.numel()], 1)
-        gates = self.gates(scalar).unflatten(-1, (self.lmax + 1, self.channels)).squeeze(1)
-        scalar, gate = gates.split([1, self.lmax], 1)
-        gate = (SIGMOID_SCALE * torch.sigmoid(gate)).index_select(1, self.gate_row)
-        return self.linear2(torch.cat([SILU_SCALE * F.silu(scalar), gate * rest], 1))
+        return gated_feedforward_reference(x, *self.weights(norm), residual=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.execution import REFERENCE, Execution
-from e2former_fairchem.so3 import degree_of_row
+from e2former_kernels.common.degrees import so3_linear_reference
 from e2former_kernels.common.grouped_linear import so3_linear, so3_rows
 
 
@@ -33,10 +33,6 @@ class SO3Linear(nn.Module):
         bound = 1 / math.sqrt(in_channels)
         self.weight = nn.Parameter(torch.empty(lmax + 1, out_channels, in_channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        degree = torch.tensor(degree_of_row(lmax))
-        self.register_buffer("degree", degree, persistent=False)
-        # 1 for the scalar row: the bias of all rows is a product with it, where slices would be copies in the backward
-        self.register_buffer("scalar", (degree == 0).to(self.weight.dtype).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, execution: Execution = REFERENCE) -> Tensor:
         """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]. With kernels: strided products, no copies of rows."""
@@ -45,8 +41,4 @@ class SO3Linear(nn.Module):
             if execution.frozen is not None:
                 rows = execution.made(self, "rows", lambda: so3_rows(self.weight))
             return so3_linear(x, self.weight, self.bias, rows=rows)
-        weight = self.weight.index_select(0, self.degree)
-        y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2))
-        if self.bias is not None:
-            y = y + self.bias * self.scalar
-        return y.transpose(0, 1)
+        return so3_linear_reference(x, self.weight, self.bias)

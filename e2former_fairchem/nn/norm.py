@@ -6,10 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.execution import REFERENCE, Execution
-from e2former_fairchem.so3 import degree_of_row
-from e2former_kernels.norm import equivariant_rms_norm
-
-EPS = 1e-5
+from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 
 
 class EquivariantRMSNorm(nn.Module):
@@ -24,20 +21,9 @@ class EquivariantRMSNorm(nn.Module):
         super().__init__()
         self.affine_weight = nn.Parameter(torch.ones(lmax + 1, channels))
         self.affine_bias = nn.Parameter(torch.zeros(channels))
-        degree = degree_of_row(lmax)
-        balance = torch.tensor([1.0 / ((2 * l + 1) * (lmax + 1)) for l in degree], dtype=torch.float64)
-        self.register_buffer("degree", torch.tensor(degree), persistent=False)
-        # 1 for the scalar row: products with it, where slices would be copies in the backward
-        scalar = (self.degree == 0).to(torch.get_default_dtype()).unsqueeze(-1)
-        self.register_buffer("scalar", scalar, persistent=False)
-        self.register_buffer("balance", (balance / channels).to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, x: Tensor, shift: Tensor | None = None, execution: Execution = REFERENCE) -> Tensor:
         """x: [N, (lmax+1)^2, C]; shift: [N, C], added to the scalar row of the result. Same shape as x."""
         if execution.backend == "triton":
             return equivariant_rms_norm(x, self.affine_weight, self.affine_bias, shift)
-        centred = x - x.mean(-1, keepdim=True) * self.scalar
-        variance = (centred.square().sum(-1) @ self.balance.to(x.dtype)).view(-1, 1, 1)
-        bias = self.affine_bias if shift is None else self.affine_bias + shift
-        y = centred * torch.rsqrt(variance + EPS) * self.affine_weight.index_select(0, self.degree)
-        return y + bias.unsqueeze(-2) * self.scalar
+        return equivariant_rms_norm_reference(x, self.affine_weight, self.affine_bias, shift)

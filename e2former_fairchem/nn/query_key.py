@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from e2former_fairchem.execution import REFERENCE, Execution
-from e2former_fairchem.so3 import degree_of_row
-from e2former_kernels.query_key import QueryKeyWeights, query_key
+from e2former_kernels.query_key import QueryKeyWeights, query_key, query_key_reference
 
 if TYPE_CHECKING:
     from e2former_kernels.query_key.half import HalfWeights
     from e2former_kernels.query_key.passes import RowWeights
-
-LAYER_NORM_EPS = 1e-5
 
 
 class QueryKey(nn.Module):
@@ -46,19 +42,6 @@ class QueryKey(nn.Module):
         bound = math.sqrt(6 / width)
         self.out_weight = nn.Parameter(torch.empty(2, 2 * width, width).uniform_(-bound, bound))
         self.out_bias = nn.Parameter(torch.zeros(2, 2 * width))
-        degree = torch.tensor(degree_of_row(lmax))
-        self.register_buffer("degree", degree, persistent=False)
-        # which rows a degree has, [lmax+1, (lmax+1)^2]: sums over them are a product, as slices are copies in backward
-        rows_of = (degree == torch.arange(lmax + 1).unsqueeze(1)).to(self.weight.dtype)
-        self.register_buffer("rows_of", rows_of, persistent=False)
-
-    def invariants(self, h: Tensor) -> Tensor:
-        """h: [N, (lmax+1)^2, C] -> s of query and key, [lmax+1, N, 2 G]."""
-        weight = self.weight.index_select(0, self.degree)
-        both = torch.bmm(h.transpose(0, 1), weight.transpose(1, 2))  # [M, N, 4 G]
-        both = both + F.pad(self.bias, (0, 2 * self.width)) * self.rows_of[0].view(-1, 1, 1)
-        first, second = both.chunk(2, -1)
-        return torch.matmul(self.rows_of, (first * second).flatten(1)).view(self.lmax + 1, h.shape[0], 2 * self.width)
 
     def weights(self) -> QueryKeyWeights:
         """The parameters as the kernels take them."""
@@ -89,13 +72,8 @@ class QueryKey(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]; h_again: gives it once more. Returns query and key, each [N, H, S]."""
         if execution.backend == "triton":
-            both = query_key(h, self.weights(), h_again, self.prepared(execution)).transpose(0, 1)  # as they lie
-            return both.unflatten(-1, (self.num_heads, self.head_dim)).unbind(0)
-        nodes = h.shape[0]
-        s = self.invariants(h).unflatten(-1, (2, self.width)).permute(2, 1, 0, 3).flatten(2)
-        x = torch.baddbmm(self.hidden_bias.unsqueeze(1), s, self.hidden_weight.transpose(1, 2))
-        x = F.layer_norm(x, (self.width,), None, None, LAYER_NORM_EPS)
-        x = F.silu(torch.addcmul(self.norm_bias.unsqueeze(1), x, self.norm_weight.unsqueeze(1)))
-        x = torch.baddbmm(self.out_bias.unsqueeze(1), x, self.out_weight.transpose(1, 2))
-        query, key = x.view(2, nodes, self.num_heads, self.head_dim).unbind(0)
-        return query, key
+            both = query_key(h, self.weights(), h_again, self.prepared(execution))
+        else:
+            both = query_key_reference(h, self.weights())
+        # in memory queries and keys lie apart
+        return both.transpose(0, 1).unflatten(-1, (self.num_heads, self.head_dim)).unbind(0)

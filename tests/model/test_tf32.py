@@ -31,7 +31,9 @@ def features_and_forces(config: dict, dtype: torch.dtype, trained: bool = False)
     torch.set_default_dtype(torch.float64)
     shape = {"lmax": 1, "sphere_channels": 12, "num_layers": 1, "num_heads": 6, "head_dim": 4, "num_radial_basis": 8}
     model = E2FormerV2(E2FormerV2Config(**shape, max_num_elements=10, **config))
-    model = model.to(dtype).requires_grad_(trained)
+    model = model.to(dtype)
+    if not trained:
+        model.freeze()
     torch.set_default_dtype(torch.float32)
     generator = torch.Generator().manual_seed(1)
     pos = (4 * torch.rand(ATOMS, 3, dtype=torch.float64, generator=generator)).to(dtype).requires_grad_()

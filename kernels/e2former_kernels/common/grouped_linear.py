@@ -19,6 +19,7 @@ from torch import Tensor
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.degree_sums import degree_sums
+from e2former_kernels.common.degrees import degree_of_row
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.run_sums import RunSums
 from e2former_kernels.common.step import node_plan, run_step
@@ -50,7 +51,7 @@ def apply_groups(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], tran
 @functools.lru_cache(maxsize=8)
 def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor([l for l in range(degrees) for _ in range(2 * l + 1)], device=device)
+        return degree_of_row(degrees, device)
 
 
 def so3_rows(weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.grouped_linear import so3_linear
+from e2former_kernels.common.degrees import degree_of_row, so3_linear_reference
 from e2former_kernels.norm.reference import equivariant_rms_norm_reference
 
 # e3nn's ``normalize2mom`` estimates these second-moment constants from a fixed random sample. The authors' weights
@@ -49,11 +49,10 @@ def gated_feedforward_reference(
     """
     degrees, channels, _ = weight1.shape
     h = equivariant_rms_norm_reference(x, norm_weight, norm_bias)
-    y = so3_linear(h, weight1, bias1)
-    gates = F.linear(y[:, 0], gate_weight, gate_bias).view(-1, degrees, channels)
-    parts = [(SILU_SCALE * F.silu(gates[:, 0])).unsqueeze(1)]
-    for degree in range(1, degrees):
-        gate = SIGMOID_SCALE * torch.sigmoid(gates[:, degree : degree + 1])
-        parts.append(gate * y[:, degree * degree : (degree + 1) ** 2])
-    out = so3_linear(torch.cat(parts, 1), weight2, bias2)
+    scalar, rest = so3_linear_reference(h, weight1, bias1).split([1, degrees**2 - 1], 1)
+    gates = F.linear(scalar, gate_weight, gate_bias).view(-1, degrees, channels)
+    first, gate = gates.split([1, degrees - 1], 1)
+    gate = (SIGMOID_SCALE * torch.sigmoid(gate)).index_select(1, degree_of_row(degrees, x.device)[1:] - 1)
+    z = torch.cat([SILU_SCALE * F.silu(first), gate * rest], 1)
+    out = so3_linear_reference(z, weight2, bias2)
     return x + out if residual else out

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.degrees import degree_of_row, scalar_row
+
 NORM_EPS = 1e-5
 
 
@@ -25,13 +27,10 @@ def equivariant_rms_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, shif
         y, of the shape of x.
     """
     degrees, channels = weight.shape
-    repeats = torch.tensor([2 * l + 1 for l in range(degrees)], device=x.device)
-    balance = torch.repeat_interleave(
-        1.0 / (repeats.to(torch.float64) * degrees * channels), repeats, output_size=degrees**2
-    ).to(x.dtype)
-    centred = torch.cat([x[:, :1] - x[:, :1].mean(-1, keepdim=True), x[:, 1:]], 1)
+    degree, scalar = degree_of_row(degrees, x.device), scalar_row(x)
+    balance = (1.0 / ((2 * degree + 1).double() * degrees * channels)).to(x.dtype)
+    centred = x - x.mean(-1, keepdim=True) * scalar
     variance = (centred.square().sum(-1) @ balance).view(-1, 1, 1)
     bias = bias if shift is None else bias + shift
-    gamma = torch.repeat_interleave(weight, repeats, 0, output_size=degrees**2)
-    y = centred * torch.rsqrt(variance + NORM_EPS) * gamma
-    return torch.cat([y[:, :1] + bias.unsqueeze(-2), y[:, 1:]], 1)
+    y = centred * torch.rsqrt(variance + NORM_EPS) * weight.index_select(0, degree)
+    return y + bias.unsqueeze(-2) * scalar

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_node_operation
+from e2former_kernels.common.degrees import degree_of_row, scalar_row
 
 LAYER_NORM_EPS = 1e-5
 
@@ -46,22 +47,21 @@ def invariants(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     docs/network.md, equation 6.1.
     """
-    degrees, width = weight.shape[0], bias.shape[0]
-    parts = []
-    for degree in range(degrees):
-        rows = h[:, degree * degree : (degree + 1) ** 2]
-        first, second = torch.matmul(rows, weight[degree].t()).split(width, -1)
-        if degree == 0:
-            first = first + bias
-        parts.append((first * second).sum(1).view(-1, 2, width // 2))
-    return torch.cat(parts, -1).transpose(0, 1)
+    nodes, degrees, width = h.shape[0], weight.shape[0], bias.shape[0]
+    degree = degree_of_row(degrees, h.device)
+    both = torch.bmm(h.transpose(0, 1), weight.index_select(0, degree).transpose(1, 2))  # [M, N, 4 G]
+    both = both + F.pad(bias, (0, width)) * scalar_row(h).unsqueeze(-1)
+    first, second = both.chunk(2, -1)
+    rows_of = (degree == torch.arange(degrees, device=h.device).unsqueeze(1)).to(h.dtype)  # [L+1, M]
+    s = torch.matmul(rows_of, (first * second).flatten(1)).view(degrees, nodes, 2, width // 2)
+    return s.permute(2, 1, 0, 3).flatten(2)
 
 
 def heads_of(s: Tensor, weights: QueryKeyWeights) -> Tensor:
     """Linear, layer norm, SiLU, linear on the invariants [2, N, (L+1) G]. Returns [2, N, O]."""
     x = torch.baddbmm(weights.hidden_bias.unsqueeze(1), s, weights.hidden_weight.transpose(1, 2))
     x = F.layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
-    x = F.silu(x * weights.norm_weight.unsqueeze(1) + weights.norm_bias.unsqueeze(1))
+    x = F.silu(torch.addcmul(weights.norm_bias.unsqueeze(1), x, weights.norm_weight.unsqueeze(1)))
     return torch.baddbmm(weights.out_bias.unsqueeze(1), x, weights.out_weight.transpose(1, 2))
 
 
