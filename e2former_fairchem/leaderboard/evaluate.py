@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from ase import Atoms
 from ase.optimize.optimize import Optimizer
 
 from e2former_fairchem.leaderboard import journal
 from e2former_fairchem.leaderboard.files import sha256_of
-from e2former_fairchem.leaderboard.predictor import PredictionError, Predictor, pack
+from e2former_fairchem.leaderboard.predictor import Prediction, PredictionError, Predictor, pack, reason
 from e2former_fairchem.leaderboard.recipes import EVAL_OPT_PARAMETERS, relax_job, single_point_job
-from e2former_fairchem.leaderboard.relax import point, relax_all
+from e2former_fairchem.leaderboard.relax import Relaxation, point, relax_all
 from e2former_fairchem.leaderboard.runner import JournalledRunner
 from e2former_fairchem.leaderboard.tasks import get_task, load_inputs
 
@@ -81,50 +83,64 @@ class EvaluationRunner(JournalledRunner):
         relaxations = sorted((i for i in todo if self.units[i].relax), key=lambda i: (-len(self.units[i].atoms), i))
         if not self.batched:
             for index in (*points, *relaxations):
-                self._by_recipe(index, predictor)
+                self._record(index, partial(self._by_recipe, index, predictor))
             return
         for batch in pack([len(self.units[i].atoms) for i in points], self.max_atoms):
             indices = [points[k] for k in batch]
             structures = [self.units[i].atoms.copy() for i in indices]
             for index, atoms, found in zip(indices, structures, predictor.predict_atoms(structures), strict=True):
-                if isinstance(found, Exception):
-                    self.failure(index, self.units[index].name, found)
-                else:
-                    self._keep(index, point(atoms, *found))
+                self._record(index, partial(self._single_point, index, atoms, found))
         starts = ((i, self.units[i].atoms) for i in relaxations)
         for done in relax_all(starts, predictor.predict_atoms, EVAL_OPT_PARAMETERS, self.max_atoms):
-            if done.initial is None:
-                self.failure(done.index, self.units[done.index].name, done.error)
-            else:
-                ends = {"initial": done.initial, "final": done.final}
-                self._keep(done.index, ends, error=done.error, steps=done.steps, converged=done.converged)
+            self._record(done.index, partial(self._relaxed, done))
 
-    def _by_recipe(self, index: int, predictor: Predictor) -> None:
-        unit, caught = self.units[index], []
-        atoms = unit.atoms.copy()
+    def _record(self, index: int, make: Callable[[], bytes]) -> None:
+        """Keep what `make` returns; what it raises is this structure's failure alone, and the run goes on."""
         try:
-            if not unit.relax:
-                result = single_point_job(atoms, predictor.calculator)
-                require_finite(result)
-                self._keep(index, result)
-                return
-            predictor.calculator.reset()
-            options = {
-                **EVAL_OPT_PARAMETERS,
-                "optimizer": noticing(EVAL_OPT_PARAMETERS["optimizer"], caught),
-                "optimizer_kwargs": {"logfile": None, **EVAL_OPT_PARAMETERS["optimizer_kwargs"]},
-            }
+            payload = make()
+        except Exception as err:
+            self.failure(index, self.units[index].name, reason(err))
+        else:
+            self.result([index], payload)
+
+    def _single_point(self, index: int, atoms: Atoms, found: Prediction) -> bytes:
+        if isinstance(found, Exception):
+            raise found
+        return self._pack(index, point(atoms, *found))
+
+    def _relaxed(self, done: Relaxation) -> bytes:
+        if done.initial is None:
+            raise done.error
+        ends = {"initial": done.initial, "final": done.final}
+        return self._pack(done.index, ends, done.error, steps=done.steps, converged=done.converged)
+
+    def _by_recipe(self, index: int, predictor: Predictor) -> bytes:
+        unit = self.units[index]
+        atoms = unit.atoms.copy()
+        if not unit.relax:
+            result = single_point_job(atoms, predictor.calculator)
+            require_finite(result)
+            return self._pack(index, result)
+        caught: list[Exception] = []
+        predictor.calculator.reset()
+        options = {
+            **EVAL_OPT_PARAMETERS,
+            "optimizer": noticing(EVAL_OPT_PARAMETERS["optimizer"], caught),
+            "optimizer_kwargs": {"logfile": None, **EVAL_OPT_PARAMETERS["optimizer_kwargs"]},
+        }
+        try:
             result = relax_job(atoms, predictor.calculator, options)
             require_finite(result["initial"], result["final"])
-        except Exception as err:  # of this structure only: recorded, counted, and the run goes on
-            self.failure(index, unit.name, caught[0] if caught else err)
-            return
+        except Exception:
+            if caught:  # tells more than what came of it
+                raise caught[0] from None
+            raise
         largest = np.linalg.norm(result["final"]["forces"], axis=1).max()
         error = caught[0] if caught else None
-        self._keep(index, result, error=error, converged=bool(largest < EVAL_OPT_PARAMETERS["fmax"]))
+        return self._pack(index, result, error, converged=bool(largest < EVAL_OPT_PARAMETERS["fmax"]))
 
-    def _keep(self, index: int, result: dict[str, Any], error: Exception | None = None, **facts: Any) -> None:
+    def _pack(self, index: int, result: dict[str, Any], error: Exception | None = None, **facts: Any) -> bytes:
         content = {"path": self.units[index].path, "result": result, **facts}
         if error is not None:
-            content["error"] = f"{type(error).__name__}: {error}"
-        self.result([index], json.dumps(content, allow_nan=False).encode())
+            content["error"] = reason(error)
+        return json.dumps(content, allow_nan=False).encode()

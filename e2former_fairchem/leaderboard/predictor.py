@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,23 @@ from omegaconf import DictConfig, OmegaConf
 
 from e2former_fairchem.training.checkpoint import check_checkpoint_path
 
+#: What fairchem's conversion takes over from a structure although nothing that is predicted depends on it.
+LABELS = ("energy", "forces", "stress")
+
 #: Energy in eV and forces [N, 3] in eV/Å, both float64; or why there are none.
 Prediction = tuple[float, np.ndarray] | Exception
 
 
 class PredictionError(RuntimeError):
     """The model gave numbers that are not finite, or of a wrong number."""
+
+
+def reason(error: Exception) -> str:
+    """An exception as the journal keeps it; one without a message (a bare assertion) by where it was raised."""
+    name, text, frames = type(error).__name__, str(error), traceback.extract_tb(error.__traceback__)
+    if text or not frames:
+        return f"{name}: {text}"
+    return f"{name} at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}"
 
 
 def check_model(checkpoint: str | None) -> str:
@@ -116,31 +128,42 @@ class Predictor:
         self.calculator = FAIRChemCalculator(self.unit, task_name=task_name)
 
     def convert(self, atoms: Atoms) -> AtomicData:
-        """Check and convert a structure as fairchem's calculator does; sets charge and spin where they are missing."""
-        self.unit.validate_atoms_data(atoms, self.task_name)
-        return self.calculator.a2g(atoms)
+        """Check and convert a structure as fairchem's calculator does; sets charge and spin where they are missing.
 
-    def predict(self, batch: AtomicData) -> list[Prediction]:
-        """One prediction for each structure of a batch.
+        Labels stay behind: structures with and without them could not be collated.
 
-        Where the batch fails as a whole (memory, or one structure that the model refuses) its halves are tried, down
-        to single structures; a structure that fails alone gives its exception.
+        Raises:
+            ValueError: no atoms. And what the model's own check raises.
         """
+        if not len(atoms):
+            raise ValueError("expected at least one atom, got an empty structure")
+        self.unit.validate_atoms_data(atoms, self.task_name)
+        bare = atoms.copy()  # without its calculator
+        for key in LABELS:
+            bare.info.pop(key, None)
+        return self.calculator.a2g(bare)
+
+    def predict(self, batch: AtomicData | Sequence[AtomicData]) -> list[Prediction]:
+        """One prediction for each structure of a batch, collated or not.
+
+        Where the batch fails as a whole (memory, or one structure that cannot be collated or that the model refuses)
+        its halves are tried, down to single structures; a structure that fails alone gives its exception.
+        """
+        collated = isinstance(batch, AtomicData)
+        number = int(batch.num_graphs) if collated else len(batch)
+        if not number:
+            return []
         try:
-            return self._predict_once(batch)
+            return self._predict_once(batch if collated else atomicdata_list_to_batch(batch))
         except Exception as err:
-            number = int(batch.num_graphs)
             if number == 1:
                 return [err]
-            logging.info("a batch of %d structures failed (%s: %s); trying halves", number, type(err).__name__, err)
+            logging.info("a batch of %d structures failed (%s); trying halves", number, reason(err))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        parts = batch.batch_to_atomicdata_list()
+        parts = batch.batch_to_atomicdata_list() if collated else batch
         half = number // 2
-        found: list[Prediction] = []
-        for part in (parts[:half], parts[half:]):
-            found += self.predict(atomicdata_list_to_batch(part))
-        return found
+        return self.predict(parts[:half]) + self.predict(parts[half:])
 
     def predict_atoms(self, structures: Sequence[Atoms]) -> list[Prediction]:
         """As `predict`, from ASE structures; one that cannot be converted gives its exception."""
@@ -151,7 +174,7 @@ class Predictor:
             except Exception as err:  # whatever a structure brings is its own failure
                 converted.append(err)
         good = [data for data in converted if not isinstance(data, Exception)]
-        predicted = iter(self.predict(atomicdata_list_to_batch(good)) if good else ())
+        predicted = iter(self.predict(good))
         return [data if isinstance(data, Exception) else next(predicted) for data in converted]
 
     def _predict_once(self, batch: AtomicData) -> list[Prediction]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.optimize.optimize import Optimizer
 
 from e2former_fairchem.leaderboard.predictor import Prediction
 from e2former_fairchem.leaderboard.recipes import MSONAtoms
@@ -46,14 +47,23 @@ class Relaxation:
         self.converged = False
         self.steps = 0
         self._fmax, self._max_steps = options["fmax"], options["max_steps"]
-        self._optimizer = options["optimizer"](self.atoms, **{"logfile": None, **options["optimizer_kwargs"]})
+        self._optimizer: Optimizer | None = None
+        self._options = options
         self._valid: tuple[Atoms, float, np.ndarray] | None = None
 
     def advance(self, prediction: Prediction) -> bool:
-        """Take the prediction for the present positions, and the next step; returns whether it is over."""
+        """Take the prediction for the present positions, and the next step; returns whether it is over.
+
+        Whatever goes wrong ends this relaxation alone: its last valid step counts, and the reason is kept.
+        """
         if isinstance(prediction, Exception):
             return self._end(prediction)
-        energy, forces = prediction
+        try:
+            return self._advance(*prediction)
+        except Exception as err:
+            return self._end(err)
+
+    def _advance(self, energy: float, forces: np.ndarray) -> bool:
         self._valid = (self.atoms.copy(), energy, forces)
         if self.initial is None:
             self.initial = point(*self._valid)
@@ -61,16 +71,16 @@ class Relaxation:
         if self.converged or self.steps >= self._max_steps:
             return self._end(None)
         self.atoms.calc = SinglePointCalculator(self.atoms, energy=energy, forces=forces)
-        try:
-            self._optimizer.step()
-        except Exception as err:  # the optimiser's own failure: the last valid step counts, and the reason is kept
-            return self._end(err)
+        if self._optimizer is None:
+            make, options = self._options["optimizer"], self._options["optimizer_kwargs"]
+            self._optimizer = make(self.atoms, **{"logfile": None, **options})
+        self._optimizer.step()
         self.steps += 1
         return False
 
     def _end(self, error: Exception | None) -> bool:
         self.error = error
-        if self._valid is not None:
+        if self.initial is not None:
             self.final = point(*self._valid)
         return True
 

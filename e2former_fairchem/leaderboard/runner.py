@@ -144,11 +144,10 @@ class JournalledRunner(Runner):
         self._journal.append(j.Kind.RESULT, indices, payload)
         self._progress.add(indices)
 
-    def failure(self, index: int, name: str, error: Exception) -> None:
-        """Keep the reason why this structure has no result."""
-        text = f"{type(error).__name__}: {error}"
-        logging.warning("%s: %s failed: %s", self.task, name, text)
-        self._journal.append(j.Kind.FAILURE, [index], json.dumps({"name": name, "error": text}).encode())
+    def failure(self, index: int, name: str, error: str) -> None:
+        """Keep the reason why this structure has no result, see `predictor.reason`."""
+        logging.warning("%s: %s failed: %s", self.task, name, error)
+        self._journal.append(j.Kind.FAILURE, [index], json.dumps({"name": name, "error": error}).encode())
         self._progress.add([index], failed=1)
 
     def run(self) -> None:

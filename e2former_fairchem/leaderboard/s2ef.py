@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
 from e2former_fairchem.data.checks import check_dataset
-from e2former_fairchem.leaderboard.predictor import Predictor, pack
+from e2former_fairchem.leaderboard.predictor import Predictor, pack, reason
 from e2former_fairchem.leaderboard.runner import JournalledRunner
 
 #: Info keys that every structure must have; charge and spin change the answer, so none is guessed.
@@ -33,8 +33,26 @@ class Batch:
     data_ids: list[str] = field(default_factory=list)
     energies: list[float] = field(default_factory=list)  # labels, eV; NaN where there is none
     forces: list[np.ndarray | None] = field(default_factory=list)  # labels, eV/Å
-    data: AtomicData | None = None
-    failures: list[tuple[int, str, Exception]] = field(default_factory=list)
+    data: AtomicData | list[AtomicData] = field(default_factory=list)  # a list where it cannot be collated
+    failures: list[tuple[int, str, str]] = field(default_factory=list)  # as text: not every exception can be pickled
+
+
+def read_labels(atoms: Atoms) -> tuple[float, np.ndarray | None]:
+    """Energy (eV, NaN where there is none) and forces ([N, 3] eV/Å, None where there are none) of a structure.
+
+    Raises:
+        ValueError: no number, or forces of another shape.
+    """
+    labels = atoms.calc.results if atoms.calc is not None else {}
+    energy, forces = labels.get("energy"), labels.get("forces")
+    try:
+        energy = np.nan if energy is None else float(energy)
+        forces = None if forces is None else np.asarray(forces, float)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"expected an energy and forces that are numbers, got {reason(err)}") from err
+    if forces is not None and forces.shape != (len(atoms), 3):
+        raise ValueError(f"expected forces {(len(atoms), 3)}, got {forces.shape}")
+    return energy, forces
 
 
 class BatchReader(Dataset):
@@ -60,16 +78,24 @@ class BatchReader(Dataset):
                 name = str(atoms.info["source"])
                 graph = self.convert(atoms)
             except Exception as err:  # a damaged row is this structure's failure, not the run's
-                batch.failures.append((index, name, err))
+                batch.failures.append((index, name, reason(err)))
                 continue
-            labels = atoms.calc.results if atoms.calc is not None else {}
+            try:
+                energy, forces = read_labels(atoms)
+            except ValueError as err:  # nothing that is predicted depends on labels: it only leaves the scores
+                logging.warning("s2ef: %s counts as unlabelled: %s", name, err)
+                energy, forces = np.nan, None
             graphs.append(graph)
             batch.indices.append(index)
             batch.ids.append(name)
             batch.data_ids.append(str(atoms.info.get("data_id", "")))
-            batch.energies.append(float(labels.get("energy", np.nan)))
-            batch.forces.append(np.asarray(labels["forces"], float) if "forces" in labels else None)
-        batch.data = atomicdata_list_to_batch(graphs) if graphs else None
+            batch.energies.append(energy)
+            batch.forces.append(forces)
+        try:
+            batch.data = atomicdata_list_to_batch(graphs) if graphs else []
+        except Exception as err:  # the predictor finds out which structure is to blame
+            logging.warning("s2ef: a batch of %d structures cannot be collated: %s", len(graphs), reason(err))
+            batch.data = graphs
         return batch
 
 
@@ -126,9 +152,16 @@ class S2EFRunner(JournalledRunner):
                 logging.warning(
                     "%s has no metadata.npz with natoms: every structure is read to count its atoms", self.data
                 )
-            natoms = self.dataset.get_metadata("natoms", np.arange(len(self.dataset)))
-            self._sizes = np.asarray(natoms, np.int64)
+                self._sizes = np.array([self._count(index) for index in range(len(self.dataset))], np.int64)
+            else:
+                self._sizes = np.asarray(self.dataset.get_metadata("natoms", np.arange(len(self.dataset))), np.int64)
         return self._sizes
+
+    def _count(self, index: int) -> int:
+        try:
+            return len(self.dataset.get_atoms(index))
+        except Exception:  # a damaged row, whose reason is recorded when it is read for its prediction
+            return 0
 
     def identity(self) -> dict[str, Any]:
         """The data set, by its structures' sizes: a copy elsewhere is the same data set."""
@@ -149,14 +182,13 @@ class S2EFRunner(JournalledRunner):
         for batch in loader:
             for index, name, error in batch.failures:
                 self.failure(index, name, error)
-            if batch.data is not None:
-                self._predict(batch, predictor)
+            self._predict(batch, predictor)
 
     def _predict(self, batch: Batch, predictor: Predictor) -> None:
         good, energies, forces, errors = [], [], [], []
         for k, prediction in enumerate(predictor.predict(batch.data)):
             if isinstance(prediction, Exception):
-                self.failure(batch.indices[k], batch.ids[k], prediction)
+                self.failure(batch.indices[k], batch.ids[k], reason(prediction))
                 continue
             good.append(k)
             energies.append(prediction[0])

@@ -146,7 +146,12 @@ class S2EFReducer(Reducer):
         provenance = write_provenance(target, collected.fingerprint, collected.workers, **facts)
         if found:
             write_json(self.output_dir / "scores.json", found)
-            logging.info("errors against the data set's labels:\n%s", table(found))
+            logging.info(
+                "errors against the data set's labels, which %d of %d structures have:\n%s",
+                found["all"]["structures"],
+                len(arrays["ids"]),
+                table(found),
+            )
         else:
             logging.info("the data set has no labels: no scores")
         logging.info("S2EF submission: %s (provenance: %s)", target, provenance.name)

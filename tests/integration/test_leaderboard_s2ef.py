@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from fairchem.core.datasets.ase_datasets import AseDBDataset
 from omegaconf import OmegaConf
 
 from e2former_fairchem.data.make_sample import write_folder
@@ -37,8 +40,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Calla
 @pytest.fixture(scope="module")
 def frames() -> list[Atoms]:
     """Sample structures under OMol25's `data_id`s."""
-    from fairchem.core.datasets.ase_datasets import AseDBDataset
-
     source = AseDBDataset({"src": sample("val_known")})
     found = [source.get_atoms(i) for i in range(20)]
     for i, atoms in enumerate(found):
@@ -347,6 +348,87 @@ def test_failures_are_recorded_counted_and_retried(
     assert sorted(computed(output)) == [0, 1, 3, 4, 5]
     with pytest.raises(IncompleteError, match="got 5: 1 failed"):
         merge(output)
+
+
+def test_labels_are_not_needed(
+    checkpoint: Path, frames: list[Atoms], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Labels of one structure, of half a structure, of the wrong shape and in `info`, in one batch: all predicted."""
+    mixed = [atoms.copy() for atoms in frames[:5]]  # without a calculator
+    size = len(mixed[2])
+    mixed[1].calc = SinglePointCalculator(mixed[1], energy=-1.0)
+    mixed[2].calc = SinglePointCalculator(mixed[2], energy=-1.0, forces=np.ones((size, 2)))
+    mixed[3].info["energy"] = -3.0
+    mixed[4].calc = SinglePointCalculator(mixed[4], energy=2.0, forces=np.zeros((len(mixed[4]), 3)))
+    write_folder(mixed, tmp_path / "val")
+    output = tmp_path / "out"
+    with caplog.at_level(logging.INFO):
+        work(checkpoint, tmp_path / "val", output, max_atoms=1000)
+        arrays = merge(output)
+    assert "trying halves" not in caplog.text
+    assert (
+        f"{mixed[2].info['source']} counts as unlabelled: expected forces ({size}, 3), got ({size}, 2)" in caplog.text
+    )
+    assert "which 1 of 5 structures have" in caplog.text
+    scores = json.loads((output / "scores.json").read_text())
+    assert scores["all"]["structures"] == 1
+    assert scores["all"]["energy_mae"] == pytest.approx(abs(arrays["energy"][4] - 2.0))
+
+    bare = [atoms.copy() for atoms in mixed]
+    for atoms in bare:
+        atoms.info.pop("energy", None)
+    write_folder(bare, tmp_path / "bare")
+    work(checkpoint, tmp_path / "bare", tmp_path / "without", max_atoms=1000)
+    without = merge(tmp_path / "without")
+    np.testing.assert_array_equal(arrays["energy"], without["energy"])
+    np.testing.assert_array_equal(arrays["forces"], without["forces"])
+
+
+def test_one_bad_structure_fails_alone(
+    checkpoint: Path, frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without atoms, one that cannot be collated, one whose exception cannot be pickled; no metadata; a reader."""
+
+    class Unpicklable(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(f"{one} and {two}")
+
+    convert = Predictor.convert
+
+    def spoiling(self: Predictor, atoms: Atoms):
+        if atoms.info["source"] == frames[3].info["source"]:
+            raise Unpicklable(1, 2)
+        graph = convert(self, atoms)
+        if atoms.info["source"] == frames[5].info["source"]:
+            graph.pos = graph.pos[:, :2]
+        return graph
+
+    empty = Atoms(info=frames[1].info)
+    write_folder([frames[0], empty, *frames[2:8]], tmp_path / "val")
+    (tmp_path / "val" / "metadata.npz").unlink()
+    get_atoms = AseDBDataset.get_atoms
+
+    def damaged(self: AseDBDataset, index: int) -> Atoms:
+        if index == 6:
+            raise ValueError("a damaged row")
+        return get_atoms(self, index)
+
+    monkeypatch.setattr(Predictor, "convert", spoiling)
+    monkeypatch.setattr(AseDBDataset, "get_atoms", damaged)
+    output = tmp_path / "out"
+    work(checkpoint, tmp_path / "val", output, max_atoms=1000, num_workers=1)
+    with pytest.raises(IncompleteError, match="expected results of 8 structures, got 4: 4 failed"):
+        merge(output)
+    failures = {f["index"]: f for f in json.loads((output / "failures.json").read_text())}
+    assert {i: f["name"] for i, f in failures.items()} == {
+        **{i: frames[i].info["source"] for i in (1, 3, 5)},
+        6: "structure 6",
+    }
+    assert failures[1]["error"] == "ValueError: expected at least one atom, got an empty structure"
+    assert failures[3]["error"] == "Unpicklable: 1 and 2"
+    assert re.fullmatch(r"AssertionError at atomic_data.py:\d+: assert .*pos.*", failures[5]["error"])
+    assert failures[6]["error"] == "ValueError: a damaged row"
+    assert sorted(computed(output)) == [0, 2, 4, 7]
 
 
 def test_wrong_keys_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:

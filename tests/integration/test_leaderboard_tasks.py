@@ -310,6 +310,32 @@ def test_exceptions_are_recorded_and_counted(
     assert not check(result, task, inputs[task]).problems
 
 
+@pytest.mark.parametrize(("task", "batched"), [("spingap", True), ("conformers", True), ("conformers", False)])
+def test_one_bad_structure_fails_alone(task: str, batched: bool, checkpoint: Path, tmp_path: Path) -> None:
+    """Info that is no JSON (NaN), a structure without atoms; a label beside structures without is no harm."""
+    content = make_inputs()[task]
+    members = content["family_a" if task == "conformers" else "gap"]
+    if task == "spingap":
+        members |= {spin: {"atoms": members[1]["atoms"].copy()} for spin in (5, 7)}
+        units = [member["atoms"] for member in members.values()]
+        names = ["gap/3", "gap/5"]
+    else:
+        units = [member["initial_atoms"] for member in members]
+        names = ["family_a/a1", "family_a/a2"]
+    units[0].info["energy"] = -1.0
+    units[1].info["gap"] = float("nan")
+    del units[2][:]
+    (tmp_path / "inputs.pkl").write_bytes(pickle.dumps(content))
+    work(task, checkpoint, tmp_path / "inputs.pkl", tmp_path / "out", batched=batched, max_atoms=1000)
+    total = len(load_inputs(task, tmp_path / "inputs.pkl"))
+    with pytest.raises(IncompleteError, match=f"of {total} structures, got {total - 2}: 2 failed"):
+        merge(task, tmp_path / "out")
+    failures = json.loads((tmp_path / "out" / "failures.json").read_text())
+    assert [f["name"] for f in failures] == names
+    assert "not JSON compliant" in failures[0]["error"], failures
+    assert "ValueError: " in failures[1]["error"], failures
+
+
 def test_wrong_inputs_are_named(checkpoint: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     twice = make_inputs()["conformers"]
     twice["family_a"][1]["sid"] = "a0"
