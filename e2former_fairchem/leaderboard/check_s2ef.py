@@ -53,8 +53,12 @@ def reference_structures(reference: Path) -> dict[str, int]:
 
         dataset = AseDBDataset({"src": check_dataset("--reference", str(reference))})
         logging.info("reading the ids of %d structures of %s", len(dataset), reference)
-        structures = (dataset.get_atoms(i) for i in range(len(dataset)))
-        pairs = [(str(atoms.info["source"]), len(atoms)) for atoms in structures]
+        pairs = []
+        for index in range(len(dataset)):
+            atoms = dataset.get_atoms(index)
+            if "source" not in atoms.info:
+                raise ValueError(f"--reference: expected atoms.info['source'] in {reference}, row {index} has none")
+            pairs.append((str(atoms.info["source"]), len(atoms)))
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError(f"--reference: expected each id once in {reference}, got {len(pairs) - len(found)} repeated")
@@ -110,7 +114,7 @@ def check_s2ef(report: Report, file: Path, reference: Path | None) -> None:
     report.require(number > 0, f"{number} structures", "expected at least one structure, got none")
     if number in OMOL25:
         report.note(f"as many structures as OMol25's {OMOL25[number]} set")
-    elif expected is None:
+    else:
         parts = " or ".join(f"{n} ({part})" for n, part in OMOL25.items())
         report.note(f"OMol25 has {parts} structures, this file has {number}")
     unique, counts = np.unique(ids, return_counts=True)
@@ -148,19 +152,11 @@ def _some(ids: np.ndarray, where: np.ndarray) -> str:
 
 
 def _compare(report: Report, given: dict[str, int], expected: dict[str, int]) -> None:
-    missing = [i for i in expected if i not in given]
-    unknown = [i for i in given if i not in expected]
-    report.require(
-        not missing,
-        f"all {len(expected)} ids of the reference",
-        f"ids: expected {len(expected)} of the reference, got none of {listed(missing, len(missing))}",
-    )
-    report.require(
-        not unknown, "no id that is not in the reference", f"ids: got unknown {listed(unknown, len(unknown))}"
-    )
+    if not report.require_matches("ids", given, expected):
+        return
     differing = [f"{i}: expected {n}, got {given[i]}" for i, n in expected.items() if given.get(i, n) != n]
     report.require(
         not differing,
-        "every structure's number of atoms as in the reference",
+        f"numbers of atoms as in the reference, of the {len(given.keys() & expected.keys())} structures of both",
         f"natoms: other numbers than in the reference for {listed(differing, len(differing))}",
     )

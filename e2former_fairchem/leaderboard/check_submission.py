@@ -36,7 +36,7 @@ def check(file: Path, task: str, reference: Path | None = None) -> Report:
     for what, path in (("file", file), ("--reference", reference)):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{what}: expected a file, got {path}, which does not exist")
-    report = Report(f"{file} for {task}")
+    report = Report(f"{file} for {task}", complete=reference is not None)
     if task == "s2ef":
         from e2former_fairchem.leaderboard.check_s2ef import check_s2ef
 
@@ -46,12 +46,12 @@ def check(file: Path, task: str, reference: Path | None = None) -> Report:
 
         check_task(report, file, task, reference)
     if reference is None:
-        report.note("no --reference: whether all of the leaderboard's structures are there was not checked")
+        report.note("no --reference: whether the leaderboard's structures are there, and no others, was not checked")
     return report
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; 0 for a good file, 1 for one with problems."""
+    """Print the report; 0 where nothing is wrong with what was checked, 1 for a file with problems."""
     report = check(arguments.file, arguments.task, arguments.reference)
     print(report)
     return 1 if report.problems else 0

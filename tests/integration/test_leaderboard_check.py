@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms
+from fairchem.core.datasets.ase_datasets import AseDBDataset
+from pymatgen.io.ase import MSONAtoms
 
 from e2former_fairchem.cli import COMMANDS, main
 from e2former_fairchem.data.make_sample import write_folder
+from e2former_fairchem.leaderboard.check_task import atoms_of
 from e2former_fairchem.leaderboard.files import replacing, write_json
 from e2former_fairchem.leaderboard.relax import point
 
@@ -97,6 +100,50 @@ def test_s2ef_against_references(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert "omol/1: expected 2, got 1" in out
 
 
+def test_completeness_needs_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A file alone is well formed at best, a foreign reference has no id of it, and a part is missing something."""
+    np.savez(tmp_path / "part.npz", **s2ef_arrays())
+    call = ["check-submission", str(tmp_path / "part.npz"), "--task", "s2ef"]
+    assert main(call) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "well formed, completeness not checked"
+    assert "ready" not in out
+    assert "2762021 (validation) or 2805046 (test) structures, this file has 3" in out
+
+    ids = np.array([f"spice/{i}" for i in range(5)])
+    np.savez(tmp_path / "foreign.npz", ids=ids, natoms=np.array([3, 1, 4, 1, 1], np.int64))
+    assert main([*call, "--reference", str(tmp_path / "foreign.npz")]) == 1
+    out = capsys.readouterr().out
+    assert "ids: expected the 5 of the reference, like spice/0, got 3 others, like omol/0" in out
+    assert "as in the reference" not in out and "ok       all" not in out
+
+    more = dict(s2ef_arrays(), ids=np.array(["omol/0", "omol/1", "omol/2", "omol/3"]), natoms=np.array([3, 1, 4, 2]))
+    np.savez(tmp_path / "more.npz", **more)
+    assert main([*call, "--reference", str(tmp_path / "more.npz")]) == 1
+    assert "ids: expected 4 of the reference, got none of 1 (omol/3)" in capsys.readouterr().out
+
+    path = write(tmp_path / "file.json.gz", GOOD["spingap"])
+    other = write(tmp_path / "other.json.gz", {"y": GOOD["spingap"]["x"]})
+    call = ["check-submission", str(path), "--task", "spingap"]
+    assert main(call) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "well formed, completeness not checked"
+    assert main([*call, "--reference", str(other)]) == 1
+    out = capsys.readouterr().out
+    assert "calculations: expected the 2 of the reference, like y/1, got 2 others, like x/1" in out
+    assert "as in the reference" not in out
+
+
+def test_reference_without_ids(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_folder([Atoms("H", info={"source": "omol/0", "data_id": "rgd"})], tmp_path / "data")
+    np.savez(tmp_path / "file.npz", **s2ef_arrays())
+    read = AseDBDataset.get_atoms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AseDBDataset, "get_atoms", lambda self, i: Atoms(read(self, i).numbers))
+        call = ["check-submission", str(tmp_path / "file.npz"), "--task", "s2ef"]
+        assert main([*call, "--reference", str(tmp_path / "data")]) == 2
+    assert "--reference: expected atoms.info['source']" in capsys.readouterr().err
+
+
 def test_wrong_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["check-submission", str(tmp_path / "none.npz"), "--task", "s2ef"]) == 2
     assert "which does not exist" in capsys.readouterr().err
@@ -173,6 +220,11 @@ TASK_DEFECTS = {
         "final: expected the elements of initial",
     ),
     "component moved": ("ligand_pocket", lambda t: shifted(t, "x", "pocket"), "not exactly those of ligand_pocket"),
+    "position not finite": (
+        "spingap",
+        lambda t: at(t, "x", "1").update(atoms=MSONAtoms(Atoms("OH2", [[np.nan] * 3] * 3)).as_dict()),
+        "x/1: atoms: expected finite positions",
+    ),
     "missing component": ("ligand_pocket", lambda t: at(t, "x").pop("ligand"), "x: has pocket, ligand_pocket"),
     "empty": ("spingap", lambda t: t["x"].clear(), "x: expected an object with results, got an empty object"),
 }
@@ -208,6 +260,37 @@ def test_task_against_its_input(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert "got none of 2 (y/1, y/3)" in out
     assert "got unknown 2 (z/1, z/3)" in out
     assert "x/1: positions up to 0.001 Å off" in out
+
+
+def replaced(content: Any, positions: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """The same results with other positions."""
+    if not isinstance(content, dict):
+        return content
+    if "atoms" in content:
+        atoms = atoms_of(content)
+        atoms.positions = positions(atoms.positions)
+        return {**content, "atoms": MSONAtoms(atoms).as_dict()}
+    return {key: replaced(value, positions) for key, value in content.items()}
+
+
+@pytest.mark.parametrize("task", ["ligand_pocket", "conformers", "spingap"])
+def test_rounded_positions_match(task: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Three decimals or four are the same structure; an atom moved by more than rounding moves it is not."""
+    content = replaced(GOOD[task], lambda pos: pos * np.pi / 3 + np.e)
+    reference = write(tmp_path / "reference.json.gz", content)
+    call = ["check-submission", str(tmp_path / "file.json.gz"), "--task", task, "--reference", str(reference)]
+    for decimals in (3, 4):
+        write(tmp_path / "file.json.gz", replaced(content, lambda pos: pos.round(decimals)))  # noqa: B023
+        assert main(call) == 0, capsys.readouterr().out
+        assert "starting positions (within 0.00055 Å) as in the reference" in capsys.readouterr().out
+    path = {"ligand_pocket": "x/pocket", "conformers": "family/c0", "spingap": "x/1"}[task]
+    moved = replaced(content, lambda pos: pos.round(4))
+    result = at(moved, *path.split("/"))
+    result = result.get("initial", result)
+    result |= replaced({"atoms": result["atoms"]}, lambda pos: pos + np.eye(len(pos), 3) * 7e-4)
+    write(tmp_path / "file.json.gz", moved)
+    assert main(call) == 1
+    assert re.search(rf"got others in 1 \({path}: positions up to 0.000(7|6\d|7\d) Å off\)", capsys.readouterr().out)
 
 
 def test_repeated_json_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
