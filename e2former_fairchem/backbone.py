@@ -28,7 +28,7 @@ from e2former_fairchem.inference_mode import outside_inference_mode
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
 from e2former_fairchem.parallel_guard import ParallelGuard
-from e2former_fairchem.validation import check_batch, check_keys, log_once, plain, symbol
+from e2former_fairchem.validation import check_batch, check_keys, log_once, plain, read_other_spellings, symbol
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -361,12 +361,15 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self._refusal = self._guard.refusal(self)
 
     def validate_atoms_data(self, atoms: Atoms, task_name: str) -> None:
-        """Set charge and spin in ``atoms.info`` where they are missing (fairchem's defaults) and check their ranges.
+        """Set charge and spin in ``atoms.info`` where they are missing and check their ranges.
 
+        What other programs call them (``total_charge``, ``multiplicity``, ``spin_multiplicity``) is read before
+        fairchem's defaults are taken; a contradiction is refused.
         Of fairchem's batch server, which passes a stub, only ``atoms.info`` is read. A periodic direction without a
         lattice vector is refused, and with the parallel predict unit inputs that change when it sends positions and
         cells alone. Raises TypeError and ValueError as fairchem's UMA does, and ValueError for these.
         """
+        read_other_spellings(atoms.info)
         validate_uma_atoms_data(atoms, task_name)
         check_cell(atoms)
         if atoms.info["spin"] == 0:

@@ -15,6 +15,8 @@ from fairchem.core.units.mlip_unit.api.inference import CHARGE_RANGE, SPIN_RANGE
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from e2former_fairchem.data.structures import whole_number
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -26,6 +28,7 @@ __all__ = [
     "first_time",
     "log_once",
     "plain",
+    "read_other_spellings",
     "symbol",
 ]
 
@@ -50,6 +53,24 @@ def log_once(message: str) -> None:
     """Log a warning the first time it comes up in this process."""
     if first_time(message):
         logging.warning(message)
+
+
+def read_other_spellings(info: dict[str, Any]) -> None:
+    """Set charge and spin in a structure's info from the keys that other programs use, where it has those.
+
+    Raises ValueError: such a key is no integer, or says something else than another one.
+    """
+    for key, others in (("charge", ("total_charge",)), ("spin", ("multiplicity", "spin_multiplicity"))):
+        given = {name: whole_number(info, name) for name in others if name in info}
+        if not given:
+            continue
+        if key in info:
+            given[key] = info[key]
+        first, *rest = given.values()
+        if any(value != first for value in rest):
+            said = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"{key}: expected one value in the structure's info, got {said}")
+        info[key] = first
 
 
 def symbol(number: int) -> str:

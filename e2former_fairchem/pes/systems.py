@@ -12,7 +12,8 @@ from ase.build import bulk, molecule
 from ase.collections import g2
 from ase.io import read
 
-from e2former_fairchem.validation import CHARGE_RANGE, SPIN_RANGE
+from e2former_fairchem.data.structures import whole_number
+from e2former_fairchem.validation import CHARGE_RANGE, SPIN_RANGE, read_other_spellings
 
 
 def _water_dimer() -> Atoms:
@@ -78,24 +79,16 @@ OWN: dict[str, Callable[[], Atoms]] = {
 }
 
 
-#: What a structure's info calls charge and multiplicity: our key, others' keys, range, default.
-_INFO = (
-    ("charge", ("total_charge",), CHARGE_RANGE, 0),
-    ("spin", ("multiplicity", "spin_multiplicity"), SPIN_RANGE, 1),
-)
-
-
 def _set_charge_and_spin(info: dict[str, Any], where: str) -> None:
-    """Set charge and spin of a structure from whatever spelling it has. where: its place, for messages."""
-    for key, others, (low, high), default in _INFO:
-        given = {name: np.asarray(info[name]).tolist() for name in (key, *others) if name in info}
-        for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{where}: expected {name} as an integer from {low} to {high}, got {value!r}")
-        if len(set(given.values())) > 1:
-            said = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise ValueError(f"{where}: expected one {key}, got {said}")
-        info[key] = next(iter(given.values()), default)
+    """Set charge and spin of a structure, as integers in range. where: its place, for messages."""
+    try:
+        read_other_spellings(info)
+        for key, (low, high), default in (("charge", CHARGE_RANGE, 0), ("spin", SPIN_RANGE, 1)):
+            info[key] = whole_number({key: default} | info, key)
+            if not low <= info[key] <= high:
+                raise ValueError(f"{key}: expected {low} to {high}, got {info[key]}")
+    except ValueError as err:
+        raise ValueError(f"{where}: {err}") from err
 
 
 def _from_file(spec: str, key: str) -> list[tuple[str, Atoms]]:

@@ -102,6 +102,23 @@ def test_missing_charge_and_spin_take_fairchems_defaults(calculator, structures,
     assert energy == attach(structures["ethanol"], calculator).get_potential_energy()
 
 
+def test_other_spellings_of_charge_and_spin(calculator, structures) -> None:
+    """They count where ours are missing; what contradicts ours, or is no integer, is refused."""
+    atoms = structures["ethanol"].copy()
+    atoms.info = {"charge": 1, "spin": 2}
+    expected = attach(atoms, calculator).get_potential_energy()
+    for info in ({"total_charge": 1, "multiplicity": 2}, {"charge": 1, "spin_multiplicity": 2, "total_charge": 1}):
+        atoms.info = info
+        assert attach(atoms, calculator).get_potential_energy() == expected
+    for info, message in (
+        ({"charge": 0, "total_charge": 1}, "charge: expected one value .*, got total_charge=1, charge=0"),
+        ({"multiplicity": 1.5}, "multiplicity: expected an integer .*, got 1.5"),
+    ):
+        atoms.info = info
+        with pytest.raises(ValueError, match=message):
+            attach(atoms, calculator).get_potential_energy()
+
+
 def test_spin_zero_is_accepted_and_said_once(calculator, structures, caplog, monkeypatch) -> None:
     monkeypatch.setattr(validation, "_logged", set())
     atoms = structures["ethanol"].copy()
