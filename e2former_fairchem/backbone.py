@@ -263,8 +263,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def build_inference_settings(cls, settings: InferenceSettings) -> dict[str, Any]:
         """Backbone keys for fairchem's inference settings; changes the settings that this backbone cannot serve.
 
-        Hessians differentiate twice, which neither a compiled backward pass nor the vmap over it supports: they run
-        eagerly, one row after the other.
+        Where there is a GPU nothing is compiled (kernels/benchmarks/results/md_compiled.json). Hessians differentiate
+        twice, which neither a compiled backward pass nor the vmap over it supports: they run eagerly, row by row.
         """
         if settings.predict_untrained_hessian:
             if settings.compile:
@@ -273,6 +273,12 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
             if settings.hessian_vmap:
                 logging.warning("e2former_v2: hessian_vmap is switched off, Hessians are computed row by row.")
         settings.hessian_vmap = False
+        if settings.compile and torch.cuda.is_available():
+            log_once(
+                "e2former_v2: compile is switched off where there is a GPU: a compiled model has no frozen weights, no "
+                "float16 rows and no CUDA graphs, and is eight times slower (measured)."
+            )
+            settings.compile = False
         return {
             "activation_checkpointing": bool(settings.activation_checkpointing),
             "otf_graph": not settings.external_graph_gen,

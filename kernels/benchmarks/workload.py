@@ -156,10 +156,9 @@ class Network(torch.nn.Module):
         return loss
 
     def forget(self) -> None:
-        """Drop what was made of frozen weights, CUDA graphs above all: its memory would count as there before."""
+        """Drop captured CUDA graphs, whose memory would count as there before the next measurement."""
         if self.trunk._frozen is not None:
-            self.trunk.unfreeze().freeze()
-            self.trunk.requires_grad_(False)
+            self.trunk._frozen.replays = None
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -16,6 +16,8 @@ from fairchem.core.units.mlip_unit.mlip_unit import initialize_finetuning_model
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 from fairchem.core.units.mlip_unit.utils import load_inference_model
 
+from e2former_fairchem.backbone import E2FormerV2Backbone
+
 OURS = "e2former_fairchem.heads"
 
 
@@ -126,6 +128,14 @@ def test_external_graph_with_too_short_a_radius_is_refused(write_checkpoint, tmp
     unit = MLIPPredictUnit(str(path), "cpu", inference_settings=settings)
     with pytest.raises(ValueError, match=r"external graph ends at 6.0 Å, expected at least.* 7.5 Å"):
         unit.predict(batch_of(structures["ethanol"], dtype=torch.float32))
+
+
+def test_nothing_is_compiled_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = inference_settings_default()
+    assert settings.compile
+    E2FormerV2Backbone.build_inference_settings(settings)
+    assert not settings.compile
 
 
 @pytest.mark.slow
