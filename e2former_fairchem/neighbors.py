@@ -28,13 +28,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 __all__ = [
-    "BUILDERS", "MAX_PAIRS", "Candidates", "OpenPairs", "Systems", "choose_builder", "find_neighbors", "open_pairs",
-    "read_systems",
+    "BUILDERS", "MAX_PAIRS", "MAX_WITHIN_REACH", "Candidates", "OpenPairs", "Systems", "choose_builder",
+    "find_neighbors", "open_pairs", "read_systems",
 ]  # fmt: skip
 
 #: Pairs of atoms and images that are measured at once; up to so many the dense search is chosen on CUDA. Near 100
 #: bytes each at the peak.
 MAX_PAIRS = 4_000_000
+
+#: Atoms and images that may lie around one atom, in the box of the cell's shape about its cutoff (`_check_reach`). Half
+#: of them are neighbours (the sphere in its cube), and an edge takes 25 to 53 kB of the reference with the default
+#: width and the authors' (2 GB where a cell of 0.2 Å gives an atom 113,000): 512 MiB for each atom.
+MAX_WITHIN_REACH = 2 * 2**29 // 2**15
 
 # (source [E], target [E], offset [E, 3]), all int64.
 _Found = tuple[Tensor, Tensor, Tensor]
@@ -83,12 +88,21 @@ class Systems:
         """Inverse cells [B, 3, 3] 1/Å; fractional coordinates are ``pos @ inverse``."""
         return np.linalg.inv(self.cell)
 
+    @cached_property
+    def height(self) -> np.ndarray:
+        """[B, 3] Å: distances between opposite faces of the cells."""
+        return 1.0 / np.linalg.norm(self.inverse, axis=-2)
+
+    @cached_property
+    def extent(self) -> np.ndarray:
+        """[B, 3]: upper bound of the extents of the atoms in fractional coordinates."""
+        return np.einsum("bx,bxk->bk", self.spread, np.abs(self.inverse))
+
     def may_cross(self, cutoff: float) -> np.ndarray:
         """[B, 3] periodic directions along which an edge may leave the cell, by an upper bound of the extents."""
         if not self.cell[self.pbc].size:  # looks at the cells, which are checked where nothing is periodic too
             return self.pbc
-        extent = np.einsum("bx,bxk->bk", self.spread, np.abs(self.inverse))
-        return _crossed(extent, self.inverse, self.pbc, cutoff)
+        return _crossed(self.extent, self.height, self.pbc, cutoff)
 
 
 def read_systems(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor) -> Systems:
@@ -145,12 +159,42 @@ def find_neighbors(systems: Systems, cutoff: float, builder: str) -> Candidates:
     cutoff: Å. builder: a name in `BUILDERS`.
     Returns source, target and offset such that pos[source] + offset @ cell is within the cutoff of pos[target]; offset
     is None when no direction is periodic in effect. Pairs beyond the cutoff may be included, none within is missing.
-    Raises ValueError for a singular cell.
+    Raises ValueError for a singular cell, and before anything is searched for one with too many images (a wrong unit).
     """
     if systems.pos.shape[0] == 0:
         _, nothing = systems.cell, systems.batch.new_zeros(0, dtype=torch.int64)
         return Candidates(nothing, nothing, None, True)
+    _check_reach(systems, cutoff)
     return BUILDERS[builder](systems, _enlarged(cutoff))
+
+
+def _check_reach(systems: Systems, cutoff: float) -> None:
+    """Raise ValueError naming the first structure with more than `MAX_WITHIN_REACH` atoms and images around an atom.
+
+    They are counted in the box of the cell's shape about the sphere of the cutoff, atoms spread evenly: along a
+    direction that edges cross it is 2 cutoff / height cells wide, so that it counts what is looked at in skewed cells
+    too; along another one it holds the atoms' extent at most.
+    """
+    crossed = systems.may_cross(cutoff)
+    if max(systems.counts) <= MAX_WITHIN_REACH and not crossed.any():
+        return
+    window = 2.0 * cutoff / systems.height
+    share = np.where(crossed, window, window / np.maximum(systems.extent, window))
+    within = np.array(systems.counts) * share.prod(axis=1)
+    if within.max() <= MAX_WITHIN_REACH:
+        return
+    bad = int(np.flatnonzero(within > MAX_WITHIN_REACH)[0])
+    images = math.prod((2 * np.ceil(cutoff / systems.height[bad, crossed[bad]]).astype(int) + 1).tolist())
+    lengths, heights, spread = (
+        ", ".join(f"{value:.4g}" for value in values)
+        for values in (np.linalg.norm(systems.given_cell[bad], axis=1), systems.height[bad], systems.spread[bad])
+    )
+    raise ValueError(
+        f"structure {bad}: expected at most {MAX_WITHIN_REACH:,} atoms and periodic images around an atom (for "
+        f"memory), got about {within[bad]:,.0f}: {systems.counts[bad]} atoms that extend {spread} Å, lattice vectors "
+        f"of {lengths} Å, heights of the cell {heights} Å, pbc {systems.pbc[bad].tolist()}, cutoff {cutoff:g} Å, "
+        f"{images:,} images of the cell within it; are cell and positions in Å, and is a skewed cell reduced?"
+    )
 
 
 def _enlarged(cutoff: float) -> float:
@@ -242,13 +286,12 @@ def _complete_cells(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     return complete
 
 
-def _crossed(extent: np.ndarray, inverse: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
+def _crossed(extent: np.ndarray, height: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
     """Periodic directions along which an edge can leave the cell.
 
     An image shifted by n != 0 cells along k lies at least (1 - extent_k) * height_k away, measured along the normal, if
-    extent_k is the spread of the atoms in fractional coordinates. extent [..., 3], inverse [..., 3, 3], pbc [..., 3].
+    extent_k is the spread of the atoms in fractional coordinates. extent, height (Å) and pbc: [..., 3].
     """
-    height = 1.0 / np.linalg.norm(inverse, axis=-2)
     return pbc & ((1.0 - extent) * height <= cutoff)
 
 
@@ -258,9 +301,8 @@ def _reach(systems: Systems, directions: np.ndarray, cutoff: float) -> np.ndarra
     None along heights above twice the cutoff, where only the nearest image of a pair can be within it: any other is
     half a cell or more away.
     """
-    height = 1.0 / np.linalg.norm(systems.inverse, axis=-2)
-    several = directions & (height <= 2.0 * cutoff)
-    return np.where(several, np.floor(1.0 + cutoff / height + 1e-9), 0.0).astype(np.int64)
+    several = directions & (systems.height <= 2.0 * cutoff)
+    return np.where(several, np.floor(1.0 + cutoff / systems.height + 1e-9), 0.0).astype(np.int64)
 
 
 def _pairs(systems: Systems, cutoff: float) -> Candidates:
@@ -269,7 +311,7 @@ def _pairs(systems: Systems, cutoff: float) -> Candidates:
     crossed = systems.may_cross(cutoff)
     if crossed.any():
         fractional, _, extent = _fractional(systems)
-        crossed = _crossed(extent, systems.inverse, systems.pbc, cutoff)
+        crossed = _crossed(extent, systems.height, systems.pbc, cutoff)
     periodic = bool(crossed.any())
     images = np.zeros((1, 3), dtype=np.int64)
     if periodic:
@@ -321,10 +363,9 @@ def _vesin(systems: Systems, cutoff: float) -> Candidates:
         here = points[start : start + count]
         directions = periodic[b]
         if count and directions.any():
-            inverse = systems.inverse[b]
-            fractional = here @ inverse
+            fractional = here @ systems.inverse[b]
             extent = fractional.max(axis=0) - fractional.min(axis=0)
-            directions = _crossed(extent, inverse, directions, cutoff)
+            directions = _crossed(extent, systems.height[b], directions, cutoff)
         if count > 1 or directions.any():
             pair, offset = search.compute(points=here, box=cell[b], periodic=directions, quantities="PS")
             pairs.append(pair.astype(np.int64) + start)
@@ -357,13 +398,12 @@ def _fractional(systems: Systems) -> tuple[Tensor, Tensor, np.ndarray]:
 
 def _fairchem(systems: Systems, cutoff: float, run: Callable[..., _Found]) -> Candidates:
     """Give fairchem's builder a tight box: atoms inside, right-handed, open directions just wide enough."""
-    cell, inverse, natoms, batch = systems.cell, systems.inverse, systems.natoms, systems.batch
+    cell, natoms, batch = systems.cell, systems.natoms, systems.batch
     fractional, low, extent = _fractional(systems)
-    directions = _crossed(extent, inverse, systems.pbc, cutoff)
+    directions = _crossed(extent, systems.height, systems.pbc, cutoff)
 
     # Open directions: a box of the atoms' extent and a margin, so that no fractional coordinate leaves [0, 1).
-    height = 1.0 / np.linalg.norm(inverse, axis=-2)
-    length = np.where(directions, 1.0, extent + cutoff / height)
+    length = np.where(directions, 1.0, extent + cutoff / systems.height)
     box = cell * length[:, :, None]
     mirror = np.where(np.linalg.det(box) < 0, -1.0, 1.0)
     box[:, :, 0] *= mirror[:, None]

@@ -443,6 +443,64 @@ def test_cell_that_is_not_finite_is_named(builder: str, name: str) -> None:
         build_graph(**data, cutoff=CUTOFF, builder=builder)
 
 
+#: Cells of one atom, and cutoffs; the last two with nearly as many images as are let through.
+FITTING = {
+    "face-centred cubic, one atom": (1.8 * (1 - np.eye(3)), 12.0),
+    "a helium toy": (np.eye(3), 6.0),
+    "the toy with long range": (np.eye(3), 15.9),
+    "skewed": ([[1.0, 0, 0], [50.0, 1.0, 0], [0, 0, 3.0]], 6.0),
+}
+#: Cells, numbers of atoms, cutoffs, and what the refusal says.
+WRONG = {
+    "0.2 Å": (0.2 * np.eye(3), 1, 4.0, "64,000: 1 atoms", "lattice vectors of 0.2, 0.2, 0.2 Å", "68,921 images"),
+    "0.02 Å": (0.02 * np.eye(3), 1, 6.0, "216,000,000: 1", "0.02, 0.02, 0.02 Å", "217,081,801 images"),
+    "copper in nm": (0.36 * np.eye(3), 4, 6.0, "148,148: 4 atoms", "of 0.36, 0.36, 0.36 Å", "42,875 images"),
+    "skewed": ([[1.0, 0, 0], [400.0, 1.0, 0], [0, 0, 3.0]], 1, 6.0, "230,401: 1", "1, 400, 3 Å", "cell 0.0025, 1, 3 Å"),
+    "slab": (np.diag([0.02, 0.02, 10.0]), 1, 6.0, "360,000: 1", "pbc [True, True, False]", "361,201 images"),
+}
+
+
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+@pytest.mark.parametrize("name", WRONG)
+def test_cell_in_a_wrong_unit_is_refused_before_it_is_searched(builder: str, name: str) -> None:
+    """In milliseconds, with the numbers; the structure of a batch is named."""
+    cell, count, cutoff, *parts = WRONG[name]
+    cell, molecule = torch.from_numpy(np.asarray(cell, float)), torch.from_numpy(positions_of("molecule"))
+    counts = torch.tensor([6, count, 6])
+    data = {
+        "pos": torch.cat([molecule, torch.linspace(0.1, 0.9, 3 * count).reshape(-1, 3).double() @ cell, molecule]),
+        "cell": torch.stack([torch.zeros_like(cell), cell, torch.zeros_like(cell)]),
+        "pbc": torch.tensor([[False] * 3, [True, True, name != "slab"], [False] * 3]),
+        "batch": torch.repeat_interleave(torch.arange(3), counts),
+        "natoms": counts,
+    }
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="structure 1: expected at most 32,768 atoms and periodic images") as error:
+        build_graph(**data, cutoff=cutoff, builder=builder)
+    assert time.process_time() - begin < 0.1
+    for part in (*parts, f"cutoff {cutoff:g} Å", "are cell and positions in Å"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("builder", sorted(BUILDERS))
+@pytest.mark.parametrize("name", FITTING)
+def test_small_cells_are_let_through(builder: str, name: str) -> None:
+    """With as many edges as the volume tells, up to the surface of the sphere."""
+    cell, cutoff = FITTING[name]
+    pos = torch.zeros(1, 3, dtype=torch.float64)
+    graph = build_graph(**one_system(pos, cell, (1, 1, 1)), cutoff=cutoff, builder=builder)
+    volume = abs(np.linalg.det(np.asarray(cell)))
+    assert graph.num_edges == pytest.approx(4 / 3 * np.pi * cutoff**3 / volume, rel=0.05)
+
+
+def test_dense_cluster_in_a_wrong_unit_is_refused() -> None:
+    """As many atoms within a few Å as no length unit of a molecule gives; a droplet of as many is let through."""
+    pos = torch.from_numpy(np.random.default_rng(0).uniform(0, 1, (40_000, 3)))
+    with pytest.raises(ValueError, match="structure 0: expected at most 32,768 .* about 40,000: 40000 atoms "):
+        build_graph(**one_system(8.0 * pos), cutoff=CUTOFF)
+    assert build_graph(**one_system(80.0 * pos), cutoff=1.0).num_edges > 0
+
+
 @pytest.mark.parametrize(("key", "value"), [("cutoff", 0.0), ("cutoff", -1.0), ("max_neighbors", 0)])
 def test_bad_arguments_are_named(key: str, value: float) -> None:
     arguments = {**batch_tensors(["molecule"]), "cutoff": CUTOFF, key: value}
