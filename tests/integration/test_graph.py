@@ -14,6 +14,7 @@ from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.neighbors import BUILDERS, choose_builder, read_systems
 
 CUTOFF = 6.0
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Cells, periodicity and number of atoms: cells down to half the cutoff, skew, left-handed, partly periodic, none.
 SYSTEMS = {
     "small_cube": (np.diag([3.0, 3.0, 3.0]), (1, 1, 1), 2),
@@ -60,7 +61,7 @@ def one_system(pos, cell=None, pbc=(0, 0, 0)) -> dict[str, torch.Tensor]:
 
 
 def triples(graph: Graph) -> list[tuple[int, ...]]:
-    offset = torch.zeros(graph.num_edges, 3, dtype=torch.long) if graph.offset is None else graph.offset
+    offset = torch.zeros_like(graph.source)[:, None].expand(-1, 3) if graph.offset is None else graph.offset
     return [tuple(row) for row in torch.cat([graph.source[:, None], graph.target[:, None], offset], 1).tolist()]
 
 
@@ -126,27 +127,59 @@ def test_transposed_csr(builder: str, names: list[str], max_neighbors: int | Non
     assert graph.source_order is graph.source_order, "sorted again on every access"
 
 
-@pytest.mark.parametrize("builder", sorted(BUILDERS))
-@pytest.mark.parametrize("names", BATCHES.values(), ids=BATCHES)
+def on(device: str, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.to(device) for key, value in data.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("builder", [None, *sorted(BUILDERS)])
+@pytest.mark.parametrize("names", [*BATCHES.values(), ["triclinic"]], ids=[*BATCHES, "triclinic"])
 @pytest.mark.parametrize("max_neighbors", [None, 1, 4, 1000])
 @pytest.mark.parametrize("distant", [False, True])
-def test_builders_give_the_same_graph(builder: str, names: list[str], max_neighbors: int | None, distant: bool) -> None:
-    """To the last bit, whatever is asked for; and so do its gradients."""
+def test_builders_give_the_same_graph(
+    builder: str | None, names: list[str], max_neighbors: int | None, distant: bool, device: str
+) -> None:
+    """To the last bit, whatever is asked for; and so do its gradients. None: the builder that is taken there.
+
+    A GPU gives the CPU's edges in the CPU's order; its sums round in their own way, so the radius is not one at which
+    images lie.
+    """
     data = batch_tensors(names)
-    options = {"cutoff": 9.0, "max_neighbors": max_neighbors}
+    options = {"cutoff": 9.0 if device == "cpu" else 8.7, "max_neighbors": max_neighbors}
     if distant:
         options |= {"lower": 4.0, "source_mask": torch.arange(data["pos"].shape[0]) % 3 != 0}
     found = []
-    for name in (builder, "vesin"):
-        pos = data["pos"].clone().requires_grad_()
-        graph = build_graph(**{**data, "pos": pos}, **options, builder=name)
-        (slope,) = torch.autograd.grad(graph.vec.sin().sum(), pos)
-        found.append((graph, slope))
+    for where, name in ((device, builder), ("cpu", "vesin")):
+        given = on(where, data | {k: v for k, v in options.items() if isinstance(v, torch.Tensor)})
+        given["pos"].requires_grad_()
+        graph = build_graph(**(options | given), builder=name)
+        assert graph.source.device.type == where
+        (slope,) = torch.autograd.grad(graph.vec.sin().sum(), given["pos"])
+        found.append((graph, slope.cpu()))
     (graph, slope), (expected, expected_slope) = found
     assert graph.num_edges > 0 and triples(graph) == triples(expected)
-    assert torch.equal(graph.vec, expected.vec) and torch.equal(graph.row_ptr, expected.row_ptr)
+    assert torch.equal(graph.row_ptr.cpu(), expected.row_ptr)
+    assert torch.equal(graph.source_order.cpu(), expected.source_order)
     assert (graph.offset is None) == (expected.offset is None)
-    assert torch.equal(slope, expected_slope)
+    rounding = 0.0 if device == "cpu" else 1e-11
+    torch.testing.assert_close(graph.vec.cpu(), expected.vec, rtol=0, atol=rounding)
+    torch.testing.assert_close(slope, expected_slope, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("periodic", [False, True])
+def test_large_systems(periodic: bool, device: str) -> None:
+    """More pairs than are measured at once: the builder that is taken, and the dense one in blocks, against vesin."""
+    count, side = (2100, 28.0) if device == "cpu" else (6000, 40.0)
+    pos = torch.from_numpy(np.random.default_rng(3).uniform(-5.0, side + 5.0, (count, 3)))
+    cell = np.array([[side, 0, 0], [9.0, side, 0], [0, -7.0, side]])
+    data = one_system(pos, cell, (1, 1, 1)) if periodic else one_system(pos)
+    expected = build_graph(**data, cutoff=4.0, builder="vesin")
+    assert choose_builder(read_systems(**on(device, data)), 4.0) == {"cpu": "vesin", "cuda": "fairchem_v3"}[device]
+    for builder in (None, "pairs"):
+        graph = build_graph(**on(device, data), cutoff=4.0, builder=builder)
+        assert triples(graph) == triples(expected)
+        torch.testing.assert_close(graph.vec.cpu(), expected.vec, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("builder", sorted(BUILDERS))

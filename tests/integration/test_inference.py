@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
+from fairchem.core import FAIRChemCalculator
 from fairchem.core.units.mlip_unit.api.inference import (
     InferenceSettings,
     inference_settings_batch,
@@ -19,6 +21,7 @@ from fairchem.core.units.mlip_unit.utils import load_inference_model
 from e2former_fairchem.backbone import E2FormerV2Backbone
 
 OURS = "e2former_fairchem.heads"
+KEYS = ("energy", "forces", "stress")
 
 
 @pytest.fixture(scope="module")
@@ -138,23 +141,57 @@ def test_nothing_is_compiled_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatc
     assert not settings.compile
 
 
+def relative_errors(found: list[dict], exact: list[dict]) -> torch.Tensor:
+    """Of energy, forces and stress of all structures together."""
+    both = [[torch.cat([one[key].cpu().double().flatten() for one in some]) for some in (found, exact)] for key in KEYS]
+    return torch.stack([(a - b).norm() / b.norm() for a, b in both])
+
+
 @pytest.mark.slow
-def test_compiled_under_the_default_settings(checkpoint, batch_of, structures) -> None:
-    """Energies, forces and stress are those of the eager model, and one compilation serves every number of atoms."""
-    eager = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=InferenceSettings())
-    compiled = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=inference_settings_default())
+def test_default_settings(device: str, checkpoint, batch_of, structures) -> None:
+    """fairchem's default preset, which every calculator takes, for structures of several sizes in turn.
+
+    On a CPU it compiles, once for every number of atoms, and gives the eager model's numbers. On a GPU it does not, and
+    allows TF32: the numbers are as near to float64 as those of the reference with TF32, twice, replayed or not.
+    """
+    options = {"overrides": {"backbone": {"kernel_backend": "reference"}}}
+    plain = MLIPPredictUnit(str(checkpoint), device, inference_settings=InferenceSettings(tf32=True), **options)
+    default = MLIPPredictUnit(str(checkpoint), device, inference_settings=inference_settings_default())
     before = torch._dynamo.config.recompile_limit
-    graphs = []
+    graphs, expected, found = [], [], []
+    systems = structures["ethanol"], structures["slab"], structures["ammonia"], structures["slab"] * (2, 1, 1)
     try:
-        for atoms in (structures["ethanol"], structures["slab"], structures["ammonia"], structures["slab"] * (2, 1, 1)):
+        for atoms in systems:
             data = batch_of(atoms, dtype=torch.float32)
-            expected, found = eager.predict(data.clone()), compiled.predict(data)
-            for key in ("energy", "forces", "stress"):
-                torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=2e-5, msg=f"{atoms} {key}")
+            expected.append(plain.predict(data.clone()))
+            found.append(default.predict(data.clone()))
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert compiled.inference_settings.compile and isinstance(compiled.model, torch._dynamo.OptimizedModule)
-        assert graphs[0] > 0, "nothing was compiled"
-        assert graphs[1] == graphs[3], "a new number of atoms compiled again"
+        atoms = structures["slab"].copy()
+        atoms.calc = FAIRChemCalculator(default, task_name="omol")
+        again = []
+        for _ in range(5):  # the last one is replayed on a GPU
+            atoms.calc.reset()
+            again.append({"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()})
+        compiled = isinstance(default.model, torch._dynamo.OptimizedModule)
+        assert compiled is (device == "cpu") and default.inference_settings.compile is compiled
+        if compiled:
+            assert graphs[0] > 0, "nothing was compiled"
+            assert graphs[1] == graphs[3] == torch._dynamo.utils.counters["stats"]["unique_graphs"]
     finally:
         torch._dynamo.config.recompile_limit = before
         torch._dynamo.reset()
+    for one in again:
+        for key, value in one.items():
+            ours = found[1][key].double().cpu().reshape(np.shape(value))
+            torch.testing.assert_close(torch.as_tensor(value).double(), ours, rtol=1e-4, atol=1e-4)
+    if device == "cpu":
+        for atoms, a, b in zip(systems, found, expected, strict=True):
+            for key in KEYS:
+                torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=2e-5, msg=f"{atoms} {key}")
+        return
+    assert default.model.module.backbone.model.execution == "replayed"
+    settings = InferenceSettings(base_precision_dtype=torch.float64)
+    double = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=settings)
+    exact = [double.predict(batch_of(atoms, dtype=torch.float64)) for atoms in systems]
+    error, budget = (relative_errors(some, exact) for some in (found, expected))
+    assert float(error.norm()) <= 2 * float(budget.norm()), (error, budget)
