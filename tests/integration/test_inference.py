@@ -185,7 +185,7 @@ def test_default_settings(device: str, checkpoint, batch_of, structures) -> None
             for key in KEYS:
                 torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=2e-5, msg=f"{atoms} {key}")
         for key, value in again[-1].items():
-            torch.testing.assert_close(value.float(), found[1][key].view(-1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(value.double(), found[1][key].view(-1).double(), rtol=1e-5, atol=1e-5)
         return
     assert default.model.module.backbone.model.execution == "replayed"
     settings = InferenceSettings(base_precision_dtype=torch.float64)
