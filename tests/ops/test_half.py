@@ -99,7 +99,7 @@ def check_roundings(
 ) -> None:
     """Each atom's numbers are within a few roundings of float64, and together they are as good as TF32's.
 
-    run(dtype, half) gives them, of the reference without ``half``. Only a GPU has TF32.
+    run(dtype, half) gives them, of the reference without ``half``. Only a GPU has TF32, for more than a few rows.
     """
 
     def errors(found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -111,7 +111,7 @@ def check_roundings(
     exact = run(torch.float64, False)
     ours = errors(run(torch.float32, True))
     assert all(bool((error <= 8 * ROUNDING).all()) for error in ours)
-    if device == "cuda":
+    if device == "cuda" and len(ours[0]) >= 37:
         precise("high")
         for error, budget in zip(ours, errors(run(torch.float32, False)), strict=True):
             assert float(error.norm()) <= 2 * float(budget.norm())
