@@ -18,6 +18,7 @@ from torch import Tensor
 
 from e2former_fairchem.compat import fairchem_state
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.files import write_text
 from e2former_fairchem.graph import build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.nn.output import EnergyMLP
@@ -88,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
     unhealthy += [f"{len(fairchem['missing'])} private names are gone"] if fairchem["missing"] else []
     healthy = all(check.ok for check in checks) and not unhealthy
     if args.json:
-        from e2former_fairchem.training.callbacks import write_atomically
-
         report = {
             "python": platform.python_version(),
             "versions": versions,
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             "checks": [asdict(check) | {"ok": check.ok} for check in checks],
             "healthy": healthy,
         }
-        write_atomically(Path(args.json).absolute(), lambda path: path.write_text(json.dumps(report, indent=2)))
+        write_text(Path(args.json).absolute(), json.dumps(report, indent=2))
     print("healthy" if healthy else f"not healthy{': ' + '; '.join(unhealthy) if unhealthy else ''}")
     return 0 if healthy else 1
 

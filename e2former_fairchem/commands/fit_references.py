@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Fit, write, and say how well references alone describe the energies."""
     from e2former_fairchem.data.checks import check_dataset
     from e2former_fairchem.data.references import fit_element_references, read_energies
-    from e2former_fairchem.training.callbacks import write_atomically
+    from e2former_fairchem.files import write_text
 
     if args.structures < 1:
         raise ValueError(f"--structures: expected at least 1, got {args.structures}")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         "structures": number,
         "residual_eV_per_atom": {"median": round(median, 6), "largest": round(largest, 6)},
     }
-    write_atomically(Path(args.output).absolute(), lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    write_text(Path(args.output).absolute(), json.dumps(content, indent=1) + "\n")
     print(", ".join(f"{chemical_symbols[z]} {value:.3f}" for z, value in table.items()) + " eV")
     print(f"left of the energies of {number:,} structures: median {median:.3g}, largest {largest:.3g} eV/atom")
     if fitted.undetermined:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from e2former_fairchem.training.callbacks import write_atomically
+from e2former_fairchem.files import replacing
 from e2former_fairchem.training.checkpoint import read_checkpoint
 
 __all__ = ["export_safetensors", "import_safetensors", "make_checkpoint", "read_tensors", "write_checkpoint"]
@@ -68,7 +68,8 @@ def write_checkpoint(checkpoint: MLIPInferenceCheckpoint, destination: str | Pat
     if path.is_dir():
         raise ValueError(f"destination: expected the name of a file to write, got the folder {path}")
     if path.suffix != SUFFIX:
-        write_atomically(path, lambda name: torch.save(checkpoint, name))
+        with replacing(path) as handle:
+            torch.save(checkpoint, handle)
         return path
     weights = {k.removeprefix("module."): v for k, v in checkpoint.ema_state_dict.items() if k != "n_averaged"}
     content = {
@@ -78,7 +79,8 @@ def write_checkpoint(checkpoint: MLIPInferenceCheckpoint, destination: str | Pat
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    write_atomically(path, lambda name: save_file(tensors, name, metadata))
+    with replacing(path) as handle:
+        save_file(tensors, handle.name, metadata)
     return path
 
 

@@ -8,5 +8,5 @@
 | `s2ef`, `s2ef_merge` | structure to energy and forces: prediction, and merging with scores |
 | `tasks`, `relax`, `evaluate`, `evaluate_merge` | the seven tasks |
 | `check_submission`, `check_s2ef`, `check_task`, `report` | `e2former-fairchem check-submission` |
-| `files`, `provenance`, `recipes` | whole files; what a result was made from; fairchem's recipes |
+| `provenance`, `recipes` | what a result was made from; fairchem's recipes |
 """

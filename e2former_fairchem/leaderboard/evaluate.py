@@ -12,8 +12,8 @@ import numpy as np
 from ase import Atoms
 from ase.optimize.optimize import Optimizer
 
+from e2former_fairchem.files import sha256_of
 from e2former_fairchem.leaderboard import journal
-from e2former_fairchem.leaderboard.files import sha256_of
 from e2former_fairchem.leaderboard.predictor import Prediction, PredictionError, Predictor, pack, reason
 from e2former_fairchem.leaderboard.recipes import EVAL_OPT_PARAMETERS, relax_job, single_point_job
 from e2former_fairchem.leaderboard.relax import Relaxation, point, relax_all

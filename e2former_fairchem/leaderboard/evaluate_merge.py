@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from e2former_fairchem.files import read_json, write_gzipped_json, write_json
 from e2former_fairchem.leaderboard.evaluate import EvaluationRunner
-from e2former_fairchem.leaderboard.files import read_json, write_gzipped_json, write_json
 from e2former_fairchem.leaderboard.provenance import write_provenance
 from e2former_fairchem.leaderboard.recipes import OMolReducer, evaluator
 from e2former_fairchem.leaderboard.runner import collect, refuse_incomplete

@@ -26,6 +26,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from e2former_fairchem.files import replacing
+
 SUFFIX = ".journal"
 _MAGIC = b"E2FJ"
 _FIXED = struct.Struct("<4sBIQI")
@@ -204,7 +206,8 @@ class Journal:
         if end < size:
             aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
             self._handle.seek(end)
-            aside.write_bytes(self._handle.read())
+            with replacing(aside) as kept:
+                kept.write(self._handle.read())
             self._handle.truncate(end)
             logging.warning(
                 "%s: the last %d of %d bytes are no whole record (a killed or failed write); they are kept in %s, and "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from e2former_fairchem.leaderboard.files import sha256_of, write_json
+from e2former_fairchem.files import sha256_of, write_json
 
 PACKAGES = (
     "e2former-fairchem",

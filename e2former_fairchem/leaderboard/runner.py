@@ -26,8 +26,8 @@ from fairchem.core.components.reducer import Reducer
 from fairchem.core.components.runner import Runner
 from omegaconf import DictConfig
 
+from e2former_fairchem.files import sha256_of, write_json
 from e2former_fairchem.leaderboard import journal as j
-from e2former_fairchem.leaderboard.files import sha256_of, write_json
 from e2former_fairchem.leaderboard.predictor import Predictor, check_model, describe_settings, inference_settings
 from e2former_fairchem.leaderboard.provenance import environment
 from e2former_fairchem.training.signals import end_on_signal

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from fairchem.core.components.reducer import Reducer
 
-from e2former_fairchem.leaderboard.files import replacing, write_json
+from e2former_fairchem.files import replacing, write_json
 from e2former_fairchem.leaderboard.provenance import write_provenance
 from e2former_fairchem.leaderboard.runner import Collected, collect, refuse_incomplete
 from e2former_fairchem.leaderboard.s2ef import S2EFRunner

@@ -25,7 +25,7 @@ from typing import Any
 from ase import Atoms
 from fairchem.core.common.safe_pickle import safe_pickle_load
 
-from e2former_fairchem.leaderboard.files import read_json
+from e2former_fairchem.files import read_json
 
 KeyPath = tuple[str, ...]
 COMPONENTS = ("ligand", "pocket", "ligand_pocket")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from e2former_fairchem.files import replacing, write_text
 from e2former_fairchem.report.errors import SetErrors
 from e2former_fairchem.report.tables import overall, summary
-from e2former_fairchem.training.callbacks import write_atomically
 from e2former_fairchem.training.metrics import METRICS_FILE, read_metrics
 
 ERRORS, FACTS, SUMMARY, PAGE = "errors.npz", "run.json", "summary.json", "index.html"
@@ -25,15 +25,10 @@ def save_numbers(folder: Path, sets: Sequence[SetErrors], facts: Mapping[str, An
     arrays = {"names": np.array([errors.name for errors in sets], np.str_)}
     for i, errors in enumerate(sets):
         arrays |= {f"{i}/{key}": value for key, value in errors.to_arrays().items()}
-
-    def write(name: Path) -> None:
-        with name.open("wb") as handle:  # numpy would append .npz to a name
-            np.savez_compressed(handle, **arrays)
-
-    write_atomically(folder / ERRORS, write)
-    write_atomically(folder / FACTS, lambda name: name.write_text(json.dumps(dict(facts), indent=1) + "\n"))
-    text = json.dumps(summary(sets), indent=1) + "\n"
-    write_atomically(folder / SUMMARY, lambda name: name.write_text(text))
+    with replacing(folder / ERRORS) as handle:
+        np.savez_compressed(handle, **arrays)
+    write_text(folder / FACTS, json.dumps(dict(facts), indent=1) + "\n")
+    write_text(folder / SUMMARY, json.dumps(summary(sets), indent=1) + "\n")
 
 
 def load_numbers(folder: Path) -> tuple[list[SetErrors], dict[str, Any]]:
@@ -105,12 +100,13 @@ def build(folder: Path) -> Path:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
         images[name] = buffer.getvalue()
-        write_atomically(folder / f"{name}.png", lambda path, data=images[name]: path.write_bytes(data))
+        with replacing(folder / f"{name}.png") as handle:
+            handle.write(images[name])
     for old in folder.glob("*.png"):
         if old.stem not in images:  # of an earlier report in the same folder
             old.unlink()
     page = render(facts, sections, images)
-    write_atomically(folder / PAGE, lambda name: name.write_text(page, encoding="utf-8"))
+    write_text(folder / PAGE, page)
     return folder / PAGE
 
 

@@ -13,7 +13,7 @@ from fairchem.core.common import distutils
 from fairchem.core.components.runner import Runner
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from e2former_fairchem.leaderboard.files import replacing, sha256_of, write_json
+from e2former_fairchem.files import replacing, sha256_of, write_json, write_text
 from e2former_fairchem.leaderboard.predictor import check_model, describe_settings, inference_settings
 from e2former_fairchem.leaderboard.provenance import environment
 from e2former_fairchem.pes.potential import PRECISIONS, Potential
@@ -154,8 +154,7 @@ class PESRunner(Runner):
         }
         keep_old(*(self.output_dir / name for name in ("pes.json", "pes.md", "pes.png")))
         write_json(self.output_dir / "pes.json", content)
-        with replacing(self.output_dir / "pes.md") as handle:
-            handle.write("\n".join([*text, *tail, ""]).encode())
+        write_text(self.output_dir / "pes.md", "\n".join([*text, *tail, ""]))
         written = ["pes.json", "pes.md"]
         if self.plot:
             from e2former_fairchem.pes.plot import draw, save

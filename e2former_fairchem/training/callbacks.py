@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +21,7 @@ from torchtnt.framework.callback import Callback
 from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 
+from e2former_fairchem.files import replacing, write_text
 from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
 from e2former_fairchem.training.resume import make_movable
 from e2former_fairchem.training.signals import StopRequest, end_on_signal, status
@@ -33,20 +32,6 @@ _SHOWN = {
     "energy": {"per_atom_mae": ("E {} meV/atom", 1000.0, "{:.1f}")},
     "forces": {"mae": ("F {} eV/Å", 1.0, "{:.3f}")},
 }
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary name in the same folder, then move it to `path`: no half-written file is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def keep_old(*paths: Path) -> None:
@@ -335,7 +320,8 @@ class Checkpoints(TrainCheckpointCallback):
             if self.export_to is not None and written.is_file():
                 target = Path(self.export_to).absolute()
                 keep_old(target)
-                write_atomically(target, lambda name: shutil.copyfile(written, name))
+                with replacing(target) as handle:
+                    shutil.copyfile(written, handle.name)
                 written = target
             print(f"inference checkpoint: {written}", flush=True)
             print(f"to resume this run: fairchem -c {quote(str(final / UNIT_RESUME_CONFIG))}", flush=True)
@@ -388,5 +374,5 @@ class EvaluationReport(Callback):
             report["left_out"] = left_out(state.eval_state.dataloader)
             path = Path(self.output).absolute()
             keep_old(path)
-            write_atomically(path, lambda name: name.write_text(json.dumps(report, indent=1) + "\n"))
+            write_text(path, json.dumps(report, indent=1) + "\n")
             print(f"results: {path}", flush=True)

@@ -18,7 +18,8 @@ from torchtnt.framework.callback import Callback
 from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 
-from e2former_fairchem.training.callbacks import collect_metrics, write_atomically
+from e2former_fairchem.files import write_text
+from e2former_fairchem.training.callbacks import collect_metrics
 from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
 from e2former_fairchem.training.values import integer
 
@@ -115,8 +116,7 @@ class Metrics(Callback):
         if not self._path.is_file():
             return 0.0
         kept = [record for record in read_metrics(self._path) if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self._path, lambda name: name.write_text(text))
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         return max((record["seconds"] for record in kept), default=0.0)
 
     def on_train_step_start(self, state: State, unit: TTrainUnit) -> None:

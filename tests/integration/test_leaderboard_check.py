@@ -21,7 +21,6 @@ from pymatgen.io.ase import MSONAtoms
 from e2former_fairchem.cli import COMMANDS, main
 from e2former_fairchem.data.make_sample import write_folder
 from e2former_fairchem.leaderboard.check_task import atoms_of
-from e2former_fairchem.leaderboard.files import replacing, write_json
 from e2former_fairchem.leaderboard.relax import point
 
 NATOMS = [3, 1, 4]
@@ -298,17 +297,6 @@ def test_repeated_json_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     (tmp_path / "file.json").write_text(f'{{"x": {inner}, "x": {inner}}}')
     assert main(["check-submission", str(tmp_path / "file.json"), "--task", "spingap"]) == 1
     assert "expected each key once, got 'x' repeated" in capsys.readouterr().out
-
-
-def test_files_are_whole_or_absent(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "a.json", {"x": float("nan")})
-    with pytest.raises(KeyError), replacing(tmp_path / "b") as handle:
-        handle.write(b"half")
-        raise KeyError
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
 def test_command_line(capsys: pytest.CaptureFixture) -> None:

@@ -19,11 +19,11 @@ import torch
 from ase import Atoms
 from omegaconf import OmegaConf
 
+from e2former_fairchem.files import read_json
 from e2former_fairchem.leaderboard import journal as j
 from e2former_fairchem.leaderboard.check_submission import check
 from e2former_fairchem.leaderboard.evaluate import EvaluationRunner
 from e2former_fairchem.leaderboard.evaluate_merge import EvaluationReducer
-from e2former_fairchem.leaderboard.files import read_json
 from e2former_fairchem.leaderboard.predictor import Predictor
 from e2former_fairchem.leaderboard.recipes import EVAL_OPT_PARAMETERS
 from e2former_fairchem.leaderboard.runner import IncompleteError, journal_folder

@@ -30,7 +30,6 @@ from e2former_fairchem.training.callbacks import (
     format_metrics,
     keep_old,
     left_out,
-    write_atomically,
 )
 from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, load_for_evaluation, read_checkpoint
 from e2former_fairchem.training.losses import PerSystemSumLoss
@@ -124,20 +123,6 @@ def test_sampler_without_shuffling_keeps_the_order() -> None:
 def test_sampler_refuses_what_it_cannot_share_out(size: int, batch: int, ranks: int) -> None:
     with pytest.raises(ValueError, match=r"expected (an integer of )?at least"):
         StructureBatchSampler(range(size), batch, ranks, 0)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "results.json"
-    write_atomically(target, lambda name: name.write_text("old"))
-
-    def fail(name: Path) -> None:
-        name.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, fail)
-    assert target.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_metrics_in_words() -> None:

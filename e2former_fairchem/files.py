@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +16,27 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write that takes the name `path` only when the block ends without an exception."""
+    """A binary file to write that takes the name `path` only when the block ends without an exception.
+
+    Until then it lies beside `path` under a name of its own (`.name` of what is yielded, for libraries that want one),
+    and whatever is at `path` stays as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # other machines may write here too
     try:
-        with temporary.open("wb") as handle:
+        with temporary.open("xb") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8 under `path`."""
+    with replacing(path) as handle:
+        handle.write(text.encode())
 
 
 def sha256_of(path: str | Path) -> str:
@@ -40,9 +51,7 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         ValueError: a number that is not finite.
     """
-    text = json.dumps(content, indent=2, allow_nan=False)
-    with replacing(path) as handle:
-        handle.write(text.encode() + b"\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_gzipped_json(path: Path, content: Any) -> None:
