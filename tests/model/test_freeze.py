@@ -15,43 +15,49 @@ from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.frozen import Frozen
 from e2former_fairchem.graph import build_graph
 from e2former_fairchem.model import E2FormerV2
-from e2former_kernels.common.backend import triton_installed
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
-)
+ROUNDING = 2.0**-11
 SHAPE = {"lmax": 1, "sphere_channels": 8, "num_layers": 1, "num_heads": 4, "head_dim": 4, "num_radial_basis": 8}
 
 
 @pytest.fixture(params=["highest", "high"])
-def precision(request: pytest.FixtureRequest) -> str:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
+def precision(request: pytest.FixtureRequest, matmul_precision: Callable[[str], None]) -> str:
+    matmul_precision(request.param)
+    return request.param
 
 
-def network(backend: str = "triton", seed: int = 0) -> E2FormerV2:
+def network(device: str, backend: str = "triton", seed: int = 0) -> E2FormerV2:
     torch.manual_seed(seed)
-    return E2FormerV2(E2FormerV2Config(**SHAPE, max_num_elements=10, kernel_backend=backend)).eval()
+    return E2FormerV2(E2FormerV2Config(**SHAPE, max_num_elements=10, kernel_backend=backend)).to(device).eval()
 
 
-def features(model: E2FormerV2) -> Tensor:
-    pos = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.1], [0.9, 0.3, -0.4]]).requires_grad_()
-    zeros, numbers = torch.zeros(3, dtype=torch.long), torch.tensor([8, 1, 1])
-    cell, pbc = torch.eye(3).unsqueeze(0), torch.zeros(1, 3, dtype=torch.bool)
-    graph = build_graph(pos, cell, pbc, zeros, torch.tensor([3]), 6.0)
-    return model(numbers, zeros[:1], zeros[:1], zeros, pos, graph).detach()
+def features(model: E2FormerV2, graph: bool = False) -> Tensor:
+    on = one(model).device
+    pos = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.1], [0.9, 0.3, -0.4]], device=on).requires_grad_()
+    zeros, numbers = torch.zeros(3, dtype=torch.long, device=on), torch.tensor([8, 1, 1], device=on)
+    cell, pbc = torch.eye(3, device=on).unsqueeze(0), torch.zeros(1, 3, dtype=torch.bool, device=on)
+    edges = build_graph(pos.to(one(model).dtype), cell, pbc, zeros, torch.tensor([3], device=on), 6.0)
+    found = model(numbers, zeros[:1], zeros[:1], zeros, pos, edges)
+    return found if graph else found.detach()
 
 
-def assert_right(model: E2FormerV2, name: str = "") -> None:
-    """The numbers of the reference with the weights that the model has now."""
+def settled(model: E2FormerV2, times: int = 2) -> Tensor:
+    """Features after enough evaluations for splines, and on a GPU for a CUDA graph that is replayed."""
+    for _ in range(6 if one(model).is_cuda else times):
+        found = features(model)
+    return found
+
+
+def assert_right(model: E2FormerV2, name: str = "", before: Tensor | None = None) -> None:
+    """The numbers of the reference with the weights that the model has now, and far from those of other weights."""
     with torch.random.fork_rng():
-        exact = network("reference")
+        exact = network("cpu", "reference").double()
     exact.load_state_dict(model.state_dict())
-    high = torch.get_float32_matmul_precision() == "high"
-    tolerance = {"rtol": 0, "atol": 5e-3 if high else 1e-5}
-    torch.testing.assert_close(features(model), features(exact), **tolerance, msg=lambda text: f"{name}: {text}")
+    expected = features(exact).float()
+    limit = float(expected.abs().max()) * (8 * ROUNDING if torch.get_float32_matmul_precision() == "high" else 1e-5)
+    found = features(model).cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=limit, msg=lambda text: f"{name}: {text}")
+    assert before is None or float((before.cpu() - expected).abs().max()) > 4 * limit, f"{name}: too little changed"
 
 
 def one(model: E2FormerV2) -> nn.Parameter:
@@ -61,14 +67,18 @@ def one(model: E2FormerV2) -> nn.Parameter:
 def step(model: E2FormerV2, _: nn.Parameter) -> None:
     model.unfreeze()
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
-    zeros = torch.zeros(3, dtype=torch.long)
-    pos = torch.randn(3, 3)
-    graph = build_graph(
-        pos, torch.eye(3).unsqueeze(0), torch.zeros(1, 3, dtype=torch.bool), zeros, torch.tensor([3]), 6.0
-    )
-    model(torch.tensor([8, 1, 1]), zeros[:1], zeros[:1], zeros, pos, graph).sum().backward()
+    features(model, graph=True).sum().backward()
     optimizer.step()
     model.freeze()
+
+
+def step_of_a_frozen_model(model: E2FormerV2, _: nn.Parameter) -> None:
+    """An optimiser that holds the parameters from before, with gradients that came otherwise."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for p in model.parameters():
+        p.grad = 0.3 * torch.randn_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def written(write: Callable[[nn.Parameter], object]) -> Callable[[E2FormerV2, nn.Parameter], None]:
@@ -83,7 +93,7 @@ def averaged(model: E2FormerV2, _: nn.Parameter) -> None:
     """fairchem's way of swapping in averaged weights."""
     from torch.optim.swa_utils import AveragedModel
 
-    average = AveragedModel(network(seed=3))
+    average = AveragedModel(network(one(model).device, seed=3))
     for mine, theirs in zip(model.parameters(), average.module.parameters(), strict=True):
         mine.data.copy_(theirs.data)
 
@@ -101,36 +111,39 @@ CHANGES = {
     "exchange": written(lambda w: w.data.copy_(w.data.flip(0).flip(1))),
     "a view": written(lambda w: w.detach().view(-1)[:7].fill_(2.0)),
     "numpy": written(lambda w: w.detach().numpy().__imul__(2.0)),
-    "load_state_dict": lambda model, _: model.load_state_dict(network(seed=1).state_dict()),
-    "load_state_dict of a layer": lambda model, _: model.blocks.load_state_dict(network(seed=2).blocks.state_dict()),
+    "load_state_dict": lambda model, _: model.load_state_dict(network("cpu", seed=1).state_dict()),
+    "load_state_dict of a layer": lambda model, _: model.blocks.load_state_dict(
+        network("cpu", seed=2).blocks.state_dict()
+    ),
     "optimiser": step,
+    "optimiser of a frozen model": step_of_a_frozen_model,
     "average": averaged,
     "data = data.t()": written(lambda w: setattr(w, "data", w.data.transpose(1, 2))),
     "another parameter": replace,
 }
 
 
-def test_changed_weights_are_noticed(precision: str) -> None:
-    """Through references from before the freeze, too. One model goes through all changes."""
-    model = network()
+def test_changed_weights_are_noticed(precision: str, device: str) -> None:
+    """Through references from before the freeze, too. One model has all changes; a GPU replays in between."""
+    model = network(device)
     weight = one(model)
     held = weight.data
     model.freeze()
-    for _ in range(2):  # the second evaluation has splines
-        before = features(model)
+    before = settled(model)
     held.mul_(-1)  # an alias of the memory, through which autograd's version counter sees nothing
-    assert (features(model) - before).abs().max() > 1e-3
-    assert_right(model, "an alias")
+    assert_right(model, "an alias", before)
     for name, change in CHANGES.items():
-        before = features(model)
+        if name == "numpy" and device == "cuda":  # has no view of a GPU's memory
+            continue
+        before = settled(model, 1)
+        taken = {"highest": "frozen", "high": "frozen_half"}[precision] if device == "cpu" else "replayed"
+        assert model.execution == taken, name
         change(model, one(model))
-        assert (features(model) - before).abs().max() > 1e-3, name
-        assert_right(model, name)
-    assert model.execution == {"highest": "frozen", "high": "frozen_half"}[precision]
+        assert_right(model, name, before)
 
 
-def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = network().freeze()
+def test_it_is_said(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = network(device).freeze()
     features(model)
     one(model).data.mul_(2)
     with caplog.at_level(logging.INFO):
@@ -138,8 +151,8 @@ def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "weights have changed since freeze()" in caplog.text
 
 
-def test_a_model_that_nobody_froze_keeps_nothing() -> None:
-    model = network()
+def test_a_model_that_nobody_froze_keeps_nothing(device: str) -> None:
+    model = network(device)
     for trained in (True, False):
         model.requires_grad_(trained)
         for _ in range(3):
@@ -151,8 +164,8 @@ def test_a_model_that_nobody_froze_keeps_nothing() -> None:
         assert_right(model)
 
 
-def test_freeze_and_unfreeze_give_back_gradients() -> None:
-    model = network()
+def test_freeze_and_unfreeze_give_back_gradients(device: str) -> None:
+    model = network(device)
     model.norm.requires_grad_(False)
     wanted = [name for name, p in model.named_parameters() if p.requires_grad]
     assert not any(p.requires_grad for p in model.freeze().parameters())
@@ -166,10 +179,9 @@ def test_freeze_and_unfreeze_give_back_gradients() -> None:
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_start_with_nothing(how: Callable) -> None:
-    model = network().freeze()
-    for _ in range(2):
-        expected = features(model)
+def test_copies_start_with_nothing(how: Callable, device: str) -> None:
+    model = network(device).freeze()
+    expected = settled(model)
     other = how(model)
     assert other._frozen is not model._frozen and not other._frozen._made
     one(model).data.mul_(2)
@@ -178,28 +190,28 @@ def test_copies_start_with_nothing(how: Callable) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes(dtype: torch.dtype, device: str) -> None:
     """Right where there is an implementation, refused by name where there is none."""
-    model = network().freeze()
+    model = network(device).freeze()
     features(model)
     model.to(dtype)
     if dtype == torch.float16:
         with pytest.raises(TypeError, match="expected float32 or float64"):
             features(model)
     else:
-        torch.testing.assert_close(features(model).float(), features(network().double()).float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            features(model).float(), features(network(device).double()).float(), rtol=0, atol=1e-5
+        )
     model.float()
-    torch.testing.assert_close(features(model), features(network()), rtol=0, atol=5e-3)
+    torch.testing.assert_close(features(model), features(network(device)), rtol=0, atol=5e-3)
 
 
-def test_inference_mode(precision: str) -> None:
-    model = network().freeze()
-    for _ in range(2):
-        expected = features(model)
-    other = network().freeze()
+def test_inference_mode(precision: str, device: str) -> None:
+    model = network(device).freeze()
+    expected = settled(model)
+    other = network(device).freeze()
     with torch.inference_mode():
-        for _ in range(3):
-            found = features(other)
+        found = settled(other, 3)
         assert found.is_inference()
     torch.testing.assert_close(found.clone(), expected)
     torch.testing.assert_close(features(other), expected)
