@@ -127,7 +127,7 @@ class _Capture:
         padding = padded_capacity(graph.num_nodes, graph.num_edges)
         self.inputs = PaddedInputs(atoms, graph, padding, execution.elements[0])
         self.inputs.fill(atoms, graph)
-        self.evaluations = 0
+        self.replays = 0  # of either graph: each writes over what the one before has left
         vec = self.inputs.vec.requires_grad_(gradient)
         # copies of the vectors' Python object share its storage, which is what fill() writes to
         self.inputs.vec = vec.detach()
@@ -160,12 +160,14 @@ class _Capture:
         return edges <= self.inputs.padding.edges <= MAX_SPARE * edges + 64
 
     def run(self, atoms: Atoms, graph: Graph) -> Tensor:
-        self.evaluations += 1
+        self.replays += 1
         self.inputs.fill(atoms, graph)
         self.forward.replay()
         return self.out[: graph.num_nodes].clone()
 
     def gradient(self, grad: Tensor, edges: int) -> Tensor:
+        """Once after :meth:`run`, whose activations it uses up."""
+        self.replays += 1
         self.out_grad[: grad.shape[0]].copy_(grad)  # those of padding atoms stay zero
         self.backward.replay()
         return self.vec_grad[:edges].clone()
@@ -176,7 +178,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, capture: _Capture, evaluate: Callable[[Tensor], Tensor], atoms: Atoms, graph: Graph, vec: Tensor):
         ctx.capture, ctx.evaluate = capture, evaluate
         out = capture.run(atoms, graph)
-        ctx.evaluation = capture.evaluations
+        ctx.replays = capture.replays
         ctx.save_for_backward(vec)
         return out
 
@@ -184,7 +186,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (vec,) = ctx.saved_tensors
         again = torch.is_grad_enabled()
-        if not again and ctx.evaluation == ctx.capture.evaluations:
+        if not again and ctx.replays == ctx.capture.replays:
             return None, None, None, None, ctx.capture.gradient(grad, vec.shape[0])
         with torch.enable_grad():
             if not vec.requires_grad:

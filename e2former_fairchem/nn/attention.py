@@ -165,7 +165,9 @@ class EquivariantAttention(nn.Module):
     def radial_and_splines(self, execution: Execution) -> tuple[RadialWeights, RadialTable | None]:
         """Weights of the radial network, and its splines where there are some."""
         radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
-        if execution.elements is None or self.dot is not None:
+        # rows of images (EAAS) and directional gates have features that are no table's
+        images = execution.node_factored and self.spec.order == 1
+        if execution.elements is None or self.dot is not None or images:
             return radial, None
         return radial, execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff)
 
