@@ -149,7 +149,7 @@ def _reference(task: str, reference: Path) -> dict[KeyPath, Atoms]:
     if reference.name.endswith((".pkl", ".pickle")):
         return {unit.path: unit.atoms for unit in load_inputs(task, reference, "--reference")}
     found = {}
-    for path, result in read_results(reference).items():
+    for path, result in read_results(reference, "--reference").items():
         try:
             found[path] = atoms_of(result.get("initial", result))
         except ValueError as err:

@@ -53,10 +53,10 @@ class EvaluationRunner(JournalledRunner):
         task: one of `tasks.TASKS`.
         data: the task's input pickle.
         batched: many structures at once, relaxations in lockstep; false: fairchem's recipe for one after another.
-        options: see `JournalledRunner`.
+        options: see `JournalledRunner`; the reducer is an `evaluate_merge.EvaluationReducer`.
 
     Raises:
-        ValueError, FileNotFoundError: see `JournalledRunner` and `tasks.load_inputs`.
+        ValueError, FileNotFoundError: see `JournalledRunner`, `tasks.load_inputs` and `EvaluationReducer`.
     """
 
     result_glob_pattern: ClassVar[str] = f"*{journal.SUFFIX}"
@@ -65,6 +65,8 @@ class EvaluationRunner(JournalledRunner):
         get_task(task)
         super().__init__(task=task, **options)
         self.units = load_inputs(task, data)
+        if self.reducer is not None:
+            self.reducer.check_labels({unit.path for unit in self.units})
         self.data = Path(data)
         self.batched = batched
 

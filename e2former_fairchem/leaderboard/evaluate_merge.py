@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from e2former_fairchem.leaderboard.evaluate import EvaluationRunner
 from e2former_fairchem.leaderboard.provenance import write_provenance
 from e2former_fairchem.leaderboard.recipes import OMolReducer, evaluator
 from e2former_fairchem.leaderboard.runner import collect, refuse_incomplete
-from e2former_fairchem.leaderboard.tasks import assemble, get_task
+from e2former_fairchem.leaderboard.tasks import KeyPath, assemble, get_task, read_results
 
 
 class EvaluationReducer(OMolReducer):
@@ -29,7 +30,7 @@ class EvaluationReducer(OMolReducer):
         labels: results of DFT in the same layout, JSON or gzipped JSON; None: no scores.
 
     Raises:
-        ValueError: no such task.
+        ValueError: no such task, or labels that are no results.
         FileNotFoundError: no such labels.
     """
 
@@ -38,6 +39,7 @@ class EvaluationReducer(OMolReducer):
         if labels is not None and not Path(labels).is_file():
             raise FileNotFoundError(f"labels: expected a JSON file with results of DFT, got {labels}, which is no file")
         super().__init__(benchmark_name=task, evaluator=metric, benchmark_labels=labels)
+        self._labelled = {} if labels is None else read_results(labels, "labels")
         self.output_dir = Path(output_dir).absolute()
         self.target = self.output_dir / f"{task}_results.json.gz"
 
@@ -45,6 +47,20 @@ class EvaluationReducer(OMolReducer):
     def runner_type(self) -> type[EvaluationRunner]:
         """The runner whose journals are read."""
         return EvaluationRunner
+
+    def check_labels(self, paths: Collection[KeyPath]) -> None:
+        """Check that the labels are those of these structures, all of them or some.
+
+        Raises:
+            ValueError: tells both numbers, and one of each.
+        """
+        foreign = [path for path in self._labelled if path not in paths]
+        if foreign:
+            raise ValueError(
+                f"labels: expected calculations among the {len(paths)} of the input, like "
+                f"{'/'.join(next(iter(paths)))}, got {len(self._labelled)} in {self.benchmark_labels}, of which "
+                f"{len(foreign)} are others, like {'/'.join(foreign[0])}"
+            )
 
     def join_results(self, results_dir: str, glob_pattern: str) -> dict[str, Any]:
         """All results, nested as the leaderboard wants them, in the input's order.
@@ -56,6 +72,7 @@ class EvaluationReducer(OMolReducer):
         refuse_incomplete(self.output_dir, self._collected, self.target)
         records = sorted(self._collected.results, key=lambda record: int(record.indices[0]))
         contents = [json.loads(record.payload) for record in records]
+        self.check_labels({tuple(content["path"]) for content in contents})
         self._warnings = [
             {"name": "/".join(c["path"]), "error": c["error"], "steps": c.get("steps")}
             for c in contents
@@ -97,7 +114,8 @@ class EvaluationReducer(OMolReducer):
         """Write and log the metrics."""
         found = {name: float(value) for name, value in metrics.iloc[0].items()}
         write_json(self.output_dir / "scores.json", found)
-        logging.info("%s: %s", self.benchmark_name, ", ".join(f"{k} {v:.6g}" for k, v in found.items()))
+        numbers = ", ".join(f"{k} {v:.6g}" for k, v in found.items())
+        logging.info("%s, labels of %d calculations: %s", self.benchmark_name, len(self._labelled), numbers)
 
     def save_state(self, checkpoint_location: str, is_preemption: bool = False) -> bool:
         """Nothing to save: merging starts again."""

@@ -4,6 +4,9 @@ A record is `magic | kind | number of indices | payload length | CRC-32 | indice
 checksum covers everything but itself and the magic. The first record of a file is its header, a JSON object with the
 run's fingerprint: results of another checkpoint, data set or setting are never mixed in.
 
+SQLite and LMDB do not keep these promises: neither checks its pages, so that a flipped bit or a tail that was cut off
+comes back as other numbers, and neither is made for network file systems, where workers of several machines write.
+
 A file belongs to one worker at a time (an exclusive lock). When its owner opens it, whatever follows the last whole
 record is moved to a file of its own beside it, so that nothing is destroyed, and is computed again.
 """

@@ -194,14 +194,18 @@ def leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, dict[str, A
         )
 
 
-def read_results(path: str | Path) -> dict[KeyPath, dict[str, Any]]:
-    """The results of a gzipped or plain JSON file by path.
+def read_results(path: str | Path, key: str | None = None) -> dict[KeyPath, dict[str, Any]]:
+    """The results of a gzipped or plain JSON file by path; `key` is named in messages.
 
     Raises:
         FileNotFoundError, ValueError: not there, not JSON, or not laid out as results.
     """
-    content = read_json(path)
+    before = "" if key is None else f"{key}: "
+    try:
+        content = read_json(path)
+    except ValueError as err:
+        raise ValueError(f"{before}{err}") from err
     try:
         return dict(leaves(content))
     except ValueError as err:
-        raise ValueError(f"{path}: {err}") from err
+        raise ValueError(f"{before}{path}: {err}") from err

@@ -351,6 +351,31 @@ def test_wrong_inputs_are_named(checkpoint: Path, inputs: dict[str, Path], tmp_p
             work(task, checkpoint, data, tmp_path)
 
 
+def test_labels_of_something_else_are_refused_first(inputs: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+    """Before anything is computed, with both numbers and one of each; some of the labels alone are fine."""
+    result = {"energy": -1.0}
+    labels = tmp_path / "labels.json"
+    labels.write_text("{}}")
+    with pytest.raises(ValueError, match="labels: .*labels.json: expected JSON"):
+        EvaluationReducer("spingap", str(tmp_path), str(labels))
+    labels.write_text(json.dumps({"gap": {"1": result}, "other": {"1": result, "3": result}}))
+    message = (
+        r"expected calculations among the 2 of the input, like gap/\d, got 3 in .*, of which 2 are others, like other/1"
+    )
+    with pytest.raises(ValueError, match=message):
+        work(
+            "spingap",
+            checkpoint,
+            inputs["spingap"],
+            tmp_path,
+            reducer=EvaluationReducer("spingap", str(tmp_path), labels),
+        )
+    assert not journal_folder(tmp_path).exists()
+    EvaluationReducer("spingap", str(tmp_path), labels).check_labels(
+        {("gap", "1"), *((k, s) for k in ("other", "gap") for s in "13")}
+    )
+
+
 def test_leaves_name_what_is_no_result() -> None:
     with pytest.raises(ValueError, match="a/b: expected an object with results, got list"):
         dict(leaves({"a": {"b": []}}))
