@@ -3,17 +3,25 @@
 Importing this package registers the short names ``e2former_v2``, ``e2former_v2_energy_head``,
 ``e2former_v2_direct_force_head`` and ``e2former_v2_gradient_head`` with fairchem; configurations and checkpoints
 written by this package hold full import paths, which need no registration.
+
+``train`` trains on one's own structures (:func:`e2former_fairchem.own_data.train.train`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import e2former_fairchem.backbone
 import e2former_fairchem.heads  # noqa: F401  (both register on import)
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "train"]
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        from e2former_fairchem.own_data.train import train
+
+        return train
     if name == "__version__":
         from importlib.metadata import version
 

@@ -6,13 +6,16 @@ Everything else imports them from here. Torch's are in `e2former_kernels.compat`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from fairchem.core.components.train.train_runner import TrainEvalRunner
 from fairchem.core.datasets.mt_concat_dataset import ConcatDataset
 from fairchem.core.modules.loss import DDPMTLoss
+from omegaconf import DictConfig
 from torch import Tensor
 
 from e2former_kernels import compat as kernels
@@ -23,7 +26,9 @@ __all__ = [
     "TESTED_FAIRCHEM",
     "CalculateRunner",  # noqa: F822  (see __getattr__)
     "LossWithReduction",
+    "compose",
     "dataset_and_row",
+    "fairchem_main",
     "fairchem_state",
     "set_runner_callbacks",
     "slurm_timeout_hours",
@@ -77,14 +82,14 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "fairchem.core._cli:main",
-        "the `fairchem` command where scripts are not on the path; tests and benchmarks start it in a process",
-        "tests and benchmarks/quickstart",
+        "the `fairchem` command, run by `e2former-fairchem train`, tests and benchmarks",
+        "own_data/train.py, tests and benchmarks/quickstart",
         ("args", "override_args"),
     ),
     PrivateName(
         "fairchem.core._cli:get_hydra_config_from_yaml",
         "composes a config as the `fairchem` command does, without running it",
-        "tests of configs",
+        "own_data/train.py and tests of configs",
         ("config_yml", "overrides_args"),
     ),
 )
@@ -124,6 +129,20 @@ def set_runner_callbacks(runner: TrainEvalRunner) -> None:
 def slurm_timeout_hours(runner: TrainEvalRunner) -> float:
     """The time limit of a runner's job; ValueError where the job has none."""
     return runner._get_slurm_timeout_hr()
+
+
+def fairchem_main(config: str | Path, overrides: Sequence[str] = ()) -> None:
+    """`fairchem -c CONFIG OVERRIDES` in this process."""
+    from fairchem.core import _cli  # sets up logging
+
+    _cli.main(argparse.Namespace(config=str(config)), list(overrides))
+
+
+def compose(config: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """What `fairchem -c CONFIG OVERRIDES` would run."""
+    from fairchem.core import _cli
+
+    return _cli.get_hydra_config_from_yaml(str(config), list(overrides))
 
 
 def dataset_and_row(dataset: ConcatDataset, index: int) -> tuple[int, int]:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-PAGES = ("README.md", "docs/workflows.md", "docs/leaderboard.md", "docs/network.md", "docs/architecture.md")
+PAGES = (
+    "README.md",
+    "docs/own_data.md",
+    "docs/workflows.md",
+    "docs/leaderboard.md",
+    "docs/network.md",
+    "docs/architecture.md",
+)
 
 
 def sections(page: Path) -> set[str]:

@@ -1,0 +1,1 @@
+"""Training on one's own structures: reading, checking, splitting, references, the run's file, the table of errors."""

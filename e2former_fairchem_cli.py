@@ -1,0 +1,83 @@
+"""The `e2former-fairchem` command: one module for each subcommand, listed in COMMANDS.
+
+It lies beside the package, because importing the package registers the network with fairchem, whose import takes
+seconds: `--help` and `--version` need neither. A subcommand's module has `add_arguments(parser)` and
+`run(arguments) -> int`, the exit status. It is imported only when its subcommand is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+#: Subcommand: its module, and one line of help.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "check-submission": (
+        "e2former_fairchem.leaderboard.check_submission",
+        "check a leaderboard file before the upload",
+    ),
+    "convert-molfm": (
+        "e2former_fairchem.commands.convert_molfm",
+        "write the authors' (MolFM) weights as a fairchem inference checkpoint",
+    ),
+    "doctor": (
+        "e2former_fairchem.commands.doctor",
+        "versions, GPU, which kernels run, and a self-test against the reference",
+    ),
+    "fit-references": (
+        "e2former_fairchem.commands.fit_references",
+        "fit element references to a data set",
+    ),
+    "report": (
+        "e2former_fairchem.commands.report",
+        "write the report page of a run again, from the numbers in its folder",
+    ),
+    "safetensors": (
+        "e2former_fairchem.commands.safetensors",
+        "convert an inference checkpoint to safetensors, or back",
+    ),
+    "train": (
+        "e2former_fairchem.commands.train",
+        "train on your own structures, in any file that ASE reads",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status (2 for a wrong command line or file)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    listed = "\n".join(f"  {name:18s}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="e2former-fairchem",
+        description="E2Former-V2 for fairchem: tools",
+        epilog=f"commands:\n{listed}\n\ne2former-fairchem COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('e2former-fairchem')}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="of errors in files and options, show where they arose"
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    place = next((n for n, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    own = parser.parse_args(arguments[: place + 1])
+    path, text = COMMANDS[own.command]
+    module = importlib.import_module(path)
+    subparser = argparse.ArgumentParser(prog=f"e2former-fairchem {own.command}", description=text)
+    module.add_arguments(subparser)
+    parsed = subparser.parse_intermixed_args(arguments[place + 1 :])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return module.run(parsed)
+    except (OSError, ValueError) as err:
+        if own.traceback:
+            raise
+        print(f"e2former-fairchem {own.command}: {err}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
