@@ -165,7 +165,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     @conditional_grad(torch.enable_grad())
     def forward(self, data: AtomicData) -> dict[str, Tensor]:
         """Node embeddings of a batch; see the class."""
-        charge, spin, graph, long_graph = self._prepare(data)
+        charge, spin, graph, long_graph = data["prepared"] if "prepared" in data else self.prepare(data)
         atoms = data["atomic_numbers_full"], charge, spin, data["batch_full"], data["pos"]
         embedding = self.model(*atoms, graph, long_graph)
         output = {"node_embedding": embedding, "batch": data["batch"]}
@@ -174,8 +174,12 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         return output
 
     @torch.compiler.disable
-    def _prepare(self, data: AtomicData) -> tuple[Tensor, Tensor, Graph, Graph | None]:
-        """Checks, gradients and graphs: all that depends on values rather than shapes, in one place."""
+    def prepare(self, data: AtomicData) -> tuple[Tensor, Tensor, Graph, Graph | None]:
+        """Checks, gradients and graphs: all that depends on values rather than shapes, in one place.
+
+        Returns charge and spin [B] and the two graphs; ``forward`` takes them as ``data["prepared"]`` where they are
+        there, and then neither looks at a value nor changes the data.
+        """
         partition = None
         learning = self.training and any(p.requires_grad for p in self.parameters())
         check = partial(check_batch, data, self.max_num_elements)

@@ -21,7 +21,8 @@ class LossRecorder:
     every step wait for the GPU. Losses of evaluations are not counted.
 
     Args:
-        unit: the unit that trains; `detach` takes the hooks off its losses.
+        unit: the unit that trains; `detach` takes the hooks off its losses. Steps that it replays call no loss: it
+            hands theirs over (`training.unit.TrainEvalUnit.loss_listeners`).
     """
 
     def __init__(self, unit: TTrainUnit) -> None:
@@ -31,6 +32,8 @@ class LossRecorder:
             task.loss_fn.register_forward_hook(partial(self._record, task.name), with_kwargs=True)
             for task in unit.tasks
         ]
+        self._listeners = getattr(unit, "loss_listeners", [])
+        self._listeners.append(self._add)
         self.tasks = [task.name for task in unit.tasks]
         self.reset()
 
@@ -58,6 +61,12 @@ class LossRecorder:
             self.structures += kwargs["natoms"].numel()
             self.atoms = self.atoms + kwargs["natoms"].sum()
 
+    def _add(self, losses: Mapping[str, Tensor], structures: int, atoms: int) -> None:
+        for task, loss in losses.items():
+            self.losses[task] = self.losses.get(task, 0.0) + loss
+        self.structures += structures
+        self.atoms = self.atoms + atoms
+
     def means(self) -> dict[str, float]:
         """Mean loss of each task on this rank; waits for the device."""
         return {task: float(total) / max(self.steps, 1) for task, total in self.losses.items()}
@@ -67,6 +76,8 @@ class LossRecorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._add in self._listeners:
+            self._listeners.remove(self._add)
 
 
 def task_of(tasks: Sequence[Task], prop: str, dataset: str) -> Task | None:

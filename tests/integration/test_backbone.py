@@ -102,7 +102,7 @@ def test_given_edges_replace_the_search(build, batch_of, structures) -> None:
     model = build()
     data = batch_of(structures["crystal"], structures["slab"])
     expected = model(data.clone())
-    _, _, graph, _ = model.backbone._prepare(data.clone())
+    _, _, graph, _ = model.backbone.prepare(data.clone())
     given = data.clone()
     given["edge_index"] = torch.stack([graph.source, graph.target]).flip(1)
     given["cell_offsets"] = graph.offset.flip(0).double()
@@ -243,11 +243,11 @@ def test_bf16_autocast_trains(build, batch_of, structures) -> None:
     data = batch_of(structures["ethanol"], structures["crystal"], dtype=torch.float32)
     exact = model(data.clone())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, _, graph, _ = model.backbone._prepare(data.clone())
+        _, _, graph, _ = model.backbone.prepare(data.clone())
         out = model(data.clone())
         loss = out["energy"]["energy"].sum() + out["forces"]["forces"].square().mean()
     loss.backward()
-    _, _, reference, _ = model.backbone._prepare(data.clone())
+    _, _, reference, _ = model.backbone.prepare(data.clone())
     assert graph.vec.dtype == torch.float32 and torch.equal(graph.vec, reference.vec)
     assert out["energy"]["energy"].dtype == torch.float64
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())

@@ -1,0 +1,115 @@
+"""fairchem's training unit whose steps are replayed from CUDA graphs where that is possible."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torchtnt.framework import State
+
+from e2former_fairchem.training.replay import Replays, why_eager, why_no_graphs
+from e2former_fairchem.training.values import integer
+
+__all__ = ["TrainEvalUnit"]
+
+
+class TrainEvalUnit(MLIPTrainEvalUnit):
+    """fairchem's `MLIPTrainEvalUnit`: the same losses, gradients and updates, with fewer launches.
+
+    Forward, losses and gradients of a step come from one CUDA graph (`e2former_fairchem.training.replay`). Clipping,
+    optimiser, average and schedule are fairchem's, and what is written and resumed from is the same. Steps that cannot
+    be captured run as fairchem's; the log says why, once.
+
+    Args:
+        replay: ``auto``: on a GPU, where the network, the losses and the way of training allow it; ``off``: never.
+        max_graphs: sizes of batches that are kept captured.
+        kwargs: of `MLIPTrainEvalUnit`.
+
+    Raises:
+        ValueError: another value of ``replay``, or a number of graphs below 1.
+    """
+
+    def __init__(self, *args: Any, replay: str = "auto", max_graphs: int = 64, **kwargs: Any) -> None:
+        if replay not in ("auto", "off"):
+            raise ValueError(f"replay: expected auto or off, got {replay!r}")
+        self.replay = replay
+        self.max_graphs = integer("max_graphs", max_graphs, 1)
+        super().__init__(*args, **kwargs)
+        #: Called after every replayed step with the losses by task and the numbers of structures and atoms.
+        self.loss_listeners: list[Callable[[dict[str, Tensor], int, int], None]] = []
+        self._replays: Replays | None = None
+
+    def on_train_start(self, state: State) -> None:
+        """As fairchem's; then choose how steps run."""
+        super().on_train_start(state)
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        reason = "replay is off" if self.replay == "off" else why_eager(self, model) or why_no_graphs(model)
+        if reason is None:
+            self._replays = Replays(self, model, self.max_graphs, capture=True)
+        logging.info("training steps: replayed" if reason is None else f"training steps: eager ({reason})")
+
+    def train_step(self, state: State, data: AtomicData) -> None:
+        """One step; fairchem's where it is not replayed."""
+        if self._replays is None or self._replays.refused is not None:
+            super().train_step(state, data)
+            return
+        atoms, structures = int(data.natoms.sum()), data.natoms.numel()  # still on the host
+        try:
+            losses = self._replays(data)
+        except Exception:
+            logging.error(f"Exception during training! On step {self.train_progress.num_steps_completed}: {data.sid}")
+            raise
+        if losses is None:
+            super().train_step(state, data)
+            self._replays.finished()
+            return
+        for listener in self.loss_listeners:
+            listener(losses, structures, atoms)
+        self.last_loss = sum(losses.values())
+        self._update()
+        self._report(state, structures, atoms)
+        self.scheduler.step()
+
+    def _update(self) -> None:
+        if self.clip_grad_norm is not None:
+            parameters = self.model.parameters()
+            self.last_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm=self.clip_grad_norm).detach()
+        self.optimizer.step()
+        if self.ema_model is not None:
+            self.ema_model.update_parameters(self.model)
+
+    def _report(self, state: State, structures: int, atoms: int) -> None:
+        """fairchem's report of a step, in the steps that have one; only these wait for the device."""
+        now = time.time()
+        spent, self.previous_wall_time = now - self.previous_wall_time, now
+        progress = self.train_progress
+        step, printed = progress.num_steps_completed, progress.num_steps_completed % self.print_every == 0
+        if self.logger is None and not printed:
+            return
+        values = [self.last_loss] if self.last_grad_norm is None else [self.last_loss, self.last_grad_norm]
+        values = torch.stack([value.double() for value in values]).tolist()
+        self.last_loss = values[0]
+        epoch_steps = float(len(state.train_state.dataloader))
+        record = {
+            "train/loss": self.last_loss,
+            "train/lr": self.scheduler.get_lr()[0],
+            "train/step": step,
+            "train/epoch": progress.num_epochs_completed + progress.num_steps_completed_in_epoch / epoch_steps,
+            "train/samples_per_second(approx)": structures * self.dp_world_size / spent,
+            "train/atoms_per_second(approx)": atoms * self.dp_world_size / spent,
+            "train/num_atoms_on_rank": atoms,
+            "train/num_samples_on_rank": structures,
+        }
+        if self.last_grad_norm is not None:
+            record["train/grad_norm"] = self.last_grad_norm = values[1]
+        if self.logger:
+            self.logger.log(record, step=step, commit=True)
+        if printed:
+            logging.info(record)
