@@ -133,7 +133,8 @@ def train(case: str, replay: str, data: Path, options: argparse.Namespace) -> di
     line = [
         *overrides, "dataset=folders", f"data_train={data / kind}", f"data_val={data / 'val'}", f"batch_size={batch}",
         "element_references=spice", "dataset.max_energy_residual=null",
-        f"dataset.train.combined_dataset_config.sampling.ratios={{omol.train: {repeats}}}", f"num_workers={options.workers}",
+        f"dataset.train.combined_dataset_config.sampling.ratios={{omol.train: {repeats}}}",
+        f"num_workers={options.workers}",
         f"runner.train_eval_unit.replay={replay}", f"+runner.train_eval_unit.tf32={str(options.tf32).lower()}",
         f"runner.max_steps={total}", "runner.max_epochs=null", "runner.cpu_threads=null",
         f"runner.callbacks=[{callback},{metrics}]", f"job.run_dir={data / 'runs'}", f"job.run_name={case}_{replay}",

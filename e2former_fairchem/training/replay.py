@@ -12,9 +12,10 @@ its values) is found on a stream of its own while the GPU still works on the ste
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ __all__ = ["Replays", "Sizes", "padded_sizes", "why_eager"]
 SIZES_PER_OCTAVE = 8
 #: Steps of a size without a graph before it is captured, which takes as long as a few of them.
 STEPS_BEFORE = 2
+#: Captures that may fail before no more is tried.
+MAX_FAILURES = 3
 #: Hydrogen; which element padding atoms have changes nothing.
 PADDING_ELEMENT = 1
 _HEADS = (E2FormerV2EnergyHead, E2FormerV2DirectForceHead, E2FormerV2GradientHead)
@@ -143,6 +146,7 @@ class Replays:
         self._graphs: OrderedDict[Sizes, _Capture] = OrderedDict()
         self._steps: Counter[Sizes] = Counter()
         self._too_large: set[Sizes] = set()
+        self._failures = 0
 
     def __call__(self, batch: AtomicData) -> dict[str, Tensor] | None:
         """Losses of a batch by task, with the gradients of their sum in the parameters; None: it must run eagerly.
@@ -229,9 +233,11 @@ class Replays:
         try:
             graph = _Capture(given, self._compute, self._pool)
         except RuntimeError as error:
-            self.refused = str(error)
-            self._graphs.clear()
-            logging.warning(f"e2former_v2: training steps are not replayed any more, capturing one failed: {error}")
+            self._failures += 1
+            self._pool = torch.cuda.graph_pool_handle()  # torch holds the other to be in use
+            self.refused = str(error.__context__ or error) if self._failures == MAX_FAILURES else None
+            what = "steps are not replayed any more" if self.refused else "this step runs eagerly"
+            logging.warning(f"e2former_v2: capturing a training step failed, {what}: {error.__context__ or error}")
             return None
         self._graphs[sizes] = graph
         logging.info("training steps of up to %d atoms and %d edges are replayed from now on", *sizes[:2])
@@ -252,8 +258,8 @@ class Replays:
             total = sum(losses.values())
             gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
         if self.gradients is None:
-            self.gradients = [None if g is None else torch.empty_like(p) for p, g in zip(self.parameters, gradients)]
-        pairs = [(mine, g) for mine, g in zip(self.gradients, gradients, strict=True) if mine is not None]
+            self.gradients = [None if gradient is None else torch.empty_like(gradient) for gradient in gradients]
+        pairs = [(mine, g) for mine, g in zip(self.gradients, gradients, strict=True) if g is not None]
         foreach_copy_(*map(list, zip(*pairs, strict=True)))
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -267,8 +273,14 @@ class _Capture:
         self.inputs = {key: torch.empty_like(value) for key, value in given.items()}
         _copy(self.inputs, given)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.losses = compute(self.inputs)
+        collecting = gc.isenabled()
+        gc.disable()  # what dies may talk to the GPU, which invalidates a capture
+        try:
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.losses = compute(self.inputs)
+        finally:
+            if collecting:
+                gc.enable()
 
 
 def _copy(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
