@@ -24,6 +24,7 @@ from fairchem.core.modules.loss import DDPMTLoss, L2NormLoss, MAELoss, MSELoss, 
 from fairchem.core.units.mlip_unit.mlip_unit import Task, TrainStrategy
 from fairchem.core.units.mlip_unit.utils import tf32_context_manager
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import pad
 
 from e2former_fairchem.backbone import E2FormerV2Backbone
@@ -136,7 +137,8 @@ class Replays:
 
     def __init__(self, unit: MLIPTrainEvalUnit, model: nn.Module, max_graphs: int, capture: bool) -> None:
         self.unit, self.model, self.max_graphs, self.capture = unit, model, max_graphs, capture
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
         self.device = self.parameters[0].device
         self.gradients: list[Tensor | None] | None = None
         self.refused: str | None = None
@@ -164,7 +166,7 @@ class Replays:
         return losses
 
     def finished(self) -> None:
-        """A batch that ran eagerly has been launched."""
+        """Whatever reads what was prepared has been launched; the unit says so of a batch that ran eagerly."""
         if self._side is not None:
             self._used = torch.cuda.current_stream(self.device).record_event()
 
@@ -246,6 +248,8 @@ class Replays:
     def _compute(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Losses; writes their gradients. Nothing here looks at a value: it may be captured."""
         unit, backbone = self.unit, self.model.backbone
+        # leaves of this stream: autograd would have a capture wait for the stream that the parameters' own are bound to
+        leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
         pos = given["pos"].detach().requires_grad_(not backbone.regress_config.direct_forces)
         graph = _graph(given, pos, backbone.cutoff)
         data = {key: given[key] for key in ("cell", "natoms", "batch", "atomic_numbers")}
@@ -253,10 +257,10 @@ class Replays:
         data["prepared"] = given["charge"], given["spin"], graph, None
         with tf32_context_manager(unit.tf32):
             with torch.autocast(self.device.type, enabled=unit.autocast_enabled, dtype=unit.autocast_dtype):
-                predictions = self.model(data)
+                predictions = functional_call(self.model, dict(zip(self.names, leaves, strict=True)), (data,))
                 losses = {task.name: _loss(task, predictions, given) for task in unit.tasks}
             total = sum(losses.values())
-            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
         if self.gradients is None:
             self.gradients = [None if gradient is None else torch.empty_like(gradient) for gradient in gradients]
         pairs = [(mine, g) for mine, g in zip(self.gradients, gradients, strict=True) if g is not None]
@@ -276,8 +280,14 @@ class _Capture:
         collecting = gc.isenabled()
         gc.disable()  # what dies may talk to the GPU, which invalidates a capture
         try:
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.losses = compute(self.inputs)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            with torch.cuda.stream(torch.cuda.Stream()):  # torch.cuda.graph does not leave its stream after an error
+                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    self.losses = compute(self.inputs)
+                finally:
+                    self.graph.capture_end()
         finally:
             if collecting:
                 gc.enable()

@@ -28,7 +28,8 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
     be captured run as fairchem's; the log says why, once.
 
     Args:
-        replay: ``auto``: on a GPU, where the network, the losses and the way of training allow it; ``off``: never.
+        replay: ``off``: every step is fairchem's own. ``auto``: replayed on a GPU, where the network, the losses and
+            the way of training allow it.
         max_graphs: sizes of batches that are kept captured.
         kwargs: of `MLIPTrainEvalUnit`.
 
@@ -36,7 +37,7 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
         ValueError: another value of ``replay``, or a number of graphs below 1.
     """
 
-    def __init__(self, *args: Any, replay: str = "auto", max_graphs: int = 64, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, replay: str = "off", max_graphs: int = 64, **kwargs: Any) -> None:
         if replay not in ("auto", "off"):
             raise ValueError(f"replay: expected auto or off, got {replay!r}")
         self.replay = replay

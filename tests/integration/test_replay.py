@@ -22,6 +22,7 @@ from fairchem.core.units.mlip_unit.mlip_unit import OutputSpec, Task
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from e2former_fairchem.training import replay
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.recorders import LossRecorder
 from e2former_fairchem.training.replay import Replays, padded_sizes, why_eager, why_no_graphs
@@ -171,18 +172,33 @@ def test_losses_and_gradients_of_padded_batches(build: Callable, batches: Callab
             torch.testing.assert_close(found[name].double(), value.double(), msg=name, **exactly)
 
 
-def test_training_with_padded_batches(build: Callable, batches: Callable) -> None:
-    """The same weights and average after several steps, the same bits in two runs, and in one that was resumed."""
+def lone_atom(batch_of: Callable) -> AtomicData:
+    """A batch without edges, which no padding serves."""
+    batch = batch_of(Atoms("He", info={"charge": 0, "spin": 1}))
+    batch.omol_energy, batch.omol_forces = torch.ones(1).double(), torch.zeros(1, 3).double()
+    batch.dataset_name = ["omol"]
+    return batch
+
+
+def test_training_with_padded_batches(build: Callable, batches: Callable, batch_of: Callable) -> None:
+    """The same weights and average after several steps, the same bits in two runs, and in one that was resumed.
+
+    One step among them cannot be padded and is fairchem's own.
+    """
+
+    def several() -> list[AtomicData]:
+        return [*batches()[:1], lone_atom(batch_of), *batches()[1:]]
+
     eager, ours, again, resumed = (unit_of(build) for _ in range(4))
     for unit in (ours, again, resumed):
         padded(unit)
     for unit in (eager, ours, again):
-        train(unit, batches())
-    train(resumed, batches(), 2)
+        train(unit, several())
+    train(resumed, several(), 3)
     kept = copy.deepcopy(resumed.state_dict())
     resumed = padded(unit_of(build))
     resumed.load_state_dict(kept)
-    train(resumed, batches()[2:])
+    train(resumed, several()[3:])
     expected, found = state_of(eager), state_of(ours)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
@@ -199,14 +215,44 @@ def test_sizes_are_few_and_close() -> None:
     assert len({size.edges for size in sizes}) < 70
 
 
-def test_batches_without_edges_take_fairchems_step(build: Callable, batch_of: Callable) -> None:
-    batch = batch_of(Atoms("He", info={"charge": 0, "spin": 1}))
-    batch.omol_energy, batch.omol_forces = torch.ones(1).double(), torch.zeros(1, 3).double()
-    batch.dataset_name = ["omol"]
-    eager, ours = unit_of(build), padded(unit_of(build))
-    for unit in (eager, ours):
-        train(unit, [batch.clone()])
-    assert same(state_of(eager), state_of(ours))
+class Recomputed:
+    """A capture without a GPU: its replay computes again from the fixed memory, into the same losses."""
+
+    def __init__(self, given: dict[str, Tensor], compute: Callable, pool: object) -> None:
+        self.inputs = {key: torch.empty_like(value) for key, value in given.items()}
+        self.losses = {key: torch.full_like(loss, torch.nan) for key, loss in compute(given).items()}
+        self.compute, self.graph = compute, self
+
+    def replay(self) -> None:
+        for key, loss in self.compute(self.inputs).items():
+            self.losses[key].copy_(loss)
+
+
+def test_captured_sizes(
+    build: Callable, batches: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A size is captured when it comes up a third time, its memory holds all of a batch, and few sizes are kept."""
+    for name in ("graph_pool_handle", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(replay, "_Capture", Recomputed)
+    ours, again = padded(unit_of(build, "direct")), unit_of(build, "direct")
+    again._replays = Replays(again, again.model.module, 2, capture=True)
+    found, captured = ([train(unit, batches()) for _ in range(4)] for unit in (ours, again))
+    sizes = list(again._replays._graphs)
+    assert len(again._replays._steps) >= 3 and len(sizes) == 2, "the least recently used is gone"
+    assert set(again._replays._steps.values()) == {replay.STEPS_BEFORE}
+    assert "more than 2 sizes (max_graphs)" in caplog.text
+    assert all(same(a, b) for one, other in zip(found, captured, strict=True) for a, b in zip(one, other, strict=True))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(replay, "_Capture", fail)
+    again._replays._graphs.clear()
+    before = state_of(again)
+    train(again, batches())
+    assert again._replays.refused == "no room" and caplog.text.count("capturing a training step failed") == 3
+    assert not same(before, state_of(again)), "the steps were taken"
 
 
 def test_what_is_not_replayed_says_why(build: Callable, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +266,7 @@ def test_what_is_not_replayed_says_why(build: Callable, caplog: pytest.LogCaptur
         if "debug" in reason:
             unit.debug_checksums_save_path = "somewhere"
         assert why_eager(unit, unit.model.module) == reason
-    unit = unit_of(build)
+    unit = unit_of(build, replay="auto")
     assert why_eager(unit, unit.model.module) is None
     unit.tasks[1].loss_fn.reduction = "per_structure"
     assert why_eager(unit, unit.model.module) == "the loss of omol_forces is DDPMTLoss (L2NormLoss, per_structure)"
