@@ -34,8 +34,10 @@ from e2former_kernels.eaas.op import _Contract
 
 #: Atoms at both ends that are compared.
 LOOK = 32
-#: Of forms without a matrix product, whatever its precision.
-STRICT = 1e-5
+#: Largest relative errors, three times what an H100 gave (``results/eaas.json``): of forms without a matrix product,
+#: and of those with one, in TF32.
+STRICT = 5e-7
+PRODUCT = TOLERANCE | {"high": 2.4e-3}
 SINGULAR = [[0.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, -2.0, 0.0], [1e-9, -1.0, 0.0], [1e-22, 1e-3, 1e-22]]
 PASSES = ("forward", "transposed", "slope", "backward")
 
@@ -118,11 +120,11 @@ def row_of(case: EAASCase, name: str, form: str, args, limits: dict) -> dict:
     """Check and time of one form."""
     call = case.forms(name)[form]
     product = "dense" in form or "product" in form
-    tolerance = TOLERANCE[args.precision] if product else STRICT
+    tolerance = PRODUCT[args.precision] if product else STRICT
     error = check(case, name, call())
     if not error < tolerance:
         return {"error": f"relative difference {error:.2e}, not timed"}
-    row = timed(call, args, case.work(name), limits) | {"difference": error}
+    row = timed(call, args, case.work(name), limits) | {"difference": error, "allowed": tolerance}
     if "floor_ms" in row:
         row["of_copy"] = row["floor_ms"] / row.get("graph_ms", row["ms"])
     return row

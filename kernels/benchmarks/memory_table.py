@@ -131,7 +131,7 @@ def check_edge_degree(args) -> dict:
     case = case_of("edge_degree", atoms, args)
     case.connect(System(atoms, 32, args.device, cutoff=CUTOFF))
     exact = copy.copy(case).to_double()
-    found: dict = {"ok": True}
+    found: dict = {"ok": True, "limits": {}}
     for name in args.passes:
         for c in (case, exact):
             c.frozen(name != "second")
@@ -140,6 +140,7 @@ def check_edge_degree(args) -> dict:
         found[name] = difference(as_list(case.passes()[name]("triton", spline)), wanted)
         found[f"{name}_dense"] = difference(as_list(case.passes()[name]("dense")), wanted)
         allowed = max(TOLERANCE[torch.get_float32_matmul_precision()], 2 * found[f"{name}_dense"])
+        found["limits"][name] = allowed
         found["ok"] = found["ok"] and found[name] < allowed
     return found
 

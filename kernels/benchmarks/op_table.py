@@ -25,8 +25,11 @@ SCORES = ("qk", "qk_dot", "qk_dot_scalar")
 PASSES = ("forward", "forward_backward", "second")
 #: Atoms of the check before the timings.
 CHECK_ATOMS = 192
-#: Largest relative difference of a form from the baseline in float32, strict and with TF32.
+#: Largest relative difference of a form from the baseline in float32, strict and with TF32; no record has one yet, and
+#: the rows of the check have theirs beside it.
 TOLERANCE = {"highest": 1e-4, "high": 2e-2}
+#: The same of the convolution: with TF32 three times what an H100 gave (``results/operations.json``).
+CONVOLUTION = TOLERANCE | {"high": 1.1e-2}
 
 
 def difference(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -55,8 +58,7 @@ def check_attention(score: str, args) -> dict:
             found[key] = difference(as_list(case.passes()[name]("triton", spline)), wanted)
         found[f"{name}_dense"] = difference(as_list(case.passes()[name]("dense")), wanted)
     limits = {k: max(tolerance, 2 * found[f"{k.removesuffix('_spline')}_dense"]) for k in found if "_dense" not in k}
-    found["ok"] = all(found[k] < limit for k, limit in limits.items())
-    return found
+    return found | {"limits": limits, "ok": all(found[k] < limit for k, limit in limits.items())}
 
 
 def as_list(x: Tensor | list[Tensor]) -> list[Tensor]:
@@ -115,7 +117,7 @@ def convolution_table(atoms: int, args, results: Results) -> None:
     """Rows of the convolution stage at one size."""
     case = ConvolutionCase(atoms, args.device, args.tiny)
     exact = case.on_the_fly()
-    tolerance = TOLERANCE[torch.get_float32_matmul_precision()]
+    tolerance = CONVOLUTION[torch.get_float32_matmul_precision()]
 
     def row(make: Callable[[], tuple[Callable, Callable]]) -> dict:
         call, as_rows = make()

@@ -56,6 +56,29 @@ def test_edges(load, neighbours: int | None) -> None:
     assert (found[0] == source).all() and (found[1] == target).all()
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_gates_limits_are_three_times_what_is_recorded(load, precision: str) -> None:
+    """Of every figure that the gate measures, over the networks; two digits may be rounded up."""
+    limits = load("gate").LIMITS[precision]
+    recorded = json.loads((BENCHMARKS / "results" / "gate.json").read_text())["rows"]
+    rows = [row for name, row in recorded.items() if name.startswith(f"{precision}/")]
+    assert len(rows) == len(load("gate").NETWORKS)
+    assert set(limits) == {key for key in rows[0] if isinstance(rows[0][key], float)}
+    for key, limit in limits.items():
+        worst = max(row[key] for row in rows)
+        assert worst < limit <= 1.05 * 3 * worst, (key, limit, worst)
+
+
+def test_a_figure_over_its_limit_is_red(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    gate = load("gate")
+    figures = dict.fromkeys(gate.LIMITS["highest"], 0.0) | {"same_bits": True}
+    wrong = {"forces": 2.6e-5, "training_worst": float("nan"), "energy": 1e-6}
+    monkeypatch.setattr(gate, "measure_network", lambda *arguments, **config: figures | wrong)
+    with pytest.raises(SystemExit):
+        gate.gate("cpu", tiny=True)
+    assert "RED (over the limits: forces, training_worst) highest/qk/smooth" in capsys.readouterr().out
+
+
 def test_failures_are_rows(load) -> None:
     timing = load("timing")
 
