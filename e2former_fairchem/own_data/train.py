@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -26,15 +25,15 @@ from fairchem.core.common import distutils
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from e2former_fairchem.compat import compose, fairchem_main
+from e2former_fairchem.compat import fairchem_main
 from e2former_fairchem.data.make_sample import write_folder
 from e2former_fairchem.data.references import dense_table
+from e2former_fairchem.files import read_json, write_json
 from e2former_fairchem.own_data import errors, run_file
 from e2former_fairchem.own_data.checking import MAX_FORCE, describe, find_problems
 from e2former_fairchem.own_data.reading import Frame, Keys, read_frames
 from e2former_fairchem.own_data.references import fit_references, isolated_atoms, residuals, shift_references
 from e2former_fairchem.own_data.splitting import split
-from e2former_fairchem.training.callbacks import write_atomically
 from e2former_fairchem.training.checkpoint import check_checkpoint_path, read_checkpoint
 from e2former_fairchem.training.resume import METADATA
 from e2former_fairchem.validation import plain
@@ -122,7 +121,7 @@ def train(
         overrides: `KEY=VALUE` of the run's file.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: wrong arguments, files or structures; nothing is left behind.
+        FileNotFoundError, FileExistsError, ValueError: wrong arguments, files, structures, keys; nothing stays behind.
     """
     if resume:
         if output is None and not files:
@@ -146,7 +145,12 @@ def train(
         prepared = _Prepared(folder, training, validation, bad, seed)
         config = prepared.write(size or "small", from_checkpoint, overrides, files)
         overrides = ()
-    _run(config, overrides)
+    try:
+        _run(config, overrides)
+    except ValueError:  # a wrong key or value: nothing has been trained
+        if not resume and not any(folder.glob(f"*/checkpoints/*/{METADATA}")):
+            shutil.rmtree(folder)
+        raise
     return _compare(folder)
 
 
@@ -229,9 +233,9 @@ class _Prepared:
             for name, frames in (("train", self.training), ("val", self.validation)):
                 write_folder([_labelled(frame, self.with_stress) for frame in frames], unfinished / "data" / name)
             content, references = self._content(unfinished, size, checkpoint, overrides)
-            (unfinished / "references.json").write_text(json.dumps(references, indent=1) + "\n")
+            write_json(unfinished / "references.json", references)
             summary = self._summary(files) | {"checkpoint": content["model"].get("checkpoint_location")}
-            (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+            write_json(unfinished / SUMMARY, summary)
             comments = [f"fairchem -c {self.folder / run_file.FILE}", "Keys that are not here: own_data.yaml"]
             run_file.write(unfinished / run_file.FILE, content, comments)
             if self.folder.exists():
@@ -239,11 +243,6 @@ class _Prepared:
             unfinished.rename(self.folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        try:
-            _compose(self.folder / run_file.FILE)
-        except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
             raise
         return self.folder / run_file.FILE
 
@@ -348,7 +347,7 @@ class _Start:
             structures, number = errors.read_spread(unfinished / "data" / part)
             said = errors.predict(self.unit, structures)
             rows[f"{name}, before"] = errors.compare(structures, number, said, table - self.table)
-        (unfinished / RESULTS).write_text(json.dumps(errors.as_content(rows), indent=1) + "\n")
+        write_json(unfinished / RESULTS, errors.as_content(rows))
         return table
 
 
@@ -419,7 +418,7 @@ def where_to_resume(folder: Path, files: Sequence[str | Path]) -> Path:
     """The newest complete checkpoint's config, or the run's file where there is none."""
     if not (folder / run_file.FILE).is_file():
         raise FileNotFoundError(f"--resume: expected the folder of a training with {run_file.FILE}, got {folder}")
-    recorded = json.loads((folder / SUMMARY).read_text())["files"]
+    recorded = read_json(folder / SUMMARY)["files"]
     given = [str(Path(file).expanduser().absolute()) for file in files]
     if given and given != recorded:
         raise ValueError(f"--resume: expected no files or those of the training, {recorded}, got {given}")
@@ -432,12 +431,6 @@ def where_to_resume(folder: Path, files: Sequence[str | Path]) -> Path:
         raise ValueError(f"--resume: the training in {folder} is finished: {folder / CHECKPOINT}")
     print(f"resuming from {complete[-1]}", flush=True)
     return complete[-1] / "resume.yaml"
-
-
-def _compose(config: Path, overrides: Sequence[str] = ()) -> None:
-    """Check that fairchem can read a run's file."""
-    with _one_line_errors():
-        compose(config, overrides)
 
 
 def _run(config: Path, overrides: Sequence[str] = ()) -> None:
@@ -474,7 +467,7 @@ def _compare(folder: Path) -> Result:
     rows: dict[str, errors.Errors] = {}
     results = folder / RESULTS
     if results.is_file():
-        before = json.loads(results.read_text())
+        before = read_json(results)
         rows = {name: errors.Errors(**row) for name, row in before.items() if name.endswith("before")}
     after = ", after" if rows else ""
     unit = errors.load(checkpoint, errors.device())
@@ -482,8 +475,7 @@ def _compare(folder: Path) -> Result:
         structures, number = errors.read_spread(folder / "data" / part)
         rows[name + after] = errors.compare(structures, number, errors.predict(unit, structures))
     rows = dict(sorted(rows.items(), key=lambda row: row[0].split(",")[0]))
-    text = json.dumps(errors.as_content(rows), indent=1) + "\n"
-    write_atomically(results, lambda name: name.write_text(text))
     print(errors.as_table(rows), flush=True)
+    write_json(results, errors.as_content(rows))
     print(f"potential: {checkpoint}", flush=True)
     return Result(folder, checkpoint, rows)

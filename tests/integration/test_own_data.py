@@ -271,8 +271,8 @@ def test_train_fine_tune_and_their_table(
     err = capsys.readouterr().err
     assert "1 of 13 frames cannot be used" in err and "frame 3 (as 2)" in err
     assert not Path("run").exists()
-    assert main(["train", "cells.traj", "--output", "run", "--skip-bad", "epochs=2", "warmup=3", *TINY]) == 2
-    assert "warmup" in capsys.readouterr().err
+    assert main(["train", "cells.traj", "--output", "run", "--skip-bad", "epochs=2", *TINY, "backbone.width=3"]) == 2
+    assert "width" in capsys.readouterr().err
     assert [p.name for p in elsewhere.iterdir()] == ["cells.traj"]
 
     assert main(["train", "cells.traj", "--output", "run", "--skip-bad", "epochs=2", *TINY]) == 0
