@@ -162,18 +162,23 @@ def losses_of_training(model: HydraModel, data: AtomicData, steps: int, rate: fl
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("config", [{}, {"score": "qk_dot_scalar"}, {"convolution": "eaas"}, {"message_order": 0}])
 def test_training_under_autocast(device: str, config: dict) -> None:
-    """bfloat16 autocast, as fairchem's trainer sets it: one more dtype, the same function to its precision."""
+    """bfloat16 autocast, as fairchem's trainer sets it: as near to float32 as the reference is under it, twice."""
     found = []
-    for backend in ("reference", "triton"):
+    for backend, low in (("reference", False), ("reference", True), ("triton", True)):
         model = network(backend, device, **TOY, cutoff=3.2, **config).train()
         data = crystal(torch.float32, device)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
             out = model(data)
         sum(out[key][key].float().square().sum() for key in ("energy", "forces", "stress")).backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
         found.append((out["energy"]["energy"].detach(), out["forces"]["forces"].detach(), gradients))
-    for expected, got in zip(*found, strict=True):
-        assert got.isfinite().all() and (got - expected).norm() < 0.1 * expected.norm()
+    # energy and forces, numbers of one network each, together: one alone may round well by chance
+    budget, error = (
+        [float((got - exact).norm() / exact.norm()) for exact, got in zip(found[0], low, strict=True)]
+        for low in found[1:]
+    )
+    assert all(got.isfinite().all() for got in found[2])
+    assert max(error[:2]) <= 2 * max(budget[:2]) and error[2] <= 2 * budget[2], (error, budget)
 
 
 def forces_and_gradients(model: HydraModel, data: AtomicData) -> list[torch.Tensor]:

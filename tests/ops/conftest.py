@@ -218,9 +218,12 @@ def attention_operation(make: Make, size: int = 7, nodes: int = 4, score: str = 
         tensors |= {} if given[10].radial is None else _named("dot_weights.radial", given[10].radial)
 
     def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda t: function(
-            spec, *(t.get(n) for n in names), _radial(t), _dot_weights(t), t.get("coupling"), **options, **_table(t)
-        )
+        def run(t: dict[str, Tensor]) -> Tensor:
+            half = {"half": t["half"]} if "half" in t else {}  # the kernels' alone
+            given = _radial(t), _dot_weights(t), t.get("coupling")
+            return function(spec, *(t.get(n) for n in names), *given, **options, **half, **_table(t))
+
+        return run
 
     run, reference = call(equivariant_attention, **runs), call(equivariant_attention_reference)
     return Operation(run, reference, tensors, ("vec", "query", "key", "value"))

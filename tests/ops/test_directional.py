@@ -325,7 +325,7 @@ def relative_errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("edges", [1, 900])
 @pytest.mark.parametrize("score", SCORES)
 def test_gpu(make, precise, score: str, edges: int, precision: str) -> None:
-    """Errors against float64 within twice the reference's in the same precision; the same bits twice.
+    """Errors within twice those of the reference in the same precision, and two roundings; the same bits twice.
 
     Root mean squares over draws of the inputs: of one edge, a reference that happens to round well is surpassed
     fivefold now and then, by an operation whose errors are on the average the same.
@@ -345,7 +345,8 @@ def test_gpu(make, precise, score: str, edges: int, precision: str) -> None:
         assert all(torch.equal(*pair) for pair in zip(ours, again, strict=True))
         errors.append(torch.stack([relative_errors(x, exact) for x in (reference, ours)]))
     budget, error = torch.stack(errors).square().mean(0).sqrt()
-    assert (error <= 2 * budget + (2e-6 if precision == "highest" else 1e-3)).all(), (error, budget)
+    roundings = 2 * (1e-6 if precision == "highest" else 2.0**-11)
+    assert (error <= 2 * budget + roundings).all(), (error, budget)
 
 
 @pytest.mark.gpu

@@ -164,7 +164,9 @@ KINDS = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("end", "kind"), [(e, k) for e in ENDS for k in KINDS if (e, k) != ("receivers", "dot")])
-def test_attention(make, operation, on, end: str, kind: str, device: str) -> None:
+def test_attention(make, operation, on, monkeypatch, end: str, kind: str, device: str) -> None:
+    from e2former_kernels.equivariant_attention import fused
+
     name, precision = KINDS[kind]
     on(device, precision)
     gpu = device == "cuda"
@@ -176,7 +178,8 @@ def test_attention(make, operation, on, end: str, kind: str, device: str) -> Non
         tensors["coupling"] = make(20, 3, 9).detach()  # as many paths as the network has
     if kind == "frozen":
         tensors = frozen(tensors, last_layer=True)
-    found = []
+    found, asked, inner = [], [], fused.half_rows
+    monkeypatch.setattr(fused, "half_rows", lambda x: asked.append(1) or inner(x))
     for given in two_sizes(tensors, heard, told, sizes):
         given["features"] = given.pop("value")  # "value" is the result, whose rows are the receivers'
         last = {"query": heard, "dot": heard, "key": told, "features": told, "value": heard}
@@ -184,6 +187,7 @@ def test_attention(make, operation, on, end: str, kind: str, device: str) -> Non
         run = lambda t: case.run(t | {"value": t["features"]} | more)  # noqa: B023, E731
         found.append(derivatives(run, given, last, ("vec",), NAN))
     assert not gpu or max(sizes.receivers * 20 * 256, given["features"].numel()) > BEYOND
+    assert bool(asked) is (gpu and kind == "frozen"), "float16 rows"
     assert_same(*found[::-1], 1e-5 if gpu else 1e-11)
 
 

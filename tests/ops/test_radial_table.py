@@ -18,8 +18,8 @@ CUTOFF, ELEMENTS = 3.0, [0, 2, 3]
 
 
 @pytest.mark.parametrize("norms", [True, False])
-def test_table_meets_its_tolerance_everywhere(make, norms: bool) -> None:
-    """At random distances, for every ordered pair, in value and slope."""
+def test_error_of_a_table(make, norms: bool) -> None:
+    """At random distances, for every ordered pair: values within twice the tolerance, slopes within a hundred times."""
     weights = make.radial(1, 6, 8, 17, norms)
     table = build_radial_table(weights, CUTOFF, ELEMENTS)
     assert table.error <= 1e-6 and not table.knots.requires_grad
@@ -34,9 +34,10 @@ def test_table_meets_its_tolerance_everywhere(make, norms: bool) -> None:
             ends = (table.knots[row, 0], table.knots[row, 1], table.knots[row + 1, 0], table.knots[row + 1, 1])
             found = sum(p.unsqueeze(1) * e for p, e in zip(parts, ends, strict=True))
             assert (found - exact).abs().max() <= 2e-6 * exact.abs().max()
-            (slope,) = torch.autograd.grad(found[:, 0].sum(), distance)
-            (expected,) = torch.autograd.grad(exact[:, 0].sum(), distance)
-            assert (slope - expected).abs().max() <= 1e-4 * expected.abs().max()
+            for column in range(exact.shape[1]):
+                (slope,) = torch.autograd.grad(found[:, column].sum(), distance, retain_graph=True)
+                (expected,) = torch.autograd.grad(exact[:, column].sum(), distance, retain_graph=True)
+                assert (slope - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert int(table.pair_row[1, 0]) == -1  # an element that the table was not made for
 
 

@@ -184,7 +184,8 @@ def test_compiled_options(make, option: str) -> None:
     from e2former_kernels.edge_degree import edge_degree_embedding
     from e2former_kernels.equivariant_attention import equivariant_attention
 
-    kinds = {"bell": {"order": 0, "bell": (0.3, 2.5), "norm": "softplus", "envelope_exponent": 3}}
+    kinds = {"order": 0, "bell": (0.3, 2.5), "norm": "softplus", "envelope_exponent": 3, "inverse_distance": "v2"}
+    kinds = {"bell": kinds}
     arguments, options = list(make.attention(edges=9, **kinds.get(option, {}))), {}
     inputs, function = arguments[1:4] + [arguments[5]], equivariant_attention
     source, species = arguments[6], arguments[9]
