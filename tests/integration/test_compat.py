@@ -7,7 +7,6 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,8 +102,9 @@ def test_sizes_of_a_leaderboard_run(repo: Path, tmp_path: Path) -> None:
     sample = repo / "e2former_fairchem" / "data" / "sample" / "val_known"
 
     def sizes(folder: Path) -> list[int]:
-        dataset = AseDBDataset(DictConfig({"src": str(folder)}))
-        return S2EFRunner.sizes(SimpleNamespace(dataset=dataset, data=str(folder), _sizes=None)).tolist()
+        runner = object.__new__(S2EFRunner)  # without a checkpoint, which sizes do not need
+        runner.dataset, runner.data, runner._sizes = AseDBDataset(DictConfig({"src": str(folder)})), str(folder), None
+        return runner.sizes().tolist()
 
     expected = np.load(sample / "metadata.npz")["natoms"].tolist()
     assert sizes(sample) == expected
