@@ -133,7 +133,7 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def measure(name: str, seed: int, folder: Path, options: argparse.Namespace, core: int | None) -> dict[str, Any]:
-    """One run: training, surface checks, errors by molecule."""
+    """What one run gives: training, surface checks, errors by molecule."""
     shutil.rmtree(folder, ignore_errors=True)  # what a call that was stopped has left
     folder.mkdir(parents=True)
     train, checks = folder / "train", folder / "checks"
@@ -153,7 +153,6 @@ def measure(name: str, seed: int, folder: Path, options: argparse.Namespace, cor
         "config": NETWORKS[name].config,
         "seed": seed,
         "overrides": sorted(options.overrides),
-        "machine": machine(options.device, options.commit),
         "device": options.device,
         "side_by_side": options.at_once,
         "parameters": surface["checkpoint"]["parameters"],
@@ -194,6 +193,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
     """All runs that have no result yet; returns the failures."""
     results, runs = options.output / "results", (options.runs or options.output / "runs").absolute()
     results.mkdir(parents=True, exist_ok=True)
+    where = machine(options.device, options.commit)  # what cannot be told is found before hours of work
     cores = sorted(os.sched_getaffinity(0))
     free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     for n in range(options.at_once):  # more runs than cores share them
@@ -209,7 +209,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
         name, seed = job
         core, label = free.get(), f"{name}_seed{seed}"
         try:
-            record = measure(name, seed, runs / label, options, core)
+            record = measure(name, seed, runs / label, options, core) | {"machine": where}
             partial = results / f".{label}.json"
             partial.write_text(json.dumps(record, indent=1) + "\n")
             partial.replace(results / f"{label}.json")
