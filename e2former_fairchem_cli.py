@@ -8,11 +8,13 @@ seconds: `--help` and `--version` need neither. A subcommand's module has `add_a
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
 
 #: Subcommand: its module, and one line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -65,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = next((n for n, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
     own = parser.parse_args(arguments[: place + 1])
     path, text = COMMANDS[own.command]
-    module = importlib.import_module(path)
+    rest = arguments[place + 1 :]
+    module = _by_file(path) if {"-h", "--help"} & set(rest) else importlib.import_module(path)
     subparser = argparse.ArgumentParser(prog=f"e2former-fairchem {own.command}", description=text)
     module.add_arguments(subparser)
-    parsed = subparser.parse_intermixed_args(arguments[place + 1 :])
+    parsed = subparser.parse_intermixed_args(rest)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return module.run(parsed)
@@ -77,6 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"e2former-fairchem {own.command}: {err}", file=sys.stderr)
         return 2
+
+
+def _by_file(path: str) -> ModuleType:
+    """A subcommand's module without the package around it, which is enough for its help."""
+    package, *parts = path.split(".")
+    (folder,) = importlib.util.find_spec(package).submodule_search_locations
+    spec = importlib.util.spec_from_file_location(parts[-1], Path(folder, *parts).with_suffix(".py"))
+    module = sys.modules[parts[-1]] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

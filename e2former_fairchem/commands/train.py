@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from e2former_fairchem.own_data.reading import Keys
     from e2former_fairchem.own_data.train import train
 
-    overrides = [text for text in args.arguments if "=" in text.split("/")[-1]]
-    files = [text for text in args.arguments if text not in overrides]
+    is_file = [re.match(r"[\w.]+=", text) is None or Path(text).exists() for text in args.arguments]
+    files = [text for text, file in zip(args.arguments, is_file, strict=True) if file]
+    overrides = [text for text, file in zip(args.arguments, is_file, strict=True) if not file]
     train(
         *files,
         output=args.output,

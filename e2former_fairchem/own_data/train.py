@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import tempfile
@@ -151,6 +153,9 @@ def train(
         if not resume and not any(folder.glob(f"*/checkpoints/*/{METADATA}")):
             shutil.rmtree(folder)
         raise
+    except SystemExit:  # a signal; fairchem's own command, which was just said, would go on without the table
+        print(f"or: e2former-fairchem train --resume --output {shlex.quote(str(folder))}", flush=True)
+        raise
     return _compare(folder)
 
 
@@ -164,6 +169,8 @@ def _read(
     files: Sequence[str | Path], valid: str | Path | None, keys: Keys | None, max_force: float, skip_bad: bool
 ) -> tuple[list[Frame], list[Frame], list[Frame]]:
     """Frames to train on (and to draw from), frames to validate on, and bad ones, which are left out."""
+    if valid and Path(valid).expanduser().resolve() in [Path(file).expanduser().resolve() for file in files]:
+        raise ValueError(f"--valid: expected a file that is not trained on, got {valid}")
     frames = read_frames(files, keys)
     held_out = read_frames([valid], keys) if valid else []
     everything = [*frames, *held_out]
@@ -458,7 +465,7 @@ def _one_line_errors() -> Iterator[None]:
         cause: BaseException = err
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(str(cause).strip()) from err
+        raise ValueError(re.sub(r"^\w+ raised while resolving interpolation: ", "", str(cause).strip())) from err
 
 
 def _compare(folder: Path) -> Result:

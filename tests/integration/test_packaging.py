@@ -65,6 +65,9 @@ def test_install(kind: str, request: pytest.FixtureRequest, repo: Path, tmp_path
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--force-reinstall"]
     run(*pip, "--no-deps", "--no-build-isolation", *target, cwd=tmp_path)
 
+    command = run(environment / "bin" / "e2former-fairchem", "--version", cwd=tmp_path)
+    assert command.startswith("e2former-fairchem ")
+
     data = f"cluster.data_root_dir={Path(fake_omol25[0].split('=')[1]).parent}"
     host = Path(__file__).parent / "host" / "uma_sm_direct.yaml"
     elsewhere = tmp_path / "elsewhere"
