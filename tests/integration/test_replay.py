@@ -130,6 +130,7 @@ def train(unit: TrainEvalUnit, batches: list[AtomicData], steps: int | None = No
         found.append({name: p.grad.clone() for name, p in named if p.grad is not None})
         plain()
 
+    step._wrapped_by_lr_sched = True  # what torch's schedules look for
     unit.optimizer.step = step
     state = SimpleNamespace(train_state=SimpleNamespace(dataloader=range(10)))
     for batch in batches[:steps]:
