@@ -158,7 +158,9 @@ def test_default_settings(device: str, checkpoint, batch_of, structures) -> None
     default = MLIPPredictUnit(str(checkpoint), device, inference_settings=inference_settings_default())
     before = torch._dynamo.config.recompile_limit
     graphs, expected, found = [], [], []
-    systems = structures["ethanol"], structures["slab"], structures["ammonia"], structures["slab"] * (2, 1, 1)
+    systems = [structures["ethanol"], structures["slab"], structures["ammonia"], structures["slab"] * (2, 1, 1)]
+    if device == "cuda":  # products of a few rows are not in TF32: the reference's error needs a larger one
+        systems.append(structures["slab"] * (4, 4, 1))
     try:
         for atoms in systems:
             data = batch_of(atoms, dtype=torch.float32)

@@ -40,7 +40,7 @@ KINDS = {"conserving": (GRADIENT, False), "direct": (DIRECT, True)}
 @pytest.fixture(scope="module", autouse=True)
 def one_worker() -> Iterator[None]:
     """fairchem's unit wraps the model for data-parallel training, also of one worker."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -195,8 +195,9 @@ def test_other_dtypes(dtype: torch.dtype, device: str) -> None:
     model = network(device).freeze()
     features(model)
     model.to(dtype)
-    if dtype == torch.float16:
-        with pytest.raises(TypeError, match="expected float32 or float64"):
+    if dtype == torch.float16 or device == "cuda":
+        named = "expected float32 or float64" if dtype == torch.float16 else "float64 on a GPU"
+        with pytest.raises(TypeError, match=named):
             features(model)
     else:
         torch.testing.assert_close(
@@ -214,4 +215,6 @@ def test_inference_mode(precision: str, device: str) -> None:
         found = settled(other, 3)
         assert found.is_inference()
     torch.testing.assert_close(found.clone(), expected)
-    torch.testing.assert_close(features(other), expected)
+    # with gradients, so not from the same CUDA graph: other roundings where TF32 is allowed
+    limit = float(expected.abs().max()) * (8 * ROUNDING if precision == "high" else 1e-5)
+    torch.testing.assert_close(features(other), expected, rtol=0, atol=limit)
