@@ -214,12 +214,20 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         Workers see different batches, and a checkpoint holds the buffers of one of them: so all of them hold the union.
         They are in step anyway, for the sum of their gradients.
         """
+        there = torch.zeros_like(self.elements_seen).index_fill_(0, numbers, 1)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(there, dist.ReduceOp.MAX)
+        self.record_elements(there)
+
+    def record_elements(self, there: Tensor) -> None:
+        """Add to the elements seen those that training batches of all workers have.
+
+        there: [max_num_elements + 1] int64, 0 for atomic numbers that no batch has. Nothing is read by the host.
+        """
         seen = self.elements_seen
         seen.mul_(seen[0].clone())  # before training began, no element was held to be unseen
         seen[:1].fill_(1)
-        seen.index_fill_(0, numbers, 1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        torch.maximum(seen, there.clamp(max=1), out=seen)
 
     def _partition(self, data: AtomicData) -> Partition:
         """This worker's part of the atoms, of a batch that is whole and the same for all workers."""

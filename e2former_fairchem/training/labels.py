@@ -231,7 +231,7 @@ def get_dataloader(
     num_workers: int,
     max_energy_residual: float | None = 10.0,
 ) -> DataLoader:
-    """fairchem's `get_dataloader` after `check_labels`; every rank checks, so that all of them stop.
+    """fairchem's `get_dataloader` after `check_labels`; every rank checks, so that all of them stop. Its workers stay.
 
     Structures that fairchem's sampler leaves out because they are larger than a batch are counted in a warning.
     Raises ValueError as `check_labels` does, and for a limit that is no positive number.
@@ -240,6 +240,15 @@ def get_dataloader(
         positive("max_energy_residual", max_energy_residual)
     check_labels(dataset, collate_fn, max_energy_residual)
     loader = dataloader_builder.get_dataloader(dataset, batch_sampler_fn, collate_fn, num_workers)
+    if num_workers:  # fairchem starts them anew for every epoch
+        loader = DataLoader(
+            dataset,
+            batch_sampler=loader.batch_sampler,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            pin_memory=loader.pin_memory,
+            persistent_workers=True,
+        )
     batches = getattr(loader.batch_sampler, "all_batches", None)  # fairchem's sampler by atoms says it on level info
     if batches is not None and (left_out := len(dataset) - sum(map(len, batches))):
         _log(

@@ -4,6 +4,7 @@
 |---|---|
 | `${e2former.device:}` | `CUDA` where torch finds a GPU, else `CPU` |
 | `${e2former.workers:}` | number of GPUs that torch finds, at least 1 |
+| `${e2former.loaders:4}` | processes that load data: so many where torch finds a GPU, else 0 |
 | `${e2former.sample:train}` | folder of a part of the bundled sample: `train`, `val_known` or `val_new` |
 | `${e2former.element_references:NAME}` | energies per element, eV by Z: `sample`, `omol25`, `spice` or a JSON file |
 | `${e2former.integer:KEY,VALUE,LEAST}` | VALUE, after a check that it is such an integer; KEY is named in the message |
@@ -45,6 +46,13 @@ def workers() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def loaders(number: int) -> int:
+    """``number`` where torch finds a GPU, which workers of the loader keep busy; 0 on a CPU, whose cores train."""
+    import torch
+
+    return number if torch.cuda.is_available() else 0
 
 
 def sample(part: str) -> str:
@@ -167,5 +175,16 @@ def register_resolvers(config_folder: Path | None = None) -> None:
     """Register all of the above with OmegaConf, for a config of this folder."""
     OmegaConf.register_new_resolver("e2former.resume", functools.partial(resume, config_folder), replace=True)
     values = (integer, number, positive, boolean)
-    for function in (device, workers, sample, element_references, *values, dataset, at_most, checkpoint, tasks):
+    for function in (
+        device,
+        workers,
+        loaders,
+        sample,
+        element_references,
+        *values,
+        dataset,
+        at_most,
+        checkpoint,
+        tasks,
+    ):
         OmegaConf.register_new_resolver(f"e2former.{function.__name__}", function, replace=True)

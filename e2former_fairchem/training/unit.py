@@ -12,9 +12,11 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchtnt.framework import State
 
-from e2former_fairchem.training.replay import Replays, why_eager, why_no_graphs
+from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater
+from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.values import integer
 
 __all__ = ["TrainEvalUnit"]
@@ -23,9 +25,10 @@ __all__ = ["TrainEvalUnit"]
 class TrainEvalUnit(MLIPTrainEvalUnit):
     """fairchem's `MLIPTrainEvalUnit`: the same losses, gradients and updates, with fewer launches.
 
-    Forward, losses and gradients of a step come from one CUDA graph (`e2former_fairchem.training.replay`). Clipping,
-    optimiser, average and schedule are fairchem's, and what is written and resumed from is the same. Steps that cannot
-    be captured run as fairchem's; the log says why, once.
+    Forward, losses and gradients of a step come from one CUDA graph, clipping, optimiser and average from another
+    (`e2former_fairchem.training.replay`). The loader's workers pad the batches and find their neighbours
+    (`e2former_fairchem.training.padding`). What is written and resumed from is the same. Where steps cannot be captured
+    they run as fairchem's; the log says why, once.
 
     Args:
         replay: ``off``: every step is fairchem's own. ``auto``: replayed on a GPU, where the network, the losses and
@@ -46,45 +49,46 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
         #: Called after every replayed step with the losses by task and the numbers of structures and atoms.
         self.loss_listeners: list[Callable[[dict[str, Tensor], int, int], None]] = []
         self._replays: Replays | None = None
+        self._update: Update | None = None
 
     def on_train_start(self, state: State) -> None:
         """As fairchem's; then choose how steps run."""
         super().on_train_start(state)
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        loader = state.train_state.dataloader
         reason = "replay is off" if self.replay == "off" else why_eager(self, model) or why_no_graphs(model)
+        if reason is None and not isinstance(loader, DataLoader):
+            reason = f"the loader is a {type(loader).__name__}"
         if reason is None:
+            self._collate = loader.collate_fn
+            loader.collate_fn = PaddingCollater(self._collate, model.backbone, self.tasks)
             self._replays = Replays(self, model, self.max_graphs, capture=True)
+            self._update = Update(self, capture=True)
         logging.info("training steps: replayed" if reason is None else f"training steps: eager ({reason})")
 
-    def train_step(self, state: State, data: AtomicData) -> None:
+    def on_train_end(self, state: State) -> None:
+        """As fairchem's; the loader is as it was, and the graphs are gone."""
+        super().on_train_end(state)
+        if self._replays is not None:
+            state.train_state.dataloader.collate_fn = self._collate
+            self._replays = self._update = None
+
+    def train_step(self, state: State, data: AtomicData | PaddedBatch) -> None:
         """One step; fairchem's where it is not replayed."""
-        if self._replays is None or self._replays.refused is not None:
+        if not isinstance(data, PaddedBatch):
             super().train_step(state, data)
             return
-        atoms, structures = int(data.natoms.sum()), data.natoms.numel()  # still on the host
         try:
             losses = self._replays(data)
         except Exception:
             logging.error(f"Exception during training! On step {self.train_progress.num_steps_completed}: {data.sid}")
             raise
-        if losses is None:
-            super().train_step(state, data)
-            self._replays.finished()
-            return
         for listener in self.loss_listeners:
-            listener(losses, structures, atoms)
+            listener(losses, data.structures, data.atoms)
         self.last_loss = sum(losses.values())
         self._update()
-        self._report(state, structures, atoms)
+        self._report(state, data.structures, data.atoms)
         self.scheduler.step()
-
-    def _update(self) -> None:
-        if self.clip_grad_norm is not None:
-            parameters = self.model.parameters()
-            self.last_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm=self.clip_grad_norm).detach()
-        self.optimizer.step()
-        if self.ema_model is not None:
-            self.ema_model.update_parameters(self.model)
 
     def _report(self, state: State, structures: int, atoms: int) -> None:
         """fairchem's report of a step, in the steps that have one; only these wait for the device."""

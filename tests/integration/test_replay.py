@@ -24,8 +24,9 @@ from torch import Tensor
 
 from e2former_fairchem.training import replay
 from e2former_fairchem.training.losses import PerSystemSumLoss
+from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater, padded_sizes
 from e2former_fairchem.training.recorders import LossRecorder
-from e2former_fairchem.training.replay import Replays, padded_sizes, why_eager, why_no_graphs
+from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.schedule import warmup_cosine
 from e2former_fairchem.training.unit import TrainEvalUnit
 
@@ -83,7 +84,7 @@ def unit_of(build: Callable, kind: str = "conserving", losses: str = "atoml2mae"
 
 def padded(unit: TrainEvalUnit, capture: bool = False) -> TrainEvalUnit:
     """The same with padded steps."""
-    unit._replays = Replays(unit, unit.model.module, 8, capture)
+    unit._replays, unit._update = Replays(unit, unit.model.module, 8, capture), Update(unit, capture)
     return unit
 
 
@@ -123,28 +124,30 @@ def batches(batch_of: Callable) -> Callable[..., list[AtomicData]]:
 def train(unit: TrainEvalUnit, batches: list[AtomicData], steps: int | None = None) -> list[dict[str, Tensor]]:
     """Take steps; returns the gradients of each, and its losses as the callbacks get them."""
     found: list[dict[str, Tensor]] = []
-    recorder, plain = LossRecorder(unit), unit.optimizer.step
+    recorder, steps_of = LossRecorder(unit), (unit, "_update") if unit._replays else (unit.optimizer, "step")
+    plain = getattr(*steps_of)
+    collate = PaddingCollater(lambda batch: batch, unit.model.module.backbone, unit.tasks)
 
     def step() -> None:
+        plain()
         named = unit.model.module.named_parameters()
         found.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-        plain()
 
     step._wrapped_by_lr_sched = True  # what torch's schedules look for
-    unit.optimizer.step = step
+    setattr(*steps_of, step)
     state = SimpleNamespace(train_state=SimpleNamespace(dataloader=range(10)))
     for batch in batches[:steps]:
         atoms = int(batch.natoms.sum())
         recorder.reset()
         recorder.start_step()
-        unit.train_step(state, batch)
+        unit.train_step(state, collate(batch) if unit._replays else batch)
         recorder.end_step()
         unit.train_progress.increment_step()
         assert (recorder.structures, int(recorder.atoms)) == (batch.natoms.numel(), atoms)
         found[-1] |= {f"loss {task}": loss.clone() for task, loss in recorder.losses.items()}
         found[-1]["loss"] = torch.as_tensor(unit.last_loss)
-        found[-1]["gradient norm"] = torch.as_tensor(unit.last_grad_norm)
-    unit.optimizer.step = plain
+        found[-1]["gradient norm"] = torch.as_tensor(unit.last_grad_norm).clone()
+    setattr(*steps_of, plain)
     recorder.detach()
     return found
 
@@ -173,8 +176,22 @@ def test_losses_and_gradients_of_padded_batches(build: Callable, batches: Callab
             torch.testing.assert_close(found[name].double(), value.double(), msg=name, **exactly)
 
 
+@pytest.mark.parametrize("losses", ["atoml2mae", "l2mae"])
+def test_two_workers(build: Callable, batches: Callable, losses: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers with the same batch, whose sums are then twice one's: losses and gradients of one worker."""
+    one = train(padded(unit_of(build, losses=losses, lr=0.0)), batches())
+    monkeypatch.setattr(replay.distutils, "get_world_size", lambda: 2)
+    monkeypatch.setattr(replay.dist, "all_reduce", lambda values: values.mul_(2))
+    unit = padded(unit_of(build, losses=losses, lr=0.0))
+    assert unit._replays.workers == 2
+    for expected, found in zip(one, train(unit, batches()), strict=True):
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
 def lone_atom(batch_of: Callable) -> AtomicData:
-    """A batch without edges, which no padding serves."""
+    """A batch without edges."""
     batch = batch_of(Atoms("He", info={"charge": 0, "spin": 1}))
     batch.omol_energy, batch.omol_forces = torch.ones(1).double(), torch.zeros(1, 3).double()
     batch.dataset_name = ["omol"]
@@ -184,7 +201,7 @@ def lone_atom(batch_of: Callable) -> AtomicData:
 def test_training_with_padded_batches(build: Callable, batches: Callable, batch_of: Callable) -> None:
     """The same weights and average after several steps, the same bits in two runs, and in one that was resumed.
 
-    One step among them cannot be padded and is fairchem's own.
+    One batch among them has no edges.
     """
 
     def several() -> list[AtomicData]:
@@ -219,13 +236,16 @@ def test_sizes_are_few_and_close() -> None:
 class Recomputed:
     """A capture without a GPU: its replay computes again from the fixed memory, into the same losses."""
 
-    def __init__(self, given: dict[str, Tensor], compute: Callable, pool: object) -> None:
-        self.inputs = {key: torch.empty_like(value) for key, value in given.items()}
-        self.losses = {key: torch.full_like(loss, torch.nan) for key, loss in compute(given).items()}
+    def __init__(self, batch: PaddedBatch, device: torch.device, compute: Callable, pool: object) -> None:
+        self.memory = torch.zeros_like(batch.memory)
+        self.given = batch.tensors(self.memory)
+        self.losses = {
+            key: torch.full_like(loss, torch.nan) for key, loss in compute(batch.tensors(batch.memory)).items()
+        }
         self.compute, self.graph = compute, self
 
     def replay(self) -> None:
-        for key, loss in self.compute(self.inputs).items():
+        for key, loss in self.compute(self.given).items():
             self.losses[key].copy_(loss)
 
 
@@ -237,7 +257,7 @@ def test_captured_sizes(
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(replay, "_Capture", Recomputed)
     ours, again = padded(unit_of(build, "direct")), unit_of(build, "direct")
-    again._replays = Replays(again, again.model.module, 2, capture=True)
+    again._replays, again._update = Replays(again, again.model.module, 2, capture=True), Update(again, capture=False)
     found, captured = ([train(unit, batches()) for _ in range(4)] for unit in (ours, again))
     sizes = list(again._replays._graphs)
     assert len(again._replays._steps) >= 3 and len(sizes) == 2, "the least recently used is gone"
@@ -312,10 +332,10 @@ def test_a_capture_that_fails_leaves_the_run_going(
     padded(unit, capture=True)
     plain = Replays._compute
 
-    def compute(self: Replays, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute(self: Replays, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("no")
-        return plain(self, given)
+        return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(Replays, "_compute", compute)
     many = [batch for _ in range(5) for batch in batches(torch.float32)]
