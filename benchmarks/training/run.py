@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--structures", type=int, default=400)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--replay", nargs="+", choices=("off", "auto"), default=["off", "auto"])
     parser.add_argument("--strict", dest="tf32", action="store_false", help="float32 products instead of TF32")
     parser.add_argument("--name", default="training")

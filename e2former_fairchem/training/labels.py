@@ -18,7 +18,7 @@ import torch
 from ase.data import chemical_symbols
 from fairchem.core.common import distutils
 from fairchem.core.components.common import dataloader_builder
-from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from fairchem.core.datasets.mt_concat_dataset import ConcatDataset
 from fairchem.core.units.mlip_unit.mlip_unit import DEFAULT_EXCLUDE_KEYS, Task, mt_collater_adapter
 from torch import Tensor
@@ -57,7 +57,9 @@ class LabelCollater:
         if bad_labels not in BAD_LABELS:
             raise ValueError(f"bad_labels: expected {' or '.join(BAD_LABELS)}, got {bad_labels!r}")
         self.bad_labels = bad_labels
+        self.exclude_keys = list(exclude_keys)
         self._collate = mt_collater_adapter(tasks, exclude_keys)
+        self._names = [task.name for task in tasks]
         self._tasks: dict[str, list[Task]] = defaultdict(list)
         for task in tasks:
             if not task.inference_only:
@@ -66,8 +68,12 @@ class LabelCollater:
 
     def __call__(self, structures: Sequence[AtomicData]) -> AtomicData:
         """The batch of these structures."""
-        if all(hasattr(data, task.name) for data in structures for task in self.tasks_of(data)):
-            batch = self._collate(structures)
+        for data in structures:
+            self.tasks_of(data)
+        # fairchem's collater copies every structure before it fills in labels of other data sets
+        complete = all(hasattr(data, name) for data in structures for name in self._names)
+        if complete or all(hasattr(data, task.name) for data in structures for task in self.tasks_of(data)):
+            batch = atomicdata_list_to_batch(structures, self.exclude_keys) if complete else self._collate(structures)
             if self._is_sound(batch):
                 return batch
         problems = [(n, task, text) for n, data in enumerate(structures) for task, text in self.problems(data)]

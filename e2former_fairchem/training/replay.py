@@ -11,10 +11,11 @@ once, between the two graphs.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,7 @@ __all__ = ["Replays", "Update", "why_eager", "why_no_graphs"]
 STEPS_BEFORE = 2
 #: Captures that may fail before no more is tried.
 MAX_FAILURES = 3
+_CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW)
 _HEADS = (E2FormerV2EnergyHead, E2FormerV2DirectForceHead, E2FormerV2GradientHead)
 _LOSSES = (L2NormLoss, MAELoss, MSELoss, PerAtomMAELoss)
 
@@ -270,7 +272,8 @@ class Update:
     """Clipping, optimiser and average of a step, from a CUDA graph where ``capture`` says so.
 
     The optimiser's state is what it would be without. The learning rate is read in every step, all other settings are
-    those of the first steps.
+    those of the first steps. Captured or not, Adam's arithmetic is that of ``capturable``, so that both give the same
+    bits.
 
     Args:
         unit: whose optimiser and average these are.
@@ -280,72 +283,85 @@ class Update:
     def __init__(self, unit: MLIPTrainEvalUnit, capture: bool) -> None:
         self.unit = unit
         self.refused = _why_no_update(unit) if capture else "capture is off"
+        device = next(unit.model.parameters()).device
+        self._rates: list[Tensor] = []
+        if device.type == "cuda" and type(unit.optimizer) in _CAPTURABLE:
+            self._rates = [torch.tensor(group["lr"], device=device) for group in unit.optimizer.param_groups]
+            for state in unit.optimizer.state.values():
+                state["step"] = state["step"].to(device)
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._norm: Tensor | None = None
-        self._rates: list[Tensor] = []
 
     def __call__(self) -> None:
         """Update weights and average by the gradients in the parameters; sets the unit's ``last_grad_norm``."""
+        for rate, group in zip(self._rates, self.unit.optimizer.param_groups, strict=False):
+            rate.fill_(group["lr"])
         if self._graph is None and self.refused is None and self._steps >= STEPS_BEFORE:
             self._capture()
         if self._graph is None:
-            self._norm = self._compute(first=self._steps == 0)
-            self._steps += 1
+            with self._capturable():
+                self._norm = self._compute()
         else:
-            for rate, group in zip(self._rates, self.unit.optimizer.param_groups, strict=True):
-                rate.fill_(group["lr"])
             self._graph.replay()
+        average = self.unit.ema_model
+        if average is not None and not self._plain_average:
+            average.n_averaged += 1
+        self._steps += 1
         self.unit.last_grad_norm = self._norm
 
-    def _compute(self, first: bool) -> Tensor | None:
+    @property
+    def _plain_average(self) -> bool:
+        """Whether `AveragedModel` averages itself: the first time it copies."""
+        return self._steps == 0 or self.unit.ema_model.multi_avg_fn is None
+
+    def _compute(self) -> Tensor | None:
         unit, norm = self.unit, None
         if unit.clip_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(unit.model.parameters(), max_norm=unit.clip_grad_norm).detach()
         unit.optimizer.step()
-        average = unit.ema_model
-        if average is not None and (first or average.multi_avg_fn is None):  # it looks whether anything is averaged yet
-            average.update_parameters(unit.model)
-        elif average is not None:
-            self._average(average)
+        if unit.ema_model is not None:
+            if self._plain_average:
+                unit.ema_model.update_parameters(unit.model)
+            else:
+                self._average(unit.ema_model)
         return norm
 
     @torch.no_grad()
     def _average(self, average: torch.optim.swa_utils.AveragedModel) -> None:
-        """`AveragedModel.update_parameters` from the second time on, without a word to the host."""
+        """`AveragedModel.update_parameters` without its questions and its count."""
         model = self.unit.model
         average.multi_avg_fn(list(average.parameters()), list(model.parameters()), average.n_averaged)
-        if average.use_buffers:
-            average.multi_avg_fn(list(average.module.buffers()), list(model.buffers()), average.n_averaged)
-        else:
-            for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
-                mine.copy_(theirs)
-        average.n_averaged += 1
+        for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    @contextlib.contextmanager
+    def _capturable(self) -> Iterator[None]:
+        """With learning rates in memory of the device, and the optimiser's settings as they were afterwards."""
+        groups = self.unit.optimizer.param_groups
+        kept = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in groups]
+        try:
+            for group, rate in zip(groups, self._rates, strict=False):
+                group.update(lr=rate, capturable=True)
+            yield
+        finally:
+            for group, settings in zip(groups, kept, strict=True):
+                group.update(settings)
 
     def _capture(self) -> None:
-        optimizer = self.unit.optimizer
-        device = next(self.unit.model.parameters()).device
-        for state in optimizer.state.values():
-            state["step"] = state["step"].to(device)
-        groups = optimizer.param_groups
-        kept = [dict(group) for group in groups]
-        self._rates = [torch.tensor(group["lr"], device=device) for group in groups]
-        for group, rate in zip(groups, self._rates, strict=True):
-            group.update(lr=rate, capturable=True)
         try:
-            self._graph, self._norm = _captured(lambda: self._compute(first=False))
+            with self._capturable():
+                self._graph, self._norm = _captured(self._compute)
         except RuntimeError as error:
             self.refused = str(error.__context__ or error)
             logging.warning(f"e2former_v2: capturing the update failed, it runs eagerly: {self.refused}")
-        finally:
-            for group, settings in zip(groups, kept, strict=True):
-                group.update(lr=settings["lr"], capturable=settings["capturable"])
 
 
 def _why_no_update(unit: MLIPTrainEvalUnit) -> str | None:
     """Why the update of a unit cannot be captured; None where it can."""
-    if type(unit.optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+    average = unit.ema_model
+    if type(unit.optimizer) not in _CAPTURABLE:
         return f"the optimiser is {type(unit.optimizer).__name__}"
-    if unit.ema_model is not None and unit.ema_model.multi_avg_fn is None:
-        return "the average has no multi_avg_fn"
+    if average is not None and (average.multi_avg_fn is None or average.use_buffers):
+        return "the average is not fairchem's"
     return None

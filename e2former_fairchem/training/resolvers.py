@@ -4,7 +4,7 @@
 |---|---|
 | `${e2former.device:}` | `CUDA` where torch finds a GPU, else `CPU` |
 | `${e2former.workers:}` | number of GPUs that torch finds, at least 1 |
-| `${e2former.loaders:4}` | processes that load data: so many where torch finds a GPU, else 0 |
+| `${e2former.loaders:8}` | processes that load data: so many where torch finds a GPU, else 0 |
 | `${e2former.sample:train}` | folder of a part of the bundled sample: `train`, `val_known` or `val_new` |
 | `${e2former.element_references:NAME}` | energies per element, eV by Z: `sample`, `omol25`, `spice` or a JSON file |
 | `${e2former.integer:KEY,VALUE,LEAST}` | VALUE, after a check that it is such an integer; KEY is named in the message |

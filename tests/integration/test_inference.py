@@ -150,8 +150,9 @@ def relative_errors(found: list[dict], exact: list[dict]) -> torch.Tensor:
 def test_default_settings(device: str, checkpoint, batch_of, structures) -> None:
     """fairchem's default preset, which every calculator takes, for structures of several sizes in turn.
 
-    On a CPU it compiles, once for every number of atoms, and gives the eager model's numbers. On a GPU it does not, and
-    allows TF32: the numbers are as near to float64 as those of the reference with TF32, twice, replayed or not.
+    On a CPU it compiles, once for every number of atoms, and gives the eager model's numbers. On a GPU it does not,
+    allows TF32 and rounds rows to float16: errors are at most four times the reference's with TF32 (an H100 gave 2.9),
+    replayed or not.
     """
     options = {"overrides": {"backbone": {"kernel_backend": "reference"}}}
     plain = MLIPPredictUnit(str(checkpoint), device, inference_settings=InferenceSettings(tf32=True), **options)
@@ -195,5 +196,5 @@ def test_default_settings(device: str, checkpoint, batch_of, structures) -> None
     exact = [double.predict(batch_of(atoms, dtype=torch.float64)) for atoms in systems]
     replayed = [found[0], found[1] | again[-1], *found[2:]]
     error, error_replayed, budget = (relative_errors(some, exact) for some in (found, replayed, expected))
-    assert float(error.norm()) <= 2 * float(budget.norm()), (error, budget)
-    assert float(error_replayed.norm()) <= 2 * float(budget.norm()), (error_replayed, budget)
+    assert float(error.norm()) <= 4 * float(budget.norm()), (error, budget)
+    assert float(error_replayed.norm()) <= 4 * float(budget.norm()), (error_replayed, budget)
