@@ -220,7 +220,8 @@ def _forces_and_stress(
     if with_stress:
         outer = gradients[0].unsqueeze(2) * pos.unsqueeze(1)
         virial = _per_structure(outer, data["batch_full"], data["natoms"]) + (cell.mT @ gradients[1]).double()
-        volume = torch.linalg.det(cell.double()).abs()
+        a, b, c = cell.double().unbind(1)
+        volume = (torch.linalg.cross(a, b) * c).sum(-1).abs()  # torch's determinant cannot be captured in a CUDA graph
         periodic = data["pbc"].any(dim=1) & (volume > 0)
         inverse = torch.where(periodic, 1.0 / torch.where(periodic, volume, 1.0), 0.0)
         stress = 0.5 * (virial + virial.mT) * inverse.view(-1, 1, 1)

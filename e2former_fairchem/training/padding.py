@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from e2former_fairchem.graph import Graph, build_graph
-from e2former_fairchem.segments import Transposed, row_differences
+from e2former_fairchem.segments import Transposed, gather_rows, row_differences
 from e2former_fairchem.spatial_order import spatial_order
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.validation import check_batch
@@ -85,7 +85,8 @@ class PaddedBatch:
 
     The tensors: ``pos``, ``cell``, ``atomic_numbers``, ``batch``, ``natoms``, ``charge``, ``spin`` of the atoms and
     systems; ``source``, ``target``, ``order``, ``row_ptr``, ``source_ptr``, ``shift`` of the edges
-    (`e2former_fairchem.graph.Graph`); ``target TASK`` and ``mask TASK``; ``counts``, see `counted`.
+    (`e2former_fairchem.graph.Graph`), with ``pbc`` and ``offset`` where stress is trained, ``shift`` then being that of
+    padding alone; ``target TASK`` and ``mask TASK``; ``counts``, see `counted`.
     """
 
     memory: Tensor
@@ -134,6 +135,7 @@ class PaddingCollater:
         self.collate = collate
         self.cutoff, self.max_neighbors = backbone.cutoff, backbone.max_neighbors
         self.max_num_elements = backbone.max_num_elements
+        self.stress = backbone.regress_config.stress
         self.targets = [_Target(task) for task in tasks]
 
     @torch.no_grad()
@@ -147,9 +149,15 @@ class PaddingCollater:
         graph = build_graph(*(batch[key] for key in keys), self.cutoff, self.max_neighbors)
         sizes = padded_sizes(graph.num_nodes, graph.num_edges, charge.numel())
         given = _padded_graph(graph, sizes) | _padded_atoms(batch, charge, spin, sizes)
-        if graph.offset is not None:  # as exact as in the graph, which rounds once
-            cells = batch["cell"].double()[batch["batch"][graph.target]]
-            given["shift"][: graph.num_edges] = (graph.offset.double().unsqueeze(-1) * cells).sum(1)
+        if self.stress:  # shifts depend on the cell, which the step differentiates by
+            given |= {"pbc": _rows(batch["pbc"], sizes.systems), "offset": torch.zeros_like(given["shift"])}
+        if graph.offset is not None:
+            offset = graph.offset.double()
+            if self.stress:
+                given["offset"][: graph.num_edges] = offset
+            else:  # as exact as in the graph, which rounds once
+                cells = batch["cell"].double()[batch["batch"][graph.target]]
+                given["shift"][: graph.num_edges] = (offset.unsqueeze(-1) * cells).sum(1)
         counts = []
         for target in self.targets:
             values, mask, count = target(batch)
@@ -240,7 +248,7 @@ def _padded_graph(graph: Graph, sizes: Sizes) -> dict[str, Tensor]:
     }
 
 
-def padded_graph(given: dict[str, Tensor], pos: Tensor, cutoff: float, one_run: bool) -> Graph:
+def padded_graph(given: Mapping[str, Tensor], pos: Tensor, cell: Tensor, cutoff: float, one_run: bool) -> Graph:
     """The graph of a padded batch; vectors are rounded once, as those of `e2former_fairchem.graph.build_graph`."""
     nodes = pos.shape[0]
     senders = Transposed(given["source"], nodes, given["order"], given["source_ptr"])
@@ -250,5 +258,11 @@ def padded_graph(given: dict[str, Tensor], pos: Tensor, cutoff: float, one_run: 
     )  # fmt: skip
     with torch.autocast(pos.device.type, enabled=False):
         apart = row_differences(pos.double(), graph.target, graph.source, graph.by_target, graph.by_source)
+        if "offset" in given:
+            first_atom = torch.cat([given["natoms"].new_zeros(1), given["natoms"].cumsum(0)])
+            edges_of_systems = graph.row_ptr[first_atom]
+            system = given["batch"][graph.target]
+            cells = gather_rows(cell.double().view(-1, 9), system, lambda: (None, edges_of_systems)).view(-1, 3, 3)
+            apart = apart - (given["offset"].unsqueeze(-1) * cells).sum(1)
         graph.vec = (apart - given["shift"]).to(pos.dtype)
     return graph

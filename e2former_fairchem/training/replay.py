@@ -66,7 +66,6 @@ def why_eager(unit: MLIPTrainEvalUnit, model: nn.Module) -> str | None:
         (config.activation_checkpointing, "activation_checkpointing is true"),
         (config.long_range is not None, "there are long-range blocks"),
         (config.convolution in ("dense", "eaas"), f"convolution is {config.convolution}"),
-        (backbone.regress_config.stress, "stress is trained"),
         *((True, reason) for reason in map(_why_not_loss, unit.tasks) if reason is not None),
     ]
     return next((reason for holds, reason in reasons if holds), None)
@@ -87,7 +86,7 @@ def why_no_graphs(model: nn.Module) -> str | None:
 def _why_not_loss(task: Task) -> str | None:
     loss = task.loss_fn
     known = isinstance(loss, PerSystemSumLoss) or (type(loss) is DDPMTLoss and loss.reduction in ("mean", "sum"))
-    if known and type(loss.loss_fn) in _LOSSES and task.property in ("energy", "forces"):
+    if known and type(loss.loss_fn) in _LOSSES and task.property in ("energy", "forces", "stress"):
         return None
     reduction = getattr(loss, "reduction", None)
     return f"the loss of {task.name} is {type(loss).__name__} ({type(loss.loss_fn).__name__}, {reduction})"
@@ -184,12 +183,14 @@ class Replays:
     def _compute(self, given: Mapping[str, Tensor], one_run: bool = True) -> dict[str, Tensor]:
         """Losses; writes their gradients. Nothing here looks at a value: with ``one_run`` it may be captured."""
         unit, backbone = self.unit, self.model.backbone
+        regress = backbone.regress_config
         # leaves of this stream: autograd would have a capture wait for the stream that the parameters' own are bound to
         leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
-        pos = given["pos"].detach().requires_grad_(not backbone.regress_config.direct_forces)
-        graph = padded_graph(given, pos, backbone.cutoff, one_run)
-        data = {key: given[key] for key in ("cell", "natoms", "batch", "atomic_numbers")}
-        data |= {"pos": pos, "batch_full": data["batch"], "atomic_numbers_full": data["atomic_numbers"]}
+        pos = given["pos"].detach().requires_grad_(not regress.direct_forces)
+        cell = given["cell"].detach().requires_grad_(regress.stress)
+        graph = padded_graph(given, pos, cell, backbone.cutoff, one_run)
+        data = {key: given[key] for key in ("natoms", "batch", "atomic_numbers", "pbc") if key in given}
+        data |= {"batch_full": data["batch"], "atomic_numbers_full": data["atomic_numbers"], "pos": pos, "cell": cell}
         data["prepared"] = given["charge"], given["spin"], graph, None
         counts, elements = counted(given["counts"], unit.tasks)
         backbone.record_elements(elements)

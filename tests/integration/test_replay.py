@@ -35,7 +35,7 @@ DIRECT = {
     "energy": {"module": "e2former_fairchem.heads.E2FormerV2EnergyHead", "prefix": "omol"},
     "forces": {"module": "e2former_fairchem.heads.E2FormerV2DirectForceHead", "prefix": "omol"},
 }
-KINDS = {"conserving": (GRADIENT, False), "direct": (DIRECT, True)}
+KINDS = {"conserving": (GRADIENT, False), "stress": (GRADIENT, False), "direct": (DIRECT, True)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,31 +47,36 @@ def one_worker() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def losses_of(kind: str) -> list[Task]:
+def losses_of(kind: str, stress: bool = False) -> list[Task]:
     """The tasks of our configs, with references of a made-up size."""
     energy, forces = DDPMTLoss(PerAtomMAELoss(), coefficient=10.0), DDPMTLoss(L2NormLoss(), coefficient=10.0)
     if kind == "l2mae":
         energy, forces = DDPMTLoss(MAELoss(), coefficient=20.0), PerSystemSumLoss(L2NormLoss(), coefficient=2.0)
     references = ElementReferences(torch.linspace(-3, 3, 100, dtype=torch.float64))
     common = {"normalizer": Normalizer(mean=0.0, rmsd=1.5), "datasets": ["omol"]}
-    return [
+    tasks = [
         Task("omol_energy", "system", "energy", OutputSpec([1], "float32"), loss_fn=energy,
              element_references=references, **common),
         Task("omol_forces", "atom", "forces", OutputSpec([3], "float32"), loss_fn=forces, **common),
     ]  # fmt: skip
+    if stress:
+        loss = DDPMTLoss(MAELoss(), coefficient=5.0)
+        tasks.append(Task("omol_stress", "system", "stress", OutputSpec([1, 9], "float32"), loss_fn=loss, **common))
+    return tasks
 
 
 def unit_of(build: Callable, kind: str = "conserving", losses: str = "atoml2mae", lr: float = 1e-3, **options: Any):
     """A unit that trains a small network from the same weights every time, eagerly."""
     heads, direct = KINDS[kind]
     dtype = options.pop("dtype", torch.float64)
-    model = build(copy.deepcopy(heads), dtype, direct_forces=direct, **options.pop("backbone", {}))
+    regress = {"direct_forces": direct, "regress_stress": kind == "stress"}
+    model = build(copy.deepcopy(heads), dtype, **regress, **options.pop("backbone", {}))
     unit = TrainEvalUnit(
         job_config=OmegaConf.create({"debug": True, "logger": None}),
         model=model,
         optimizer_fn=partial(torch.optim.AdamW, lr=lr, weight_decay=1e-2),
         cosine_lr_scheduler_fn=partial(warmup_cosine, warmup_steps=2, steps=20),
-        tasks=losses_of(losses),
+        tasks=losses_of(losses, kind == "stress"),
         clip_grad_norm=100,
         ema_decay=0.9,
         **options,
@@ -111,6 +116,7 @@ def batches(batch_of: Callable) -> Callable[..., list[AtomicData]]:
             batch = batch_of(*frames, dtype=dtype)
             batch.omol_energy = torch.randn(len(frames), dtype=dtype, generator=generator)
             batch.omol_forces = torch.randn(batch.pos.shape, dtype=dtype, generator=generator)
+            batch.omol_stress = torch.randn(len(frames), 9, dtype=dtype, generator=generator)
             batch.dataset_name = ["omol"] * len(frames)
             made.append(batch)
         made[0].fixed[2] = 1
