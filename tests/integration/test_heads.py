@@ -81,7 +81,7 @@ def test_energy_and_direct_heads_agree_with_the_gradient_heads_energy(build, bat
         missing = direct.load_state_dict(gradient.state_dict(), strict=False)
         assert missing.unexpected_keys == [] and all("force" in key for key in missing.missing_keys)
         out = direct(data.clone())
-        # to the last digit or so: with and without gradients of positions, products on some processors round differently
+        # to the last digit: on some processors products round differently with gradients of positions
         expected = gradient(data.clone())["energy"]["energy"]
         torch.testing.assert_close(out["energy"]["energy"], expected, rtol=1e-14, atol=0.0)
         assert out["forces"]["forces"].shape == (12, 3)
