@@ -211,7 +211,7 @@ class Replays:
             return None
         gradient = graph.vec.requires_grad and torch.is_grad_enabled()
         shape = (graph.num_nodes, atoms.charge.numel(), graph.vec.device)
-        key = (*shape, execution.elements, gradient, execution.name, execution.precision)
+        key = (*shape, execution.elements, gradient, execution.name, execution.mode)
         capture = self._captures.pop(key, None)
         if capture is None or not capture.fits(graph.num_edges):
             del capture  # its memory serves the next one

@@ -1,4 +1,4 @@
-"""How an evaluation runs: chosen once, here. Below this file nobody asks for device, precision or mode.
+"""How an evaluation runs: chosen once, here. Below this file nobody asks for device, precision or mode (a test looks).
 
 | name | taken when | what runs |
 |---|---|---|
@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.config import E2FormerV2Config
-from e2former_kernels.common.backend import resolve_backend
+from e2former_kernels.common.backend import EXACT, Mode, resolve_backend
 from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 from e2former_kernels.common.plan import EdgeList
 
@@ -49,13 +49,12 @@ class Execution:
 
     Args:
         name: of the table.
-        backend: ``reference`` or ``triton``.
+        kernels: Triton computes what has kernels; else the reference does.
         form: of the attention operation: ``relative``, ``sum`` or ``dense``.
         node_factored: the convolution is EAAS, whose nodes need positions.
         recompute: the reference keeps no edge tensors for its backward pass.
         half: rows of atoms are float16 with a factor.
-        autocast: torch's autocast is on.
-        precision: torch's, of float32 products.
+        mode: what the operations with kernels need to know.
         frozen: what is made of the weights, where they are frozen.
         elements: the atomic numbers there are, where weights are frozen.
         compute_again: of node features keep only what takes more than a norm and a matrix product to compute again.
@@ -66,13 +65,12 @@ class Execution:
     """
 
     name: str = "reference"
-    backend: str = "reference"
+    kernels: bool = False
     form: str = "relative"
     node_factored: bool = False
     recompute: bool = False
     half: bool = False
-    autocast: bool = False
-    precision: str = "highest"
+    mode: Mode = EXACT
     frozen: Frozen | None = None
     elements: tuple[int, ...] | None = None
     compute_again: bool = False
@@ -87,7 +85,7 @@ class Execution:
 
     def on(self, config: E2FormerV2Config, graph: Graph, species: Tensor) -> Execution:
         """The same on a graph, with what its layers share. species: [num_senders], atomic numbers."""
-        if self.backend == "triton":
+        if self.kernels:
             return replace(self, edges=None if self.name == "compiled" else graph.edge_list(species))
         numbers = graph.num_edges * 6 * (config.lmax + 1) ** 2 * config.sphere_channels
         recompute = {"auto": numbers > KEEP_NUMBERS, "dense": False}.get(config.convolution, True)
@@ -109,7 +107,8 @@ def choose_execution(
     config: E2FormerV2Config,
     graph: Graph,
     like: Tensor,
-    frozen_weights: Callable[[], tuple[Frozen, tuple[int, ...]] | str],
+    parameters: Callable[[], Sequence[nn.Parameter]],
+    frozen_weights: Callable[[Sequence[nn.Parameter]], tuple[Frozen, tuple[int, ...]]] | None,
 ) -> Execution:
     """How an evaluation of ``graph`` runs.
 
@@ -117,8 +116,8 @@ def choose_execution(
         config: of the network.
         graph: the short-range graph.
         like: a weight, for device and dtype.
-        frozen_weights: what is made of the weights and the elements there are, or why weights are not frozen. Asked
-            only where the answer matters.
+        parameters: of the network. Asked only where they matter, as the next.
+        frozen_weights: what is made of the weights and the elements there are; None: nobody froze them.
 
     Raises:
         RuntimeError: ``kernel_backend: triton`` cannot run here.
@@ -128,27 +127,30 @@ def choose_execution(
     if backend == "auto" and like.dtype == torch.float64:
         backend = "reference"
     given = {
-        "backend": resolve_backend(backend, device),
+        "kernels": resolve_backend(backend, device) == "triton",
         "form": forms.get(config.convolution, "relative"),
         "node_factored": config.convolution == "eaas",
-        "autocast": torch.is_autocast_enabled(device.type),
-        "precision": torch.get_float32_matmul_precision(),
     }
-    if given["backend"] == "reference":
+    if not given["kernels"]:
         return _said(Execution(**given, why_not={"kernels": _no_kernels(config, like)}))
-    if torch.compiler.is_compiling():
+    weights, compiled = parameters(), torch.compiler.is_compiling()
+    learn = any(p.requires_grad for p in weights)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    mode = Mode(learn and torch.is_grad_enabled(), compiled, torch.get_float32_matmul_precision(), autocast)
+    given["mode"] = mode
+    if compiled:
         return Execution("compiled", **given)
-    weights = frozen_weights()
-    if isinstance(weights, str):
-        return _said(Execution("kernels", **given, why_not={"frozen": weights}))
-    frozen, elements = weights
+    if learn or frozen_weights is None:
+        reason = "nobody called freeze()" if frozen_weights is None else "weights ask for gradients"
+        return _said(Execution("kernels", **given, why_not={"frozen": reason}))
+    frozen, elements = frozen_weights(weights)
     again = not config.activation_checkpointing and graph.halo is None
     given |= {"frozen": frozen, "elements": elements, "compute_again": again}
     no_half = _first(
-        (given["precision"] == "highest", "products in TF32 are not allowed"),
+        (mode.precision == "highest", "products in TF32 are not allowed"),
         (like.dtype != torch.float32, f"weights are {like.dtype}"),
         (graph.vec.dtype != torch.float32, f"edge vectors are {graph.vec.dtype}"),
-        (given["autocast"], "autocast is on"),
+        (autocast is not None, "autocast is on"),
     )
     no_replay = _first(
         (not config.cuda_graph, "cuda_graph is false"),
@@ -158,7 +160,7 @@ def choose_execution(
         (graph.num_edges == 0, "there are no edges"),
         (given["form"] != "relative", f"convolution is {config.convolution}"),
         (config.long_range is not None, "there are long-range blocks"),
-        (given["autocast"], "autocast is on"),
+        (autocast is not None, "autocast is on"),
         (graph.vec.is_cuda and torch.cuda.is_current_stream_capturing(), "a CUDA graph is being captured"),
     )
     reasons = {"frozen_half": no_half, "replayed": no_replay}

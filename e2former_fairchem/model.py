@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,18 +134,17 @@ class E2FormerV2(nn.Module):
         return x if order is None else order.back(x)
 
     def _choose(self, graph: Graph, atomic_numbers: Tensor) -> Execution:
-        return choose_execution(
-            self.config, graph, self.charge_spin.mix.weight, lambda: self._frozen_weights(graph.present(atomic_numbers))
-        )
+        def frozen_weights(parameters: Sequence[nn.Parameter]) -> tuple[Frozen, tuple[int, ...]]:
+            return self._frozen_weights(parameters, graph.present(atomic_numbers))
+
+        frozen = None if self._frozen is None else frozen_weights
+        return choose_execution(self.config, graph, self.charge_spin.mix.weight, lambda: parameters_of(self), frozen)
 
     @torch.compiler.disable
-    def _frozen_weights(self, atomic_numbers: Tensor) -> tuple[Frozen, tuple[int, ...]] | str:
-        """What is made of the weights, with the atomic numbers there are; or why weights are not frozen."""
-        if self._frozen is None:
-            return "nobody called freeze()"
-        parameters = parameters_of(self)
-        if any(p.requires_grad for p in parameters):
-            return "weights ask for gradients"
+    def _frozen_weights(
+        self, parameters: Sequence[nn.Parameter], atomic_numbers: Tensor
+    ) -> tuple[Frozen, tuple[int, ...]]:
+        """What is made of the weights, with the atomic numbers there are."""
         # element 0, which does not exist, says whether weights have changed: both are read at once
         present = torch.zeros(self.config.max_num_elements + 1, dtype=torch.uint8, device=atomic_numbers.device)
         present.index_fill_(0, atomic_numbers, 1)
@@ -165,7 +165,7 @@ class E2FormerV2(nn.Module):
     @torch.compiler.disable
     def _order(self, pos: Tensor | None, batch: Tensor, graph: Graph, execution: Execution) -> SpatialOrder | None:
         """Another order of the atoms, where the kernels are faster in it; edges carry all that they read."""
-        edges_only = self.long_range is None and execution.form == "relative" and execution.backend == "triton"
+        edges_only = self.long_range is None and execution.form == "relative" and execution.kernels
         return spatial_order(pos, batch, graph) if edges_only and not graph.one_run else None
 
     def evaluate(

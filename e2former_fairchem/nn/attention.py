@@ -18,6 +18,7 @@ from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.so3 import path_table
+from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.grouped_linear import float32_products, grouped_linear
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_table import RadialTable
@@ -69,10 +70,10 @@ class DirectionalGate(nn.Module):
         )
 
 
-def of_rows(rows: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> Tensor:
+def of_rows(rows: Tensor, weights: list[Tensor], mode: Mode, bias: Tensor | None = None) -> Tensor:
     """Maps of path rows [N, P, C] to the rows of each degree, [N, (lmax+1)^2, out]; weights: [out, paths * C] each."""
     degrees = [2 * l + 1 for l in range(len(weights))]
-    return grouped_linear(rows.flatten(1), weights, degrees, bias).unflatten(1, (len(weights) ** 2, -1))
+    return grouped_linear(rows.flatten(1), weights, degrees, bias, mode).unflatten(1, (len(weights) ** 2, -1))
 
 
 class PathProjection(nn.Module):
@@ -96,8 +97,8 @@ class PathProjection(nn.Module):
 
     def forward(self, rows: Tensor, execution: Execution = REFERENCE) -> Tensor:
         """rows: [N, P, C] -> [N, (lmax+1)^2, out]."""
-        if execution.backend == "triton":
-            return of_rows(rows, execution.made(self, "scaled", self.scaled))
+        if execution.kernels:
+            return of_rows(rows, execution.made(self, "scaled", self.scaled), execution.mode)
         blocks = rows.split([(2 * l + 1) * paths for l, paths in enumerate(self.row_paths)], 1)
         parts = []
         for paths, block, weight in zip(self.row_paths, blocks, self.weights, strict=True):
@@ -185,7 +186,6 @@ class EquivariantAttention(nn.Module):
         h_again: gives h once more, so that the backward pass need not keep what is made of it.
         Returns [N, (lmax+1)^2, C].
         """
-        backend = execution.backend
         query, key = self.query_key(h, execution, h_again)
         key, value = graph.fetch(key, self.value(h, execution))
         radial, table = self.radial_and_splines(execution)
@@ -197,7 +197,7 @@ class EquivariantAttention(nn.Module):
         image_rows = None
         if factored:
             assert images is not None
-            contract = axis_aligned_contraction if backend == "triton" else axis_aligned_contraction_reference
+            contract = axis_aligned_contraction if execution.kernels else axis_aligned_contraction_reference
             image_rows = contract(
                 value.index_select(0, images.image_source), images.image_position.to(value.dtype), self.tables
             )
@@ -222,13 +222,14 @@ class EquivariantAttention(nn.Module):
             dot_weights,
             self.coupling,
         )
-        if backend == "triton" and form != "dense":
+        if execution.kernels and form != "dense":
             options |= {
                 "source_order": graph.source_order,
                 "source_ptr": graph.source_ptr,
                 "table": table,
                 "edges": execution.edges,
                 "half": execution.half,
+                "mode": execution.mode,
             }
             if h_again is not None:
                 options["value_again"] = lambda: self.value(h_again(), execution)
@@ -252,15 +253,17 @@ class EquivariantAttention(nn.Module):
         numbers = self.coupling.shape[0] * self.paths.channels
         return numbers * channels < width * (numbers + self.spec.num_rows * channels)
 
-    def behind_paths(self) -> list[Tensor]:
-        """That map for every degree, [C, paths * C]."""
-        with float32_products():
+    def behind_paths(self, precision: str) -> list[Tensor]:
+        """That map for every degree, [C, paths * C]. precision: of products outside."""
+        with float32_products(precision):
             return [w @ b for w, b in zip(self.out.weight, self.paths.scaled(), strict=True)]
 
     def _output(self, rows: Tensor, execution: Execution) -> Tensor:
         """rows: [N, P or (lmax+1)^2, C] -> [N, (lmax+1)^2, C]."""
         if self.paths is None:
             return self.out(rows, execution)
-        if execution.backend != "triton" or not self.one_map or execution.autocast:
+        if not execution.kernels or not self.one_map or execution.mode.autocast is not None:
             return self.out(self.paths(rows, execution), execution)
-        return of_rows(rows, execution.made(self, "behind paths", self.behind_paths), self.out.bias)
+        mode = execution.mode
+        weights = execution.made(self, "behind paths", lambda: self.behind_paths(mode.precision))
+        return of_rows(rows, weights, mode, self.out.bias)

@@ -94,7 +94,7 @@ class EdgeDegreeEmbedding(nn.Module):
             atomic_numbers,
             radial,
         )
-        if execution.backend == "triton":
+        if execution.kernels:
             table = None
             if execution.elements is not None:
                 table = execution.frozen.splines(self, execution.elements, radial, config.cutoff, last=False)
@@ -104,5 +104,6 @@ class EdgeDegreeEmbedding(nn.Module):
                 source_ptr=graph.source_ptr,
                 table=table,
                 edges=execution.edges,
+                mode=execution.mode,
             )
         return edge_degree_embedding_reference(*arguments, recompute=execution.recompute, geometry=execution.geometry)

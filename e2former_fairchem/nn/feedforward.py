@@ -49,12 +49,15 @@ class GatedFeedForward(nn.Module):
         from e2former_kernels.feedforward.half import half_weights
         from e2former_kernels.feedforward.passes import Weights, of_rows
 
-        make = half_weights if execution.half else of_rows
-        return execution.made(self, make.__name__, lambda: make(Weights(*self.weights(norm))))
+        def make() -> HalfWeights | Weights:
+            weights = Weights(*self.weights(norm))
+            return half_weights(weights, execution.mode.precision) if execution.half else of_rows(weights)
+
+        return execution.made(self, "half" if execution.half else "rows", make)
 
     def of_norm(self, x: Tensor, norm: EquivariantRMSNorm, execution: Execution) -> Tensor:
         """x + this network on ``norm(x)``. x: [N, (lmax+1)^2, C]. Same shape back."""
-        if execution.backend == "triton":
-            prepared = self.prepared(norm, execution)
-            return gated_feedforward(x, *self.weights(norm), residual=True, prepared=prepared)
+        if execution.kernels:
+            options = {"prepared": self.prepared(norm, execution), "mode": execution.mode}
+            return gated_feedforward(x, *self.weights(norm), residual=True, **options)
         return gated_feedforward_reference(x, *self.weights(norm), residual=True)

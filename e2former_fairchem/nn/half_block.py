@@ -45,7 +45,7 @@ def _weights(block: TransformerBlock, execution: Execution) -> BlockWeights:
             query_key,
             attention.value.weight,
             attention.value.bias,
-            attention.behind_paths(),
+            attention.behind_paths(execution.mode.precision),
             attention.out.bias,
             attention.coupling,
         ),
@@ -70,7 +70,7 @@ def half_attention(
         graph.source, graph.target, graph.row_ptr, atomic_numbers, attention.coupling, graph.source_order,
         graph.source_ptr, None,
     )  # fmt: skip
-    step = make_step(spec, pieces, tensors, "relative", table, edges=execution.edges, half=True)
+    step = make_step(spec, pieces, tensors, "relative", execution.mode, table, edges=execution.edges, half=True)
     half = HalfBlock(step, [t for _, t in pieces.flat()], _weights(block, execution), system)
     operations = partial(block.attend, system, atomic_numbers, graph, execution, None)
     return attention_block(half, operations, x, graph.vec)

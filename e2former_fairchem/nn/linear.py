@@ -36,9 +36,9 @@ class SO3Linear(nn.Module):
 
     def forward(self, x: Tensor, execution: Execution = REFERENCE) -> Tensor:
         """x: [N, (lmax+1)^2, in] -> [N, (lmax+1)^2, out]. With kernels: strided products, no copies of rows."""
-        if execution.backend == "triton":
+        if execution.kernels:
             rows = None
             if execution.frozen is not None:
                 rows = execution.made(self, "rows", lambda: so3_rows(self.weight))
-            return so3_linear(x, self.weight, self.bias, rows=rows)
+            return so3_linear(x, self.weight, self.bias, rows=rows, mode=execution.mode)
         return so3_linear_reference(x, self.weight, self.bias)

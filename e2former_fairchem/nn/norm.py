@@ -24,6 +24,6 @@ class EquivariantRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None = None, execution: Execution = REFERENCE) -> Tensor:
         """x: [N, (lmax+1)^2, C]; shift: [N, C], added to the scalar row of the result. Same shape as x."""
-        if execution.backend == "triton":
-            return equivariant_rms_norm(x, self.affine_weight, self.affine_bias, shift)
+        if execution.kernels:
+            return equivariant_rms_norm(x, self.affine_weight, self.affine_bias, shift, execution.mode)
         return equivariant_rms_norm_reference(x, self.affine_weight, self.affine_bias, shift)

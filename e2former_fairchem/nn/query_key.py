@@ -71,8 +71,8 @@ class QueryKey(nn.Module):
         self, h: Tensor, execution: Execution = REFERENCE, h_again: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """h: [N, (lmax+1)^2, C]; h_again: gives it once more. Returns query and key, each [N, H, S]."""
-        if execution.backend == "triton":
-            both = query_key(h, self.weights(), h_again, self.prepared(execution))
+        if execution.kernels:
+            both = query_key(h, self.weights(), h_again, self.prepared(execution), execution.mode)
         else:
             both = query_key_reference(h, self.weights())
         # in memory queries and keys lie apart

@@ -9,6 +9,7 @@ from floor import Shape
 from torch import Tensor
 from workload import TINY, Network, System
 
+from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_table import RadialTable, build_radial_table
 from e2former_kernels.equivariant_attention import DotWeights, equivariant_attention, equivariant_attention_reference
@@ -103,8 +104,9 @@ class AttentionCase:
         arguments = (self.spec, self.query, self.key, self.value, self.dot, *index)
         if form == "triton":
             trained = any(w.requires_grad for w in self.weights)
-            half = not trained and torch.get_float32_matmul_precision() != "highest"
-            return equivariant_attention(*arguments, source_order=s.order, source_ptr=s.ptr, table=table, half=half)
+            mode = Mode(trained, precision=torch.get_float32_matmul_precision())
+            options = {"table": table, "half": not trained and mode.precision != "highest", "mode": mode}
+            return equivariant_attention(*arguments, source_order=s.order, source_ptr=s.ptr, **options)
         return equivariant_attention_reference(*arguments, form="dense", recompute=False)
 
     def forward(self, form: str, table: RadialTable | None = None) -> Tensor:

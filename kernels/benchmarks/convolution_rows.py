@@ -10,6 +10,7 @@ from workload import PAPER, TINY, System
 
 from e2former_fairchem.nn.axis_aligned import eaas_tables
 from e2former_fairchem.so3 import path_table
+from e2former_kernels.common.backend import Mode
 from e2former_kernels.eaas import axis_aligned_contraction, dense_contraction_reference
 from e2former_kernels.equivariant_attention import AttentionSpec
 from e2former_kernels.equivariant_attention.primitives import launch_aggregate, launch_contract
@@ -62,7 +63,8 @@ class ConvolutionCase:
     def on_the_fly(self) -> Tensor:
         """Outer product of direction and value accumulated per atom, contracted once per atom."""
         out = self.value.new_empty(self.atoms, self.flat.shape[0], self.channels)
-        launch_contract(self.flat, self._summed(self.value, self.direction), out)
+        precision = Mode(precision=torch.get_float32_matmul_precision()).dot(out.dtype)
+        launch_contract(self.flat, self._summed(self.value, self.direction), out, precision)
         return out
 
     def dense(self) -> Tensor:

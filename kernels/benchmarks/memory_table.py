@@ -30,6 +30,7 @@ from op_table import PASSES, TOLERANCE, as_list, check_attention, difference
 from torch import Tensor
 from workload import GIB, TINY, Network, Results, System, attempt, common_arguments, free, measure, table
 
+from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_table import RadialTable, build_radial_table
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
@@ -101,7 +102,10 @@ class EdgeDegree:
         s = self.system
         given = (self.lmax, CUTOFF, self.num_basis, self.exponent, self.vec, s.source, s.target, s.row_ptr, s.numbers)
         if form == "triton":
-            return edge_degree_embedding(*given, self.radial, source_order=s.order, source_ptr=s.ptr, table=table)
+            trained = torch.is_grad_enabled() and any(w.requires_grad for w in self.weights)
+            mode = Mode(trained, precision=torch.get_float32_matmul_precision())
+            options = {"source_order": s.order, "source_ptr": s.ptr, "table": table, "mode": mode}
+            return edge_degree_embedding(*given, self.radial, **options)
         return edge_degree_embedding_reference(*given, self.radial, recompute=False)
 
     def forward(self, form: str, table: RadialTable | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from workload import PAPER, Network, System
 
+from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.radial_table import build_radial_table
 from e2former_kernels.equivariant_attention import equivariant_attention, fused
 
@@ -63,7 +64,7 @@ def main() -> None:
         out = equivariant_attention(
             layer.spec, query, key, value, None, vec, system.source, system.target, system.row_ptr, system.numbers,
             radial, None, layer.coupling, source_order=system.order, source_ptr=system.ptr, table=table,
-            half=args.precision != "highest",
+            half=args.precision != "highest", mode=Mode(precision=args.precision),
         )  # fmt: skip
         torch.autograd.grad(out.sum(), inputs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before triton is first imported, which is when this file is read
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights
 
@@ -114,6 +115,12 @@ def make() -> Make:
     return Make()
 
 
+def mode_of(weights: Iterable[Tensor | None], compiled: bool) -> Mode:
+    """What an execution decides for an operation with such weights."""
+    trained = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights)
+    return Mode(trained, compiled, "highest" if compiled else torch.get_float32_matmul_precision())
+
+
 def leaves(arguments: object) -> list[Tensor]:
     """All tensors that need gradients in nested arguments, in order."""
     if isinstance(arguments, Tensor):
@@ -205,7 +212,9 @@ def _dot_weights(tensors: dict[str, Tensor]) -> DotWeights | None:
     return DotWeights(radial, *(tensors.get(f"dot_weights.{n}") for n in DotWeights._fields[1:]))
 
 
-def attention_operation(make: Make, size: int = 7, nodes: int = 4, score: str = "qk", **sizes) -> Operation:
+def attention_operation(
+    make: Make, size: int = 7, compiled: bool = False, nodes: int = 4, score: str = "qk", **sizes
+) -> Operation:
     from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
     runs = {"max_run_edges": sizes.pop("run", None)}
@@ -219,9 +228,11 @@ def attention_operation(make: Make, size: int = 7, nodes: int = 4, score: str = 
 
     def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
         def run(t: dict[str, Tensor]) -> Tensor:
-            half = {"half": t["half"]} if "half" in t else {}  # the kernels' alone
             given = _radial(t), _dot_weights(t), t.get("coupling")
-            return function(spec, *(t.get(n) for n in names), *given, **options, **half, **_table(t))
+            if "max_run_edges" in options:  # the kernels' alone
+                more = {"half": t.get("half", False), "mode": mode_of(given[0], compiled)}
+                return function(spec, *(t.get(n) for n in names), *given, **options, **more, **_table(t))
+            return function(spec, *(t.get(n) for n in names), *given, **options)
 
         return run
 
@@ -229,7 +240,9 @@ def attention_operation(make: Make, size: int = 7, nodes: int = 4, score: str = 
     return Operation(run, reference, tensors, ("vec", "query", "key", "value"))
 
 
-def edge_degree_operation(make: Make, size: int = 7, nodes: int = 4, lmax: int = 2, **sizes) -> Operation:
+def edge_degree_operation(
+    make: Make, size: int = 7, compiled: bool = False, nodes: int = 4, lmax: int = 2, **sizes
+) -> Operation:
     from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 
     run = sizes.pop("run", None)
@@ -238,24 +251,33 @@ def edge_degree_operation(make: Make, size: int = 7, nodes: int = 4, lmax: int =
     tensors = dict(zip(names, make.edges(nodes, size), strict=True))
     tensors |= _named("radial", make.radial(lmax + 1, width, hidden, basis))
 
-    def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda t: function(lmax, 3.0, basis, 5, *(t[n] for n in names), _radial(t), **options, **_table(t))
+    def reference(t: dict[str, Tensor]) -> Tensor:
+        return edge_degree_embedding_reference(lmax, 3.0, basis, 5, *(t[n] for n in names), _radial(t))
 
-    reference = call(edge_degree_embedding_reference)
-    return Operation(call(edge_degree_embedding, max_run_edges=run), reference, tensors, ("vec",))
+    def kernels(t: dict[str, Tensor]) -> Tensor:
+        radial = _radial(t)
+        options = {"max_run_edges": run, "mode": mode_of(radial, compiled), **_table(t)}
+        return edge_degree_embedding(lmax, 3.0, basis, 5, *(t[n] for n in names), radial, **options)
+
+    return Operation(kernels, reference, tensors, ("vec",))
 
 
-def norm_operation(make: Make, size: int = 7, channels: int = 6, lmax: int = 2) -> Operation:
+def norm_operation(make: Make, size: int = 7, compiled: bool = False, channels: int = 6, lmax: int = 2) -> Operation:
     from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 
     shapes = {"x": (size, (lmax + 1) ** 2, channels), "weight": (lmax + 1, channels), "bias": (channels,)}
     tensors = {n: make(*s) for n, s in (shapes | {"shift": (size, channels)}).items()}
     return Operation(
-        lambda t: equivariant_rms_norm(**t), lambda t: equivariant_rms_norm_reference(**t), tensors, ("x", "shift")
+        lambda t: equivariant_rms_norm(**t, mode=mode_of([t["weight"]], compiled)),
+        lambda t: equivariant_rms_norm_reference(**t),
+        tensors,
+        ("x", "shift"),
     )
 
 
-def feedforward_operation(make: Make, size: int = 7, channels: int = 6, lmax: int = 2) -> Operation:
+def feedforward_operation(
+    make: Make, size: int = 7, compiled: bool = False, channels: int = 6, lmax: int = 2
+) -> Operation:
     from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
 
     degrees, c = lmax + 1, channels
@@ -265,10 +287,16 @@ def feedforward_operation(make: Make, size: int = 7, channels: int = 6, lmax: in
         "bias2": (c,),
     }  # fmt: skip
     tensors = {n: make(*s) for n, s in shapes.items()}
-    return Operation(lambda t: gated_feedforward(**t), lambda t: gated_feedforward_reference(**t), tensors, ("x",))
+
+    def run(t: dict[str, Tensor]) -> Tensor:
+        return gated_feedforward(**t, mode=mode_of([t["weight1"]], compiled))
+
+    return Operation(run, lambda t: gated_feedforward_reference(**t), tensors, ("x",))
 
 
-def query_key_operation(make: Make, size: int = 7, channels: int = 6, lmax: int = 2, width: int = 5) -> Operation:
+def query_key_operation(
+    make: Make, size: int = 7, compiled: bool = False, channels: int = 6, lmax: int = 2, width: int = 5
+) -> Operation:
     from e2former_kernels.query_key import QueryKeyWeights, query_key, query_key_reference
 
     degrees, g, outputs = lmax + 1, width, 8
@@ -279,13 +307,16 @@ def query_key_operation(make: Make, size: int = 7, channels: int = 6, lmax: int 
     }  # fmt: skip
     tensors = {"h": make(size, degrees**2, channels)} | {n: make(*s) for n, s in shapes.items()}
 
-    def call(function: Callable) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda t: function(t["h"], QueryKeyWeights(*(t[n] for n in shapes)))
+    def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
+        return lambda t: function(t["h"], QueryKeyWeights(*(t[n] for n in shapes)), **options)
 
-    return Operation(call(query_key), call(query_key_reference), tensors, ("h",))
+    def run(t: dict[str, Tensor]) -> Tensor:
+        return call(query_key, mode=mode_of([t["weight"]], compiled))(t)
+
+    return Operation(run, call(query_key_reference), tensors, ("h",))
 
 
-def grouped_operation(make: Make, size: int = 7) -> Operation:
+def grouped_operation(make: Make, size: int = 7, compiled: bool = False) -> Operation:
     from e2former_kernels.common.grouped_linear import grouped_linear
 
     rows, inputs = (1, 3, 5), (2, 4, 3)
@@ -294,7 +325,8 @@ def grouped_operation(make: Make, size: int = 7) -> Operation:
     tensors |= {f"weights[{n}]": make(3, i) for n, i in enumerate(inputs)}
 
     def run(t: dict[str, Tensor]) -> Tensor:
-        return grouped_linear(t["x"], [t[f"weights[{n}]"] for n in range(3)], rows, t["bias"])
+        weights = [t[f"weights[{n}]"] for n in range(3)]
+        return grouped_linear(t["x"], weights, rows, t["bias"], mode_of(weights, compiled))
 
     def reference(t: dict[str, Tensor]) -> Tensor:
         parts = zip(t["x"].split(widths, 1), rows, (t[f"weights[{n}]"] for n in range(3)), strict=True)
@@ -304,7 +336,7 @@ def grouped_operation(make: Make, size: int = 7) -> Operation:
     return Operation(run, reference, tensors, ("x",))
 
 
-def so3_operation(make: Make, size: int = 7, channels: int = 6) -> Operation:
+def so3_operation(make: Make, size: int = 7, compiled: bool = False, channels: int = 6) -> Operation:
     from e2former_kernels.common.grouped_linear import so3_linear
 
     def reference(t: dict[str, Tensor]) -> Tensor:
@@ -313,7 +345,7 @@ def so3_operation(make: Make, size: int = 7, channels: int = 6) -> Operation:
         return torch.cat([y[:, :1] + t["bias"], y[:, 1:]], 1)
 
     tensors = {"x": make(size, 9, channels), "weight": make(3, 8, channels), "bias": make(8)}
-    return Operation(lambda t: so3_linear(**t), reference, tensors, ("x",))
+    return Operation(lambda t: so3_linear(**t, mode=mode_of([t["weight"]], compiled)), reference, tensors, ("x",))
 
 
 OPERATIONS = {

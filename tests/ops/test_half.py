@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.half import from_products, half_matrices, half_rows, half_weight, rows_from_products
 from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
 from e2former_kernels.feedforward.half import half_weights as half_feedforward
@@ -53,7 +54,7 @@ def test_contraction(widest: int, device: str, monkeypatch) -> None:
     monkeypatch.setattr(primitives, "LARGEST_CONTRACTION", widest)
     matrix = torch.randn(5, 7).to(device)
     x = (torch.randn(len(SIZES), 7, 6) * torch.tensor(SIZES).view(-1, 1, 1)).to(device)
-    rows, factor = primitives.contract_rows(matrix, x)
+    rows, factor = primitives.contract_rows(matrix, x, "tf32x3")
     expected = torch.einsum("pk,nkc->npc", matrix.double(), x.double())
     back = rows.double() * factor.double().view(-1, 1, 1)
     error = (back - expected).abs().flatten(1).amax(1)
@@ -161,7 +162,8 @@ def test_feedforward(
     def run(dtype: torch.dtype, half: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, cast = features.to(device, dtype).requires_grad_(), [w.to(device, dtype) for w in given]
         if half:
-            y = gated_feedforward(x, *cast, residual=residual, prepared=half_feedforward(Weights(*cast)))
+            prepared = half_feedforward(Weights(*cast), torch.get_float32_matmul_precision())
+            y = gated_feedforward(x, *cast, residual=residual, prepared=prepared)
         else:
             y = gated_feedforward_reference(x, *cast, residual=residual)
         (by_x,) = torch.autograd.grad(y, x, grad.to(device, dtype))
@@ -173,11 +175,10 @@ def test_feedforward(
 def test_prepared_weights_need_no_gradients(device: str) -> None:
     x = torch.randn(3, 4, 8).to(device)
     given = [w.float().to(device) for w in feedforward_weights(2, 8)]
-    prepared = half_feedforward(Weights(*given))
-    trained = [w.clone().requires_grad_() for w in given]
-    with pytest.raises(ValueError, match="prepared: expected None where weights need gradients"):
-        gated_feedforward(x, *trained, prepared=prepared)
+    prepared = half_feedforward(Weights(*given), "highest")
+    trained = Mode(trained=True)
+    with pytest.raises(ValueError, match="prepared: expected None where weights are trained"):
+        gated_feedforward(x, *given, prepared=prepared, mode=trained)
     given = QueryKeyWeights(*(w.float().to(device) for w in weights(2, 8, 4, 8)))
-    trained = given._replace(bias=given.bias.clone().requires_grad_())
-    with pytest.raises(ValueError, match="prepared: expected None where weights need gradients"):
-        query_key(x, trained, prepared=half_query_key(given))
+    with pytest.raises(ValueError, match="prepared: expected None where weights are trained"):
+        query_key(x, given, prepared=half_query_key(given), mode=trained)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.backend import Mode, triton_installed
 from e2former_kernels.common.grouped_linear import so3_linear
 from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
 from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
@@ -42,8 +42,7 @@ def test_query_key(make, compare) -> None:
 def test_so3_linear_under_autocast(make) -> None:
     make.dtype = torch.float32
     x, weight, bias = make(4, 9, 6), make(3, 8, 6), make(8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = so3_linear(x, weight, bias)
+    y = so3_linear(x, weight, bias, mode=Mode(autocast=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     terms = so3_linear(x.abs(), weight.abs(), bias.abs())
     assert bool(((y.float() - so3_linear(x, weight, bias)).abs() <= 4 * 2.0**-9 * terms).all()), "a few roundings"

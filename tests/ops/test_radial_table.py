@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.backend import Mode, triton_installed
 from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
 from e2former_kernels.common.radial_table import build_radial_table, hermite
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
@@ -146,8 +146,8 @@ def test_strided_inputs(operation, name: str) -> None:
 def test_tables_that_do_not_belong_are_named(make) -> None:
     arguments = list(make.attention())
     table = build_radial_table(arguments[10], 3.0, range(4))
-    with pytest.raises(ValueError, match="table: expected None where the radial network's weights need gradients"):
-        equivariant_attention(*arguments, table=table)
+    with pytest.raises(ValueError, match="table: expected None where the radial network's weights are trained"):
+        equivariant_attention(*arguments, table=table, mode=Mode(trained=True))
     for tensor in arguments[10]:
         tensor.requires_grad_(False)
     with pytest.raises(ValueError, match="table.knots"):

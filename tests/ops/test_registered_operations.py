@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.backend import Mode, triton_installed
 from e2former_kernels.common.radial import RadialWeights
 
 pytestmark = pytest.mark.skipif(
@@ -83,12 +81,6 @@ def test_none_is_forgotten() -> None:
     assert registered == set(ARGUMENTS) | {n + suffix for n in PUBLIC.values() for suffix in DERIVATIVES}
 
 
-@pytest.fixture
-def as_compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From the call on, operations run as registered although nothing is compiled."""
-    return lambda: monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-
-
 class Record(TorchDispatchMode):
     """The last arguments of every registered operation of this package."""
 
@@ -130,21 +122,19 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_derivatives(operation, as_compiled, name: str) -> None:
+def test_derivatives(operation, name: str) -> None:
     """Registered operations give the numbers of the autograd functions: by what moves, as for forces, and by all."""
-    case = operation(name)
-    given = [(first, []) for first in (list(case.moving), list(case.inputs()))]
-    expected = [differentiated(case, *g) for g in given]
-    as_compiled()
-    for g, e in zip(given, expected, strict=True):
-        assert_close(differentiated(case, *g), e)
+    case, compiled = operation(name), operation(name, compiled=True)
+    compiled.tensors = case.tensors
+    for first in (list(case.moving), list(case.inputs())):
+        cotangents: list[Tensor] = []
+        assert_close(*[differentiated(c, first, cotangents) for c in (compiled, case)])
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLIC if "dot" not in n])
-def test_opcheck_of_public_operation(operation, as_compiled, name: str) -> None:
+def test_opcheck_of_public_operation(operation, name: str) -> None:
     """Value, gradient and second derivative, as training on forces calls them."""
-    case = operation(name, size=3, lmax=1) if "linear" not in name else operation(name, size=3)
-    as_compiled()
+    case = operation(name, size=3, compiled=True, **({} if "linear" in name else {"lmax": 1}))
     with Record() as record:
         differentiated(case, list(case.moving), [])
     for suffix in DERIVATIVES:
@@ -160,7 +150,7 @@ def test_opcheck_of_public_operation(operation, as_compiled, name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in PUBLIC if n != "attention_dot"])
 def test_compiled_whole(operation, name: str) -> None:
     """torch.compile finds no reason to break the graph, nor to make another one for other sizes."""
-    run = operation(name).run
+    run = operation(name, compiled=True).run
 
     def function(tensors: dict[str, Tensor]) -> Tensor:
         return run({n: t * 1 if t.is_floating_point() else t for n, t in tensors.items()}).sin()
@@ -206,6 +196,7 @@ def test_compiled_options(make, option: str) -> None:
         options = {"table": build_radial_table(radial, 3.0, range(4), last=False, tolerance=1e-3)}
     expected = function(*arguments, **options)
     try:
+        options["mode"] = Mode(compiled=True)
         found = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments, **options)
     finally:
         torch._dynamo.reset()
@@ -214,11 +205,10 @@ def test_compiled_options(make, option: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Error detected")
-def test_third_derivative(operation, as_compiled) -> None:
+def test_third_derivative(operation) -> None:
     """Beyond the second derivative comes recomputation; a graph refuses it instead of leaving terms out."""
-    case = operation("norm", size=2, channels=2, lmax=1)
+    case = operation("norm", size=2, channels=2, lmax=1, compiled=True)
     x = case.tensors["x"]
-    as_compiled()
 
     def function(x: Tensor) -> Tensor:
         (first,) = torch.autograd.grad(case.run(case.tensors | {"x": x * 1}).square().sum(), x, create_graph=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.backend import Mode, triton_installed
 from e2former_kernels.common.column_sums import column_sums
 from e2former_kernels.common.grouped_linear import grouped_linear, so3_linear
 from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
@@ -24,12 +26,12 @@ def so3(make):
     def reference(x, weight, bias):
         return torch.cat([F.linear(x[:, :1], weight[0], bias), F.linear(x[:, 1:], weight[1])], 1)
 
-    return so3_linear, reference, [make(5, 4, 6), make(2, 3, 6), make(3)]
+    return partial(so3_linear, mode=Mode(trained=True)), reference, [make(5, 4, 6), make(2, 3, 6), make(3)]
 
 
 def grouped(make):
     def op(x, first, second, bias):
-        return grouped_linear(x, [first, second], (1, 3), bias)
+        return grouped_linear(x, [first, second], (1, 3), bias, Mode(trained=True))
 
     def reference(x, first, second, bias):
         parts = [F.linear(x[:, :6], first, bias), *(F.linear(y, second) for y in x[:, 6:].split(8, 1))]

@@ -1,4 +1,4 @@
-"""Who computes an operation: plain PyTorch or Triton. Chosen by name, refused loudly, never swapped in silence."""
+"""Who computes an operation, PyTorch or Triton, and how. Chosen by name, refused loudly, never swapped in silence."""
 
 from __future__ import annotations
 
@@ -6,11 +6,37 @@ import functools
 import importlib.util
 import logging
 import os
+from typing import NamedTuple
 
 import torch
 
 BACKENDS = ("auto", "reference", "triton")
 logger = logging.getLogger("e2former_kernels")
+
+
+class Mode(NamedTuple):
+    """How an operation with kernels is evaluated. Its caller decides (`e2former_fairchem.execution`): none asks.
+
+    Args:
+        trained: gradients by the weights will be asked for: what is made of weights serves all passes of a step.
+        compiled: inside torch.compile, where the operation is one of torch.library.
+        precision: of products of float32 matrices inside kernels, as ``torch.set_float32_matmul_precision`` has it.
+        autocast: dtype in which linear maps compute; None: in their input's.
+    """
+
+    trained: bool = False
+    compiled: bool = False
+    precision: str = "highest"
+    autocast: torch.dtype | None = None
+
+    def dot(self, dtype: torch.dtype) -> str:
+        """``input_precision`` of ``tl.dot`` for matrices of a dtype: TF32 where products may be rounded to it."""
+        if dtype != torch.float32:
+            return "ieee"
+        return "tf32x3" if self.precision == "highest" else "tf32"
+
+
+EXACT = Mode()
 
 
 def triton_installed() -> bool:

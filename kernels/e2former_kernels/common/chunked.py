@@ -9,7 +9,7 @@ per-edge computation is written once, as ordinary differentiable PyTorch.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -99,17 +99,14 @@ class Plan:
     arguments: tuple[str, ...]
     results: tuple[str, ...]
     rows: tuple[int | None, ...]  # number of rows of each SOURCE or IMAGE result
-    autocast: tuple[str, bool, torch.dtype]
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate all chunks and put the results together."""
-        device, enabled, dtype = self.autocast
         parts: list[list[Tensor]] = [[] for _ in self.results]
         sums: list[Tensor | None] = [None] * len(self.results)
-        context = torch.autocast(device, dtype=dtype) if enabled else contextlib.nullcontext()
         # detached, or an argument's own history would join two arguments inside a chunk's derivative
         tensors = [t.detach() for t in tensors]
-        with torch.no_grad(), context:
+        with torch.no_grad():
             for chunk in self.chunks:
                 values = self.function(
                     chunk, *(_take(t, k, chunk) for t, k in zip(tensors, self.arguments, strict=True))
@@ -156,7 +153,7 @@ class Plan:
 
         kinds = tuple(self.arguments[n] for n in wanted)
         rows = tuple(tensors[n].shape[0] if k in _GATHERED else None for n, k in zip(wanted, kinds, strict=True))
-        return Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows, self.autocast)
+        return Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows)
 
 
 def wanted_inputs(ctx, first: int) -> list[int]:
@@ -177,26 +174,37 @@ def _runs(node) -> bool:
         return True
 
 
-class Chunked(torch.autograd.Function):
-    """Results of a plan; the backward pass runs the plan of the derivative."""
+def evaluate(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Results of a plan, differentiable to any order: a derivative evaluates the plan of the derivative."""
+    return _evaluated_on(tensors[0].device.type).apply(plan, *tensors)
 
-    @staticmethod
-    def forward(ctx, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.plan = plan
-        ctx.save_for_backward(*tensors)
-        return plan.run(tensors)
 
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        tensors = ctx.saved_tensors
-        wanted = wanted_inputs(ctx, 1)
-        if not wanted:
-            return (None,) * (1 + len(tensors))
-        out: list[Tensor | None] = [None] * (1 + len(tensors))
-        values = Chunked.apply(ctx.plan.vjp(wanted, tensors), *grads, *tensors)
-        for n, value in zip(wanted, values, strict=True):
-            out[1 + n] = value
-        return tuple(out)
+@functools.cache
+def _evaluated_on(device_type: str) -> type[torch.autograd.Function]:
+    """The autograd function of :func:`evaluate`, whose derivatives run under the autocast of their value."""
+
+    class Evaluated(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type=device_type)
+        def forward(ctx, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+            ctx.plan = plan
+            ctx.save_for_backward(*tensors)
+            return plan.run(tensors)
+
+        @staticmethod
+        @torch.amp.custom_bwd(device_type=device_type)
+        def backward(ctx, *grads: Tensor):
+            tensors = ctx.saved_tensors
+            wanted = wanted_inputs(ctx, 1)
+            if not wanted:
+                return (None,) * (1 + len(tensors))
+            out: list[Tensor | None] = [None] * (1 + len(tensors))
+            values = evaluate(ctx.plan.vjp(wanted, tensors), *grads, *tensors)
+            for n, value in zip(wanted, values, strict=True):
+                out[1 + n] = value
+            return tuple(out)
+
+    return Evaluated
 
 
 def chunked(
@@ -210,8 +218,7 @@ def chunked(
     else it uses it may close over. chunks: from :func:`make_chunks`. arguments: (kind, tensor) in call order.
     Returns the concatenated result for all receivers, differentiable to any order. Working memory is one chunk's.
     """
-    tensors = [t for _, t in arguments]
-    return Chunked.apply(plan_of(function, chunks, arguments), *tensors)[0]
+    return evaluate(plan_of(function, chunks, arguments), *(t for _, t in arguments))[0]
 
 
 def plan_of(
@@ -220,13 +227,5 @@ def plan_of(
     arguments: Sequence[tuple[str, Tensor]],
 ) -> Plan:
     """The plan behind :func:`chunked`: its ``vjp`` is the plan of the derivative, and so on."""
-    device = arguments[0][1].device.type
-    autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    return Plan(
-        lambda chunk, *args: (function(chunk, *args),),
-        chunks,
-        tuple(k for k, _ in arguments),
-        (TARGET,),
-        (None,),
-        autocast,
-    )
+    kinds = tuple(k for k, _ in arguments)
+    return Plan(lambda chunk, *args: (function(chunk, *args),), chunks, kinds, (TARGET,), (None,))

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.degree_sums import degree_sums
@@ -166,12 +167,12 @@ class _FirstRowBias(torch.autograd.Function):
         return grad, grad[:, : ctx.width].sum(0) if ctx.needs_input_grad[1] else None
 
 
-def _check_weight(name: str, weight: Tensor | None, dims: str, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_weight(name: str, weight: Tensor | None, dims: str, shape: tuple[int, ...], x: Tensor, mode: Mode) -> None:
     """Autocast takes care of dtypes where it is on."""
     if weight is not None:
         check_shape(name, weight, dims, shape)
         check_same_device("x", x, **{name: weight})
-        if not torch.is_autocast_enabled(x.device.type):
+        if mode.autocast is None:
             check_same_dtype("x", x, **{name: weight})
 
 
@@ -180,28 +181,28 @@ def _grouped(x: Tensor, weights: Sequence[Tensor], rows: tuple[int, ...], bias: 
     return y if bias is None else _FirstRowBias.apply(y, bias)
 
 
-def grouped_linear(x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias: Tensor | None = None, mode: Mode = EXACT
+) -> Tensor:
     """y[n] = for every group g and each of its rows, W_g x[n, g, row].
 
     x: [N, sum_g rows_g * I_g]; weights: W_g [O, I_g]; rows: rows_g; bias: [O], for the first row. Returns
-    [N, sum_g rows_g * O]. Differentiable to any order. Under autocast it computes in autocast's dtype, as a linear
-    layer does.
+    [N, sum_g rows_g * O]. Differentiable to any order. With ``mode.autocast`` it computes in that dtype, as a linear
+    layer under autocast does.
     """
     width = sum(r * w.shape[1] for r, w in zip(rows, weights, strict=True))
     check_shape("x", x, "N, sum of rows times inputs", (x.shape[0], width))
     for n, weight in enumerate(weights):
-        _check_weight(f"weights[{n}]", weight, "O, I", (weights[0].shape[0], weight.shape[1]), x)
-    _check_weight("bias", bias, "O", (weights[0].shape[0],), x)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        _check_weight(f"weights[{n}]", weight, "O, I", (weights[0].shape[0], weight.shape[1]), x, mode)
+    _check_weight("bias", bias, "O", (weights[0].shape[0],), x, mode)
+    if mode.autocast is not None:
+        dtype = mode.autocast
         x, weights = x.to(dtype), [w.to(dtype) for w in weights]
         bias = None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():
-        given = [x, *weights] if bias is None else [x, *weights, bias]
-        return _registered_grouped(given, settings=Settings(list(rows)))
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
-        given = [x, *weights] if bias is None else [x, *weights, bias]
+    given = [x, *weights] if bias is None else [x, *weights, bias]
+    if mode.compiled:
+        return _registered_grouped(given, mode, settings=Settings(list(rows)))
+    if mode.trained:
         return run_step(_grouped_step(given, tuple(rows)), given)
     return _grouped(x, weights, tuple(rows), bias)
 
@@ -211,9 +212,9 @@ class _So3(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, transpose: bool, exact: bool, rows: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx, transpose: bool, around: str, rows: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.transpose, ctx.exact, ctx.rows = transpose, exact, rows
+        ctx.transpose, ctx.around, ctx.rows = transpose, around, rows
         x = x.contiguous()
         ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, weight)
         width = weight.shape[2 if transpose else 1]
@@ -226,22 +227,22 @@ class _So3(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need = ctx.needs_input_grad[3:]
-        by_x = _So3.apply(not ctx.transpose, ctx.exact, ctx.rows, grad, weight, None) if need[0] else None
+        by_x = _So3.apply(not ctx.transpose, ctx.around, ctx.rows, grad, weight, None) if need[0] else None
         by_weight = None
         if need[1]:
             pair = (x, grad) if ctx.transpose else (grad, x)
-            by_weight = _So3Outer.apply(ctx.exact, *pair)
+            by_weight = _So3Outer.apply(ctx.around, *pair)
         return None, None, None, by_x, by_weight, grad[:, 0].sum(0) if need[2] else None
 
 
 class _So3Outer(torch.autograd.Function):
-    """(g, x) -> gradient by W."""
+    """(g, x) -> gradient by W. around: see :func:`float32_products`."""
 
     @staticmethod
-    def forward(ctx, exact: bool, grad: Tensor, x: Tensor) -> Tensor:
-        ctx.exact = exact
+    def forward(ctx, around: str, grad: Tensor, x: Tensor) -> Tensor:
+        ctx.around = around
         ctx.save_for_backward(grad, x)
-        with float32_products() if exact else contextlib.nullcontext():
+        with float32_products(around):
             return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
 
     @staticmethod
@@ -250,20 +251,22 @@ class _So3Outer(torch.autograd.Function):
         need = ctx.needs_input_grad[1:]
         return (
             None,
-            _So3.apply(False, ctx.exact, None, x, by_weight, None) if need[0] else None,
-            _So3.apply(True, ctx.exact, None, grad, by_weight, None) if need[1] else None,
+            _So3.apply(False, ctx.around, None, x, by_weight, None) if need[0] else None,
+            _So3.apply(True, ctx.around, None, grad, by_weight, None) if need[1] else None,
         )
 
 
 @contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Products inside are not rounded to TF32."""
-    before = torch.get_float32_matmul_precision()
+def float32_products(around: str) -> Iterator[None]:
+    """Products inside are not rounded to TF32. around: the precision outside, which returns; ``highest``: no change."""
+    if around == "highest":
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(around)
 
 
 def so3_linear(
@@ -272,6 +275,7 @@ def so3_linear(
     bias: Tensor | None = None,
     exact_gradient: bool = False,
     rows: Tensor | None = None,
+    mode: Mode = EXACT,
 ) -> Tensor:
     """y[l, m] = W_l x[l, m], plus the bias where l = 0.
 
@@ -281,21 +285,20 @@ def so3_linear(
     """
     degrees, outputs = weight.shape[0], weight.shape[1]
     check_shape("x", x, "N, (lmax+1)^2, I", (x.shape[0], degrees**2, x.shape[-1]))
-    _check_weight("weight", weight, "lmax+1, O, I", (degrees, outputs, x.shape[-1]), x)
-    _check_weight("bias", bias, "O", (outputs,), x)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    _check_weight("weight", weight, "lmax+1, O, I", (degrees, outputs, x.shape[-1]), x, mode)
+    _check_weight("bias", bias, "O", (outputs,), x, mode)
+    if mode.autocast is not None:
+        dtype = mode.autocast
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         rows = None if rows is None else rows.to(dtype)
-    if torch.compiler.is_compiling():
-        given = [x, weight] if bias is None else [x, weight, bias]
-        return _registered_so3(given, settings=Settings([int(exact_gradient)]))
-    if weight.requires_grad and torch.is_grad_enabled():
-        given = [x, weight] if bias is None else [x, weight, bias]
-        return run_step(_so3_step(given, exact_gradient), given)
-    return _So3.apply(False, exact_gradient, rows, x, weight, bias)
+    given = [x, weight] if bias is None else [x, weight, bias]
+    around = mode.precision if exact_gradient else "highest"
+    if mode.compiled:
+        return _registered_so3(given, mode, settings=Settings([int(exact_gradient)]))
+    if mode.trained:
+        return run_step(_so3_step(given, around), given)
+    return _So3.apply(False, around, rows, x, weight, bias)
 
 
 # --- as training and torch.compile have them ---------------------------------------------------------------------
@@ -306,7 +309,7 @@ class _So3Step:
     """(x, W, b) -> y, its gradients and their gradients (``common/step.py``): for weights that are trained."""
 
     plan: Plan
-    exact: bool
+    around: str
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
     linear: ClassVar[bool] = True
 
@@ -327,7 +330,7 @@ class _So3Step:
         x, weight, *_ = tensors
         gradients = {
             0: lambda: self._apply(grad, weight, True),
-            1: lambda: _So3Outer.apply(self.exact, grad, x),
+            1: lambda: _So3Outer.apply(self.around, grad, x),
             2: lambda: grad[:, 0].sum(0),
         }
         return [gradients[n]() for n in wanted]
@@ -339,16 +342,16 @@ class _So3Step:
             return None
         found = {
             0: lambda: self._apply(cotangents[0], tensors[1], False),
-            2: lambda: _So3Outer.apply(self.exact, grad, cotangents[0]),
+            2: lambda: _So3Outer.apply(self.around, grad, cotangents[0]),
         }
         return [found[n]() if n in found else None for n in again]
 
 
-def _so3_step(tensors: list[Tensor], exact: bool) -> _So3Step:
+def _so3_step(tensors: list[Tensor], around: str) -> _So3Step:
     def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _So3.apply(False, exact, None, x, weight, bias)
+        return _So3.apply(False, around, None, x, weight, bias)
 
-    return _So3Step(node_plan(function, tensors[:1], tensors[1:]), exact)
+    return _So3Step(node_plan(function, tensors[:1], tensors[1:]), around)
 
 
 @dataclass(frozen=True)
@@ -407,10 +410,12 @@ def _grouped_shape(tensors: list[Tensor], index: list[Tensor], settings: Setting
 
 
 _registered_grouped = register(
-    "grouped_linear", lambda tensors, _, settings: _grouped_step(tensors, tuple(settings.integers)), _grouped_shape
+    "grouped_linear",
+    lambda tensors, _, settings, mode: _grouped_step(tensors, tuple(settings.integers)),
+    _grouped_shape,
 )
 _registered_so3 = register(
     "so3_linear",
-    lambda tensors, _, settings: _so3_step(tensors, bool(settings.integers[0])),
+    lambda tensors, _, settings, mode: _so3_step(tensors, mode.precision if settings.integers[0] else "highest"),
     lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:2], tensors[1].shape[1]),
 )

@@ -197,13 +197,6 @@ def second_backward_kernel(
     tl.store(out + row, q, mask=both)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: TF32 where PyTorch may (``torch.set_float32_matmul_precision``), else full float32."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 @functools.lru_cache(maxsize=8)
 def _basis_pieces(num_basis: int, device: torch.device) -> Tensor:
     """Coefficients of the piecewise cubics of all Gaussians, [intervals * 4, num_basis], float64."""

@@ -148,10 +148,10 @@ def build_radial_table(
     return None
 
 
-def check_table(table: RadialTable, like: Tensor, results: int, weights: Sequence[Tensor | None]) -> None:
+def check_table(table: RadialTable, like: Tensor, results: int, trained: bool) -> None:
     """Raise ValueError or TypeError where a table does not belong to a call.
 
-    like: a tensor of the call's dtype and device; results: K; weights: of the networks that the table stands for.
+    like: a tensor of the call's dtype and device; results: K; trained: the networks' weights are.
     """
     check_shape("table.knots", table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, results))
     check_same_device("the input", like, **{"table.knots": table.knots, "table.pair_row": table.pair_row})
@@ -160,5 +160,5 @@ def check_table(table: RadialTable, like: Tensor, results: int, weights: Sequenc
         tensor = getattr(table, name)
         if not tensor.is_contiguous():
             raise ValueError(f"table.{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
-        raise ValueError("table: expected None where the radial network's weights need gradients")
+    if trained:
+        raise ValueError("table: expected None where the radial network's weights are trained")

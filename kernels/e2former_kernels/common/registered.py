@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.chunked import Chunked
+from e2former_kernels.common.backend import Mode
+from e2former_kernels.common.chunked import evaluate
 from e2former_kernels.common.step import Step
 from e2former_kernels.compat import is_fake, will_engine_execute_node, with_autograd
 
@@ -30,8 +31,8 @@ class Settings(NamedTuple):
 
 
 NO_SETTINGS = Settings()
-# (tensors, index, settings) -> the step of which the tensors are the inputs
-MakeStep = Callable[[list[Tensor], list[Tensor], Settings], Step]
+# (tensors, index, settings, mode) -> the step of which the tensors are the inputs
+MakeStep = Callable[[list[Tensor], list[Tensor], Settings, Mode], Step]
 # (tensors, index, settings) -> an empty tensor of the value's shape, strides, dtype and device
 Shape = Callable[[Sequence[Tensor], Sequence[Tensor], Settings], Tensor]
 
@@ -60,7 +61,7 @@ def _body(device: torch.device) -> Iterator[None]:
     """
     with with_autograd():
         with torch.enable_grad():
-            if not torch.empty(0, requires_grad=True).neg().requires_grad:
+            if torch.empty(0, requires_grad=True).neg().grad_fn is None:
                 raise RuntimeError("autograd is off inside a registered operation; its derivatives would be zeros")
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
@@ -96,55 +97,52 @@ def _placed(found: Sequence[Tensor], at: Sequence[int], number: int) -> list[Ten
     return out
 
 
-def _nothing(*arguments: Sequence[int] | Sequence[float] | str) -> list[list | None]:
+def _nothing(*arguments: Sequence[int] | Sequence[float] | str | bool) -> list[list | None]:
     """Gradients by arguments that are no tensors: torch.library takes an empty list for one of tensors."""
-    return [None if a or isinstance(a, str) else [] for a in arguments]
+    return [None if a or isinstance(a, str | bool) else [] for a in arguments]
 
 
 def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
     """Register the operation ``name`` and its derivatives; returns the function to call under torch.compile.
 
-    That function takes ``tensors``, the inputs of the step, ``index``, all other tensors, and ``settings``.
-    Bodies see the numbers ``needs`` of the tensors that need gradients, because steps decide by it (runs, float16) and
-    a graph's tensors no longer tell. Arguments are checked when bodies run. Nothing is kept between value and
-    derivatives. Autocast is off in all of them.
+    That function takes ``tensors``, the inputs of the step, ``index``, all other tensors, ``settings`` and the mode, of
+    which bodies see whether weights are trained and the precision. Arguments are checked when bodies run. Nothing is
+    kept between value and derivatives. Autocast is off in all of them.
     """
 
-    def step_of(tensors: Sequence[Tensor], index: Sequence[Tensor], needs: Sequence[int], *settings):
-        tensors = [
-            t if t.requires_grad is (n in needs) else t.detach().requires_grad_(n in needs)
-            for n, t in enumerate(tensors)
-        ]
-        with torch.enable_grad():
-            return make(tensors, list(index), Settings(*settings)), tensors
+    def step_of(tensors, index, integers, numbers, words, trained, precision) -> Step:
+        mode = Mode(trained, True, precision)
+        return make(list(tensors), list(index), Settings(integers, numbers, words), mode)
 
     @torch.library.custom_op(f"e2former_kernels::{name}", mutates_args=())
     def value(
         tensors: Sequence[Tensor],
         index: Sequence[Tensor],
-        needs: Sequence[int],
         integers: Sequence[int],
         numbers: Sequence[float],
         words: str,
+        trained: bool,
+        precision: str,
     ) -> Tensor:
         with _body(tensors[0].device):
-            step, inputs = step_of(tensors, index, needs, integers, numbers, words)
-            return step.forward(inputs)
+            step = step_of(tensors, index, integers, numbers, words, trained, precision)
+            return step.forward(list(tensors))
 
     @torch.library.custom_op(f"e2former_kernels::{name}_gradient", mutates_args=())
     def gradient(
         grad: Tensor,
         tensors: Sequence[Tensor],
         index: Sequence[Tensor],
-        needs: Sequence[int],
         integers: Sequence[int],
         numbers: Sequence[float],
         words: str,
+        trained: bool,
+        precision: str,
         wanted: Sequence[int],
     ) -> list[Tensor]:
         with _body(grad.device):
-            step, inputs = step_of(tensors, index, needs, integers, numbers, words)
-            return _own(step.backward(grad, inputs, list(wanted)), [grad, *tensors])
+            step = step_of(tensors, index, integers, numbers, words, trained, precision)
+            return _own(step.backward(grad, list(tensors), list(wanted)), [grad, *tensors])
 
     @torch.library.custom_op(f"e2former_kernels::{name}_second", mutates_args=())
     def second(
@@ -152,16 +150,17 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
         grad: Tensor,
         tensors: Sequence[Tensor],
         index: Sequence[Tensor],
-        needs: Sequence[int],
         integers: Sequence[int],
         numbers: Sequence[float],
         words: str,
+        trained: bool,
+        precision: str,
         wanted: Sequence[int],
         present: Sequence[int],
         again: Sequence[int],
     ) -> list[Tensor]:
         with _body(grad.device):
-            step, inputs = step_of(tensors, index, needs, integers, numbers, words)
+            step, inputs = step_of(tensors, index, integers, numbers, words, trained, precision), list(tensors)
             given = _placed(cotangents, present, len(wanted))
             kernels = getattr(step, "second", None)
             found = None if kernels is None else kernels(given, grad, inputs, list(wanted), list(again))
@@ -175,15 +174,15 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
             return _own(found, [*cotangents, grad, *tensors])
 
     @value.register_fake
-    def _(tensors, index, needs, integers, numbers, words):
+    def _(tensors, index, integers, numbers, words, trained, precision):
         return shape(tensors, index, Settings(integers, numbers, words))
 
     @gradient.register_fake
-    def _(grad, tensors, index, needs, integers, numbers, words, wanted):
+    def _(grad, tensors, index, integers, numbers, words, trained, precision, wanted):
         return [tensors[n].new_empty(tensors[n].shape) for n in wanted]
 
     @second.register_fake
-    def _(cotangents, grad, tensors, index, needs, integers, numbers, words, wanted, present, again):
+    def _(cotangents, grad, tensors, index, integers, numbers, words, trained, precision, wanted, present, again):
         return [t.new_empty(t.shape) for t in ([grad, *tensors][n] for n in again)]
 
     def keep(ctx, *tensors: Sequence[Tensor]) -> None:
@@ -234,9 +233,9 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
         third = _wanted(ctx, len(inputs))
         wanted = [ctx.wanted[n] for n in ctx.present]
         with torch.autocast(grads[0].device.type, enabled=False):
-            plan = make(primals[1:], index, Settings(*ctx.rest[1:])).plan
+            plan = step_of(primals[1:], index, *ctx.rest).plan
             plan = plan.vjp(wanted, primals[1:]).vjp(ctx.again, primals).vjp(third, inputs)
-            found = Chunked.apply(plan, *grads, *inputs) if third else []
+            found = evaluate(plan, *grads, *inputs) if third else []
         out, number = _placed(found, third, len(inputs)), len(cotangents)
         rest = _nothing(*ctx.rest, ctx.wanted, ctx.present, ctx.again)
         return out[:number], out[number], out[number + 1 :], [None] * len(index), *rest
@@ -245,8 +244,10 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
     gradient.register_autograd(gradient_backward, setup_context=keep_gradient)
     second.register_autograd(second_backward, setup_context=keep_second)
 
-    def call(tensors: Sequence[Tensor], index: Sequence[Tensor] = (), settings: Settings = NO_SETTINGS) -> Tensor:
-        needs = [n for n, t in enumerate(tensors) if t.requires_grad] if torch.is_grad_enabled() else []
-        return value(list(tensors), list(index), needs, list(settings[0]), list(settings[1]), settings[2])
+    def call(
+        tensors: Sequence[Tensor], mode: Mode, index: Sequence[Tensor] = (), settings: Settings = NO_SETTINGS
+    ) -> Tensor:
+        integers, numbers, words = settings
+        return value(list(tensors), list(index), list(integers), list(numbers), words, mode.trained, mode.precision)
 
     return call

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.chunked import TARGET, WHOLE, Chunked, Plan, plan_of, wanted_inputs
+from e2former_kernels.common.chunked import TARGET, WHOLE, Plan, evaluate, plan_of, wanted_inputs
 from e2former_kernels.compat import current_graph_task_id, foreach_add_, will_engine_execute_node
 
 MAX_RUN_NODES = 8192  # nodes worked on at a time by operations on nodes
@@ -36,7 +36,7 @@ def node_plan(function: Callable[..., Tensor], nodes: Sequence[Tensor], weights:
 
 
 class Step(Protocol):
-    """What :func:`run_step` runs. plan: the same function for :class:`e2former_kernels.common.chunked.Chunked`.
+    """What :func:`run_step` runs. plan: the same function for :func:`e2former_kernels.common.chunked.evaluate`.
 
     A step may also have ``second(cotangents, grad, tensors, wanted, again)``: its second derivative with fused kernels,
     without a graph. With L = sum over ``wanted`` of <cotangent, gradient of that tensor>, it returns dL by the inputs
@@ -121,6 +121,7 @@ class _Left:
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Kernels take the dtypes that they are given, whatever is on when autograd comes to a derivative."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -184,7 +185,8 @@ class _Gradient(torch.autograd.Function):
             given = [
                 torch.zeros_like(saved[1 + n]) if c is None else c for n, c in zip(ctx.wanted, cotangents, strict=True)
             ]
-            found = Chunked.apply(plan, *given, *saved)
+            with _no_autocast(saved[0].device):
+                found = evaluate(plan, *given, *saved)
             return _placed(dict(zip(again, found, strict=True)), 3, len(saved))
         return _placed(found, 3, len(saved))
 

@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.backend import interpreting
-from e2former_kernels.common.radial_kernel import dot_precision
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.eaas.kernel import position_kernel
 from e2former_kernels.eaas.reference import EAASTables
@@ -53,7 +52,9 @@ def fits(tables: EAASTables) -> bool:
     return paths + 2 * rows <= WIDEST
 
 
-def contract(form: Form, tables: EAASTables, position: Tensor, x: Tensor, transpose: bool) -> Tensor:
+def contract(
+    form: Form, tables: EAASTables, position: Tensor, x: Tensor, transpose: bool, precision: str = "tf32x3"
+) -> Tensor:
     """T(r) x for x: [N, M, C], or T(r)^T x for x: [N, P, C]."""
     paths, _, rows = tables.coupling.shape
     nodes, taken, channels = x.shape
@@ -66,7 +67,7 @@ def contract(form: Form, tables: EAASTables, position: Tensor, x: Tensor, transp
         block = min(max(next_power(channels), 16), 128)
         position_kernel[nodes, triton.cdiv(channels, block)](
             tables.coupling.to(x.dtype).contiguous(), position, x, out, paths, rows, channels, TRANSPOSE=transpose,
-            PP=max(next_power(paths), 16), MP=max(next_power(rows), 16), BC=block, PRECISION=dot_precision(x.dtype),
+            PP=max(next_power(paths), 16), MP=max(next_power(rows), 16), BC=block, PRECISION=precision,
             num_warps=4,
         )  # fmt: skip
         return out

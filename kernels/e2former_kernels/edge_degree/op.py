@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.backend import triton_problem
+from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype
 from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import polynomial_envelope
@@ -55,6 +55,7 @@ class _Embedding:
     chunks: list[EdgeChunk]
     edges: EdgeList
     radial: RadialWeights  # the structure: which tensors there are
+    trained: bool
     plan: Plan | None = None
     table: RadialTable | None = None  # of the networks without their last layer, where the weights are frozen
     training_chunks: Sequence[EdgeChunk] = ()  # runs of gradients by weights and of the second derivative
@@ -72,7 +73,7 @@ class _Embedding:
         if "network" in self.cache:
             return self.cache["network"]
         network = RadialNetwork(self.weights(tensors[1:]), self.cutoff, last=False)
-        if any(t.requires_grad for t in tensors[1:]):
+        if self.trained:
             self.cache["network"] = network
         return network
 
@@ -188,6 +189,7 @@ def _step(
     vec: Tensor,
     radial: RadialWeights,
     graph: _Graph,
+    mode: Mode,
     table: RadialTable | None,
     lmax: int,
     cutoff: float,
@@ -224,10 +226,9 @@ def _step(
     if table is None:
         per_edge += groups * 4 * hidden + 21 * (lmax + 1) ** 2
     else:
-        check_table(table, radial.basis, groups * hidden, radial[:-2])
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in radial)
-    fused = plan(TRAINING_NUMBERS if trained else FUSED_NUMBERS, per_edge)
-    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, edge_list, radial, table=table)
+        check_table(table, radial.basis, groups * hidden, mode.trained)
+    fused = plan(TRAINING_NUMBERS if mode.trained else FUSED_NUMBERS, per_edge)
+    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, edge_list, radial, mode.trained, table=table)
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
     further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
     second_numbers = groups * 8 * hidden + 3 * num_basis + 6 * (lmax + 1) ** 2
@@ -235,13 +236,14 @@ def _step(
     return dataclasses.replace(step, plan=further, training_chunks=training)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _Embedding:
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Embedding:
     lmax, num_basis, exponent, max_run, intervals, *known = settings.integers
     cutoff, *table_numbers = settings.numbers
     *graph, out, out_bias, knots, pair_row = with_gaps(index, known[:10])
     radial = RadialWeights(*with_gaps(tensors[1:], known[10:]), out, out_bias)
     table = None if knots is None else RadialTable(knots, pair_row, intervals, *table_numbers)
-    return _step(tensors[0], radial, _Graph(*graph), table, lmax, cutoff, num_basis, exponent, max_run or None)
+    graph = _Graph(*graph)
+    return _step(tensors[0], radial, graph, mode, table, lmax, cutoff, num_basis, exponent, max_run or None)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -274,6 +276,7 @@ def edge_degree_embedding(
     max_run_edges: int | None = None,
     table: RadialTable | None = None,
     edges: EdgeList | None = None,
+    mode: Mode = EXACT,
 ) -> Tensor:
     r"""The function of :func:`edge_degree_embedding_reference` with Triton kernels.
 
@@ -282,20 +285,20 @@ def edge_degree_embedding(
     last layer.
 
     Returns [N, (lmax+1)^2, C], float32 (float64 in the interpreter). Differentiable to any order, the same bits every
-    time. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under
-    torch.compile: see :mod:`e2former_kernels.common.registered`.
+    time. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton.
+    Compiled: see :mod:`e2former_kernels.common.registered`.
     """
     dtype = radial.basis.dtype
     vec, graph = vec.to(dtype), _Graph(source, target, row_ptr, species, source_order, source_ptr)
-    if torch.compiler.is_compiling():
+    if mode.compiled:
         index = (*graph, radial.out.detach(), radial.out_bias.detach(), *(table or (None,) * 5)[:2])
         integers = [lmax, num_basis, envelope_exponent, max_run_edges or 0, 0 if table is None else table.intervals]
         numbers = [cutoff] if table is None else [cutoff, table.scale, table.error]
         settings = Settings([*integers, *flags(index), *flags(radial[:-2])], numbers)
-        sums = _registered([vec, *there(radial[:-2])], there(index), settings)
+        sums = _registered([vec, *there(radial[:-2])], mode, there(index), settings)
     else:
-        sums = _run(vec, radial, graph, table, lmax, cutoff, num_basis, envelope_exponent, max_run_edges, edges)
+        sums = _run(vec, radial, graph, mode, table, lmax, cutoff, num_basis, envelope_exponent, max_run_edges, edges)
     # The bias is the weight of the sum of y, which stands beside the sums of features. Gradients by both are products
     # of sums over edges: with TF32 they would lose more than products edge by edge, whose roundings average out.
     weight = torch.cat([radial.out, F.pad(radial.out_bias.unsqueeze(-1), (0, PAD - 1))], -1)
-    return so3_linear(sums, weight, exact_gradient=True).to(dtype)
+    return so3_linear(sums, weight, exact_gradient=True, mode=mode).to(dtype)

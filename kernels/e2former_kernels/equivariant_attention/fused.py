@@ -103,7 +103,8 @@ class FusedAttention:
     training_chunks: runs of the gradients by weights and of the second derivative. radial: the structure of the radial
     weights (which of them are there). plan: the same function for :mod:`e2former_kernels.common.chunked`. table:
     splines of the radial network, where its weights are frozen. half: value and first derivative gather rows in
-    float16. cache: what a pass takes over from those before it.
+    float16. trained: passes share the radial network. precision: ``input_precision`` of ``tl.dot``. cache: what a pass
+    takes over from those before it.
     """
 
     spec: AttentionSpec
@@ -116,6 +117,8 @@ class FusedAttention:
     plan: Plan
     table: RadialTable | None = None
     half: bool = False
+    trained: bool = False
+    precision: str = "ieee"
     cache: dict = field(default_factory=dict, compare=False)
     first_weight: ClassVar[int] = _RADIAL
 
@@ -129,9 +132,6 @@ class FusedAttention:
         changes: of the tensors between value and weights.
         """
         return RadialGate(self._weights(tensors[_RADIAL:]), self.spec.cutoff, self._network(tensors))
-
-    def _trained(self, tensors: list[Tensor]) -> bool:
-        return any(w.requires_grad for w in tensors[self.first_weight :])
 
     def _make_network(self, tensors: list[Tensor]) -> RadialNetwork:
         return RadialNetwork(self._weights(tensors[_RADIAL:]), self.spec.cutoff)
@@ -235,10 +235,9 @@ class FusedAttention:
         out = value.new_empty(nodes, value.shape[1] if self.coupling is None else self.coupling.shape[0], channels)
 
         def finish(chunk: EdgeChunk, outer: Tensor) -> None:
-            launch_contract(self.coupling, outer.view(chunk.num_nodes, -1, channels), out[chunk.nodes])
+            launch_contract(self.coupling, outer.view(chunk.num_nodes, -1, channels), out[chunk.nodes], self.precision)
 
-        keep = any(t.requires_grad for t in tensors)
-        self.value_of_runs(given, tensors, None if self.coupling is None else finish, out, keep)
+        self.value_of_runs(given, tensors, None if self.coupling is None else finish, out)
         return out
 
     def value_of_runs(
@@ -247,11 +246,10 @@ class FusedAttention:
         tensors: list[Tensor],
         finish: Callable[[EdgeChunk, Tensor], None] | None,
         out: Tensor | None,
-        keep: bool,
     ) -> None:
         """Sums over neighbours, run by run: to ``finish`` as [n, B, R, H], or with B = 1 without it into out.
 
-        tensors: for the weights of the features. keep: the softmax's statistics, for :meth:`gradients_of_runs`.
+        tensors: for the weights of the features. Keeps the softmax's statistics for :meth:`gradients_of_runs`.
         """
         network = self._network(tensors)
         rows, heads = given.value_rows
@@ -281,8 +279,7 @@ class FusedAttention:
 
         for chunk in self.chunks:
             run(chunk)
-        if keep:
-            self.cache["statistics"] = statistics
+        self.cache["statistics"] = statistics
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         """Gradients of the wanted inputs."""
@@ -295,7 +292,7 @@ class FusedAttention:
             if coupling is None:
                 return part
             into = part.numbers.new_empty(chunk.num_nodes, coupling.shape[0], channels)
-            launch_contract(coupling, part.numbers, into)
+            launch_contract(coupling, part.numbers, into, self.precision)
             return part._replace(numbers=into)
 
         return self.gradients_of_runs(given, outer, tensors, wanted)
@@ -311,7 +308,7 @@ class FusedAttention:
         weights_wanted = [n for n in wanted if n >= self.first_weight]
         table = None if weights_wanted else self.table
         network = None if weights_wanted else self._network(tensors)
-        if not self._trained(tensors):
+        if not self.trained:
             self.cache.pop("network", None)
         known = self.cache.get("statistics") if table is self.table else None
         statistics = self._statistics(given) if known is None else known

@@ -125,8 +125,8 @@ class HalfBlock:
         ]
         return tuple(Rows(r.numbers.view(r.numbers.shape[0], heads, -1), r.factor) for r in rows)
 
-    def evaluate(self, x: Tensor, vec: Tensor, keep: bool) -> Tensor:
-        """The function. x: [N, M, C], contiguous; vec: [E, 3]. keep: what :meth:`gradients` takes over."""
+    def evaluate(self, x: Tensor, vec: Tensor) -> Tensor:
+        """The function. x: [N, M, C], contiguous; vec: [E, 3]. Keeps what :meth:`gradients` takes over."""
         h = self._normal(x)
         query, key = self._queries_and_keys(h)
         given = Given(vec, query, key, self._values(h))
@@ -135,13 +135,14 @@ class HalfBlock:
         del h
 
         def finish(chunk: EdgeChunk, outer: Tensor) -> None:
-            rows, factor = contract_rows(self.step.coupling, outer.view(chunk.num_nodes, -1, channels))
+            summed = outer.view(chunk.num_nodes, -1, channels)
+            rows, factor = contract_rows(self.step.coupling, summed, self.step.precision)
             products = rows.new_empty(chunk.num_nodes, *x.shape[1:])
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, False, products.flatten(1))
             from_products(products, factor, self.out.factors, y[chunk.nodes], bias, x[chunk.nodes])
 
-        self.step.value_of_runs(given, self.tensors, finish, None, keep)
-        self.kept = (query, key) if keep else None
+        self.step.value_of_runs(given, self.tensors, finish, None)
+        self.kept = query, key
         return y
 
     def gradients(self, grad: Tensor, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ class HalfBlock:
             products = rows.new_empty(chunk.num_nodes, paths, channels)
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, True, products.flatten(1))
             into = rows.new_empty(chunk.num_nodes, coupling.shape[0], channels)
-            launch_contract(coupling, products, into)
+            launch_contract(coupling, products, into, self.step.precision)
             return Rows(into, factor * self.out.largest)
 
         found = self.step.gradients_of_runs(given, outer, self.tensors, [0, 1, 2, 3])
@@ -187,7 +188,7 @@ class _Block(torch.autograd.Function):
         ctx.block, ctx.operations = block, operations
         x = x.contiguous()
         ctx.save_for_backward(x, vec)
-        return block.evaluate(x, vec, any(ctx.needs_input_grad))
+        return block.evaluate(x, vec)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

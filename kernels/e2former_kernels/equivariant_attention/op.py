@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.again import computed_again
-from e2former_kernels.common.backend import triton_problem
+from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, Plan, plan_of
 from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
@@ -326,6 +326,7 @@ def make_step(
     pieces: Pieces,
     graph: GraphTensors,
     form: Form,
+    mode: Mode,
     table: RadialTable | None,
     max_run_edges: int | None = None,
     edges: EdgeList | None = None,
@@ -365,12 +366,11 @@ def make_step(
     if images is not None:
         return _Recomputed(plan_of(function, chunks, arguments))
     if table is not None:
-        check_table(table, pieces.value, 2 * spec.num_heads, pieces.radial)
+        check_table(table, pieces.value, 2 * spec.num_heads, mode.trained)
     relative = spec.order == 1 and form == "relative"
     directions = 3 if relative else 1
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pieces.radial)
-    if half and trained:
-        raise ValueError("half: expected false where the radial network's weights need gradients")
+    if half and mode.trained:
+        raise ValueError("half: expected false where weights are trained")
     # of an edge, and its share of the receivers' outer products, at some thirty edges each; their gradients may be half
     share = 64 if half else 32
     per_edge = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // share
@@ -382,7 +382,7 @@ def make_step(
     elif spec.score == "qk_dot_scalar":
         per_edge += 5 * spec.num_heads + 3 * spec.num_rows
     budget, single = FUSED_NUMBERS, SINGLE_NUMBERS
-    if trained:
+    if mode.trained:
         budget = single = TRAINING_NUMBERS
     fused_size = max_run_edges or run_size(source.numel(), per_edge, budget, single)
     second_numbers, second_budget = second_numbers_of(spec, pieces), SECOND_NUMBERS
@@ -401,6 +401,8 @@ def make_step(
         "plan": plan_of(function, chunks, arguments),
         "table": table,
         "half": half,
+        "trained": mode.trained,
+        "precision": mode.dot(pieces.value.dtype),
     }
     if spec.score == "qk":
         return FusedAttention(**parts)
@@ -431,7 +433,9 @@ def _settings(
     return Settings([rows, intervals, *integers, *flags(index), *flags(pieces.every())], numbers, words)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> FusedAttention | _Recomputed:
+def _make_step(
+    tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode
+) -> FusedAttention | _Recomputed:
     _, intervals, lmax, heads, basis, order, exponent, max_run, *known = settings.integers
     form, score, norm, inverse_distance = settings.words.split()
     *graph, knots, pair_row = with_gaps(index, known[:10])
@@ -443,7 +447,7 @@ def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -
         lmax, heads, basis, cutoff, score, norm, order, inverse_distance, exponent, tuple(bell) if bell else None
     )
     pieces = Pieces.of(with_gaps(tensors, known[10:]))
-    return make_step(spec, pieces, GraphTensors(*graph), form, table, max_run or None)
+    return make_step(spec, pieces, GraphTensors(*graph), form, mode, table, max_run or None)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -486,6 +490,7 @@ def equivariant_attention(
     value_again: Callable[[], Tensor] | None = None,
     edges: EdgeList | None = None,
     half: bool = False,
+    mode: Mode = EXACT,
 ) -> Tensor:
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
@@ -500,7 +505,7 @@ def equivariant_attention(
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
-    TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under torch.compile
+    TypeError or RuntimeError for arguments that do not fit or a device without Triton. Where ``mode`` is compiled,
     ``value_again``, ``edges`` and ``half`` have no effect; see :mod:`e2former_kernels.common.registered`.
     """
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
@@ -513,8 +518,8 @@ def equivariant_attention(
     if coupling is not None:
         coupling = coupling.to(dtype)
     graph = GraphTensors(source, target, row_ptr, species, coupling, source_order, source_ptr, image)
-    if torch.compiler.is_compiling():
+    if mode.compiled:
         index = (*graph, *(table or (None,) * 5)[:2])
         settings = _settings(spec, pieces, index, form, table, max_run_edges)
-        return _registered(there(pieces.every()), there(index), settings)
-    return _run(spec, pieces, value_again, graph, form, table, max_run_edges, edges, half)
+        return _registered(there(pieces.every()), mode, there(index), settings)
+    return _run(spec, pieces, value_again, graph, form, mode, table, max_run_edges, edges, half)

@@ -16,7 +16,6 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.half import Rows, half_rows, new_rows
-from e2former_kernels.common.radial_kernel import dot_precision
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernel
 
@@ -108,8 +107,11 @@ def launch_pair_sum(
     )  # fmt: skip
 
 
-def launch_contract(matrix: Tensor, x: Tensor, out: Tensor) -> None:
-    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous; x and out may be float16."""
+def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> None:
+    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous; x and out may be float16.
+
+    precision: ``input_precision`` of ``tl.dot``.
+    """
     nodes, inner, channels = x.shape
     if not out.numel():
         return
@@ -117,27 +119,27 @@ def launch_contract(matrix: Tensor, x: Tensor, out: Tensor) -> None:
     kernel.contract_kernel[nodes, triton.cdiv(channels, block)](
         matrix, x, out, matrix.shape[0], inner, channels,
         PP=max(next_power(matrix.shape[0]), 16), KP=max(next_power(inner), 16), BC=block,
-        PRECISION=dot_precision(matrix.dtype), num_warps=4,
+        PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
 
 LARGEST_CONTRACTION = 1 << 15  # numbers that one program holds, 128 a thread
 
 
-def contract_rows(matrix: Tensor, x: Tensor) -> Rows:
-    """matrix [P, K] times x [n, K, C] as float16 rows [n, P, C] with factors [n]; all float32, contiguous."""
+def contract_rows(matrix: Tensor, x: Tensor, precision: str) -> Rows:
+    """:func:`launch_contract` to float16 rows [n, P, C] with factors [n]; matrix and x are float32."""
     nodes, inner, channels = x.shape
     paths = matrix.shape[0]
     block, padded = max(next_power(channels), 16), max(next_power(paths), 16)
     if block * padded > LARGEST_CONTRACTION:
         out = x.new_empty(nodes, paths, channels)
-        launch_contract(matrix, x, out)
+        launch_contract(matrix, x, out, precision)
         return half_rows(out)
     rows = new_rows(x, nodes, paths, channels)
     if rows.numbers.numel():
         kernel.contract_rows_kernel[(nodes,)](
             matrix, x, *rows, paths, inner, channels, PP=padded, KP=max(next_power(inner), 16), BC=block,
-            PRECISION=dot_precision(matrix.dtype), num_warps=8 if block * padded > 4096 else 4,
+            PRECISION=precision, num_warps=8 if block * padded > 4096 else 4,
         )  # fmt: skip
     return rows
 

@@ -191,13 +191,14 @@ def second_derivative(
             if step.coupling is None:
                 by_grad[chunk.nodes] = outer.view(receivers, value_rows, channels)
             else:
-                launch_contract(step.coupling, outer.view(receivers, -1, channels), by_grad[chunk.nodes])
+                summed = outer.view(receivers, -1, channels)
+                launch_contract(step.coupling, summed, by_grad[chunk.nodes], step.precision)
         if again == [0]:
             return
         if transposed is None:
             outer = grad[chunk.nodes].view_as(outer)
         else:
-            launch_contract(transposed, grad[chunk.nodes], outer.view(receivers, -1, channels))
+            launch_contract(transposed, grad[chunk.nodes], outer.view(receivers, -1, channels), step.precision)
         by_weight = grad.new_empty(2, number, heads)
         sums = grad.new_empty(2, receivers, heads)
         scale_parts = grad.new_empty(blocks if by_scale else 1, number, 2 * directions)

@@ -37,9 +37,9 @@ class HalfWeights(NamedTuple):
     last_bias: Tensor  # [M, C], zero but for row 0
 
 
-def half_weights(weights: Weights) -> HalfWeights:
-    """What the products take, made of weights that do not change."""
-    with float32_products():
+def half_weights(weights: Weights, precision: str) -> HalfWeights:
+    """What the products take, made of weights that do not change. precision: of products outside."""
+    with float32_products(precision):
         both = (weights.gate_weight @ weights.weight1[0]).unsqueeze(0)
         gate_bias = torch.addmv(weights.gate_bias, weights.gate_weight, weights.bias1)
     gates, gate_factor = half_weight(both)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.registered import Settings, register
@@ -21,6 +22,7 @@ from e2former_kernels.feedforward.reference import gated_feedforward_reference
 class _FeedForward:
     plan: Plan
     residual: bool
+    trained: bool
     prepared: HalfWeights | Weights | None  # of frozen weights, kept by the caller
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
@@ -30,7 +32,7 @@ class _FeedForward:
         if "weights" in self.cache:
             return self.cache["weights"]
         rows = of_rows(weights)
-        if any(w.requires_grad for w in weights):
+        if self.trained:
             self.cache["weights"] = rows
         return rows
 
@@ -62,7 +64,9 @@ class _FeedForward:
         return [found[n] for n in again]
 
 
-def _step(residual: bool, prepared: HalfWeights | Weights | None, x: Tensor, *weights: Tensor) -> _FeedForward:
+def _step(
+    residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, x: Tensor, *weights: Tensor
+) -> _FeedForward:
     norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2 = weights
     degrees, channels = norm_weight.shape[0], x.shape[-1]
     gates, square = degrees * channels, ("lmax+1, C, C", (degrees, channels, channels))
@@ -74,21 +78,21 @@ def _step(residual: bool, prepared: HalfWeights | Weights | None, x: Tensor, *we
         weight2=(weight2, *square), bias2=(bias2, "C", (channels,)),
     )  # fmt: skip
     function = functools.partial(gated_feedforward_reference, residual=residual)
-    if prepared is not None and any(w.requires_grad for w in weights):
-        raise ValueError("gated_feedforward: prepared: expected None where weights need gradients")
-    return _FeedForward(node_plan(function, [x], list(weights)), residual, prepared)
+    if prepared is not None and mode.trained:
+        raise ValueError("gated_feedforward: prepared: expected None where weights are trained")
+    return _FeedForward(node_plan(function, [x], list(weights)), residual, mode.trained, prepared)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _FeedForward:
-    return _step(bool(settings.integers[0]), None, *tensors)
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _FeedForward:
+    return _step(bool(settings.integers[0]), mode, None, *tensors)
 
 
 _registered = register("gated_feedforward", _make_step, lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
 
 
 @torch.compiler.disable()
-def _run(residual: bool, prepared: HalfWeights | Weights | None, *tensors: Tensor) -> Tensor:
-    return run_step(_step(residual, prepared, *tensors), list(tensors))
+def _run(residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, *tensors: Tensor) -> Tensor:
+    return run_step(_step(residual, mode, prepared, *tensors), list(tensors))
 
 
 def gated_feedforward(
@@ -103,16 +107,17 @@ def gated_feedforward(
     bias2: Tensor,
     residual: bool = False,
     prepared: HalfWeights | Weights | None = None,
+    mode: Mode = EXACT,
 ) -> Tensor:
     """The function of :func:`gated_feedforward_reference` with Triton kernels; differentiable to any order.
 
     residual: plus x, without another pass over either with float16 rows. prepared: of weights that do not change and
     need no gradient, :func:`.half.half_weights` for value and gradient by x with float16 rows (``half.py``), or
-    :func:`.passes.of_rows`; float32 and made here when None; not under torch.compile.
-    Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without Triton. Under
-    torch.compile: see :mod:`e2former_kernels.common.registered`.
+    :func:`.passes.of_rows`; float32 and made here when None; without effect where ``mode`` is compiled, for which see
+    :mod:`e2former_kernels.common.registered`. Raises ValueError, TypeError or RuntimeError for arguments that do not
+    fit or a device without Triton.
     """
     tensors = (x, norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
-    if torch.compiler.is_compiling():
-        return _registered(list(tensors), settings=Settings([int(residual)]))
-    return _run(residual, prepared, *tensors)
+    if mode.compiled:
+        return _registered(list(tensors), mode, settings=Settings([int(residual)]))
+    return _run(residual, mode, prepared, *tensors)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.checks import check_node_operation
 from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.registered import Settings, register
@@ -94,7 +95,7 @@ def _step(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> _Nor
     return _Norm(node_plan(_function, [x] if shift is None else [x, shift], [weight, bias]), shift is not None)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> _Norm:
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Norm:
     x, *shift, weight, bias = tensors
     return _step(x, weight, bias, shift[0] if shift else None)
 
@@ -107,15 +108,16 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tenso
     return run_step(_step(x, weight, bias, shift), [t for t in (x, shift, weight, bias) if t is not None])
 
 
-def equivariant_rms_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
+def equivariant_rms_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None, mode: Mode = EXACT
+) -> Tensor:
     """The function of :func:`equivariant_rms_norm_reference` with Triton kernels; differentiable to any order.
 
     A shift in half precision (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for
-    arguments that do not fit or a device without Triton. Under torch.compile: see
-    :mod:`e2former_kernels.common.registered`.
+    arguments that do not fit or a device without Triton. Compiled: see :mod:`e2former_kernels.common.registered`.
     """
     if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
         shift = shift.to(x.dtype)
-    if torch.compiler.is_compiling():
-        return _registered([t for t in (x, shift, weight, bias) if t is not None])
+    if mode.compiled:
+        return _registered([t for t in (x, shift, weight, bias) if t is not None], mode)
     return _run(x, weight, bias, shift)

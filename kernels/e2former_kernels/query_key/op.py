@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.again import computed_again
+from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.registered import register
+from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.step import node_plan, run_step
 from e2former_kernels.query_key.half import HalfWeights, query_key_gradient, query_key_value
 from e2former_kernels.query_key.passes import RowWeights, forward_run, gradients, outputs, row_weights, runs
@@ -25,6 +26,7 @@ def _apart(grad: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _QueryKey:
     plan: Plan
+    trained: bool
     prepared: HalfWeights | RowWeights | None = None  # of frozen weights, kept by the caller
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
@@ -34,7 +36,7 @@ class _QueryKey:
         if "rows" in self.cache:
             return self.cache["rows"]
         rows = row_weights(weights)
-        if any(w.requires_grad for w in weights):
+        if self.trained:
             self.cache["rows"] = rows
         return rows
 
@@ -45,7 +47,7 @@ class _QueryKey:
             return query_key_value(h, self.prepared).transpose(0, 1)
         out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
         rows = self._rows(weights)
-        for run in runs(h, rows, 1):
+        for run in runs(h, rows, 1, self.trained):
             outputs(forward_run(h[run.nodes], None, rows).hidden[:, 0], rows, out[:, run.nodes])
         return out.transpose(0, 1)  # in memory queries and keys lie apart, as the attention reads them
 
@@ -54,7 +56,7 @@ class _QueryKey:
         weights = QueryKeyWeights(*rest)
         if isinstance(self.prepared, HalfWeights):
             return [query_key_gradient(_apart(grad).transpose(0, 1), h, self.prepared)]
-        by_h, by_weights, _ = gradients(_apart(grad), h, None, self._rows(weights), any(wanted))
+        by_h, by_weights, _ = gradients(_apart(grad), h, None, self._rows(weights), any(wanted), self.trained)
         found = [by_h, *(by_weights or ())]
         return [found[n] for n in wanted]
 
@@ -65,17 +67,20 @@ class _QueryKey:
             return None
         h, *rest = (t.contiguous() for t in tensors)
         rows, by_weights = self._rows(QueryKeyWeights(*rest)), any(n > 1 for n in again)
-        by_h, by_weights, tangent = gradients(_apart(grad), h, cotangents[0].contiguous(), rows, by_weights)
+        given = _apart(grad), h, cotangents[0].contiguous()
+        by_h, by_weights, tangent = gradients(*given, rows, by_weights, self.trained)
         found = [tangent.transpose(0, 1), by_h, *(by_weights or ())]
         return [found[n] for n in again]
 
 
-def _step(h: Tensor, weights: QueryKeyWeights, prepared: HalfWeights | RowWeights | None = None) -> _QueryKey:
+def _step(
+    h: Tensor, weights: QueryKeyWeights, mode: Mode, prepared: HalfWeights | RowWeights | None = None
+) -> _QueryKey:
     check_query_key(h, weights)
-    if prepared is not None and any(w.requires_grad for w in weights):
-        raise ValueError("query_key: prepared: expected None where weights need gradients")
+    if prepared is not None and mode.trained:
+        raise ValueError("query_key: prepared: expected None where weights are trained")
     plan = node_plan(lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)), [h], list(weights))
-    return _QueryKey(plan, prepared)
+    return _QueryKey(plan, mode.trained, prepared)
 
 
 def _shape(tensors: list[Tensor], *_) -> Tensor:
@@ -83,13 +88,17 @@ def _shape(tensors: list[Tensor], *_) -> Tensor:
     return h.new_empty(2, h.shape[0], out_weight.shape[1]).transpose(0, 1)
 
 
-_registered = register("query_key", lambda tensors, *_: _step(tensors[0], QueryKeyWeights(*tensors[1:])), _shape)
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _QueryKey:
+    return _step(tensors[0], QueryKeyWeights(*tensors[1:]), mode)
+
+
+_registered = register("query_key", _make_step, _shape)
 
 
 @torch.compiler.disable()
-def _run(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None, prepared) -> Tensor:
+def _run(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None, mode: Mode, prepared) -> Tensor:
     with computed_again((h, h_again)):
-        return run_step(_step(h, weights, prepared), [h, *weights])
+        return run_step(_step(h, weights, mode, prepared), [h, *weights])
 
 
 def query_key(
@@ -97,14 +106,15 @@ def query_key(
     weights: QueryKeyWeights,
     h_again: Callable[[], Tensor] | None = None,
     prepared: HalfWeights | RowWeights | None = None,
+    mode: Mode = EXACT,
 ) -> Tensor:
     """The function of :func:`query_key_reference` with Triton kernels; differentiable to any order.
 
     h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.again`). prepared: of weights that
     do not change and need no gradient, :func:`.half.half_weights` for value and gradient by h with float16 rows
-    (``half.py``), or :func:`.passes.row_weights`; float32 and made here when None. Both not under torch.compile, for
-    which see :mod:`e2former_kernels.common.registered`.
+    (``half.py``), or :func:`.passes.row_weights`; float32 and made here when None. Both have no effect where ``mode``
+    is compiled, for which see :mod:`e2former_kernels.common.registered`.
     """
-    if torch.compiler.is_compiling():
-        return _registered([h, *weights])
-    return _run(h, weights, h_again, prepared)
+    if mode.compiled:
+        return _registered([h, *weights], mode)
+    return _run(h, weights, h_again, mode, prepared)

@@ -57,12 +57,12 @@ class Gradients(NamedTuple):
     tangent: Tensor | None  # [2, N, O]
 
 
-def runs(h: Tensor, row_weights: RowWeights, parts: int) -> list[NodeRun]:
-    """Runs of nodes with products of bounded size. parts: T."""
+def runs(h: Tensor, row_weights: RowWeights, parts: int, trained: bool) -> list[NodeRun]:
+    """Runs of nodes with products of bounded size. parts: T. trained: longer ones."""
     rows = row_weights.rows
     node = parts * h.shape[1] * rows.shape[1] * rows.element_size()
     budget = min(max(h.shape[0] * node // 2, LEAST_BYTES), MOST_BYTES)
-    if any(w.requires_grad for w in row_weights.given):
+    if trained:
         budget = TRAINING_BYTES
     return node_runs(h.shape[0], max(-(-budget // node), 16)) if h.numel() else []
 
@@ -160,7 +160,9 @@ def _reverse_run(
             add_so3_outer(sums, "weight", products.transpose(0, 1), x)
 
 
-def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, rows: RowWeights, by_weights: bool) -> Gradients:
+def gradients(
+    grad: Tensor, h: Tensor, h_dot: Tensor | None, rows: RowWeights, by_weights: bool, trained: bool
+) -> Gradients:
     """Gradients of <grad, value at h>, or of <grad, tangent along h_dot>, by h and, where asked for, the weights.
 
     grad: [2, N, O]; h, h_dot: [N, M, C]; all contiguous.
@@ -176,7 +178,7 @@ def gradients(grad: Tensor, h: Tensor, h_dot: Tensor | None, rows: RowWeights, b
             torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=tangent[:, nodes])
         _reverse_run(grad[:, nodes], h[nodes], part_dot, run, rows, by_h[nodes], sums)
 
-    for nodes, *_ in runs(h, rows, 1 if h_dot is None else 2):
+    for nodes, *_ in runs(h, rows, 1 if h_dot is None else 2, trained):
         of_run(nodes)
     return Gradients(by_h, None if sums is None else _of_weights(sums, weights), tangent)
 
