@@ -57,8 +57,8 @@ class Graph:
     halo: Halo | None = None
     #: CSR by sender, sorted when it is first asked for; None: made here.
     senders: Transposed | None = field(default=None, repr=False, compare=False)
-    #: Whether whatever is made of the edges may depend on their number alone (for CUDA graphs).
-    one_run: bool = field(default=False, repr=False, compare=False)
+    #: Not 0: whatever is made of the edges may depend on their number alone, for CUDA graphs; see `EdgeList`.
+    one_run: int = field(default=0, repr=False, compare=False)
     _edge_list: EdgeList | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:

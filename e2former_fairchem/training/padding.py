@@ -35,6 +35,9 @@ __all__ = ["PaddedBatch", "PaddingCollater", "Sizes", "padded_sizes"]
 SIZES_PER_OCTAVE = 8
 #: Hydrogen; which element padding atoms have changes nothing.
 PADDING_ELEMENT = 1
+#: A step that may be captured works on all edges at once, on up to so many times what the kernels take at a time
+#: otherwise: working memory (some 3 GB at most with the paper's network) for a step without the host.
+_MOST_RUNS = 2
 #: Bytes from which a tensor may start in a batch's block.
 _ALIGNMENT = 256
 
@@ -254,7 +257,7 @@ def padded_graph(given: Mapping[str, Tensor], pos: Tensor, cell: Tensor, cutoff:
     senders = Transposed(given["source"], nodes, given["order"], given["source_ptr"])
     graph = Graph(
         given["source"], given["target"], pos, None, None, given["row_ptr"], cutoff, nodes,
-        senders=senders, one_run=one_run,
+        senders=senders, one_run=_MOST_RUNS if one_run else 0,
     )  # fmt: skip
     with torch.autocast(pos.device.type, enabled=False):
         apart = row_differences(pos.double(), graph.target, graph.source, graph.by_target, graph.by_source)

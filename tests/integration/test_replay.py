@@ -29,6 +29,7 @@ from e2former_fairchem.training.recorders import LossRecorder
 from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.schedule import warmup_cosine
 from e2former_fairchem.training.unit import TrainEvalUnit
+from e2former_kernels.common.plan import EdgeList, SeveralRuns
 
 GRADIENT = {"efs": {"module": "e2former_fairchem.heads.E2FormerV2GradientHead", "prefix": "omol"}}
 DIRECT = {
@@ -280,6 +281,30 @@ def test_captured_sizes(
     train(again, batches())
     assert again._replays.refused == "no room" and caplog.text.count("capturing a training step failed") == 3
     assert not same(before, state_of(again)), "the steps were taken"
+
+
+def test_edges_of_several_runs(
+    build: Callable, batches: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Up to twice the edges of a run are one run; with more the step is taken without a graph, and said once a size."""
+    number = torch.arange(100)
+    edges = {"source": number, "target": number, "row_ptr": torch.arange(101), "species": number}
+    (whole,) = EdgeList(**edges, one_run=2).runs(50)
+    assert whole.num_edges == 100 and len(EdgeList(**edges).runs(50)) == 2
+    with pytest.raises(SeveralRuns, match="100 edges, 49 in a run"):
+        EdgeList(**edges, one_run=2).runs(49)
+    expected = train(padded(unit_of(build)), batches())
+    unit, plain = padded(unit_of(build)), Replays._compute
+
+    def compute(self: Replays, given: dict[str, Tensor], one_run: bool = True) -> dict[str, Tensor]:
+        if one_run:
+            raise SeveralRuns("many edges")
+        return plain(self, given, one_run)
+
+    monkeypatch.setattr(Replays, "_compute", compute)
+    found = train(unit, [*batches(), *batches()])
+    assert all(same(a, b) for a, b in zip(expected, found, strict=False))
+    assert caplog.text.count("their edges take several runs (many edges)") == len({*unit._replays._steps})
 
 
 def test_what_is_not_replayed_says_why(build: Callable, caplog: pytest.LogCaptureFixture) -> None:

@@ -104,8 +104,9 @@ class EdgeList:
         species: [N'], atomic numbers of the senders; receivers come first.
         source_order: [E], the stable permutation that sorts the edges by sender; made when None.
         source_ptr: [senders + 1], its pointer; made when None.
-        one_run: all that is made depends on the number of edges alone, not on the edges; :class:`SeveralRuns` where it
-            cannot. For CUDA graphs, whose replays see other edges in the same memory.
+        one_run: all that is made depends on the number of edges alone, not on the edges. For CUDA graphs, whose replays
+            see other edges in the same memory. A number above one: for up to so many times the edges that a run takes
+            otherwise; :class:`SeveralRuns` for more.
         senders: number of rows that ``source`` counts; None: those of ``species``.
     """
 
@@ -118,7 +119,7 @@ class EdgeList:
         source_order: Tensor | None = None,
         source_ptr: Tensor | None = None,
         *,
-        one_run: bool = False,
+        one_run: int = 0,
         senders: int | None = None,
     ) -> None:
         self.source, self.target, self.row_ptr, self.species = (
@@ -132,8 +133,10 @@ class EdgeList:
     def runs(self, max_edges: int) -> list[EdgeChunk]:
         """Runs of whole receivers with at most ``max_edges`` edges; a receiver with more gets a run of its own."""
         max_edges = min(max_edges, max(self.source.numel(), 1))  # one run is one run
-        if self.one_run and self.source.numel() > max_edges:
-            raise SeveralRuns(f"{self.source.numel()} edges, {max_edges} in a run")
+        if self.one_run:
+            if self.source.numel() > self.one_run * max_edges:
+                raise SeveralRuns(f"{self.source.numel()} edges, {max_edges} in a run")
+            max_edges = max(self.source.numel(), 1)
         if max_edges not in self._runs:
             with torch.no_grad():
                 self._runs[max_edges] = self._build(max_edges)
