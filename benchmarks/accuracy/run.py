@@ -4,7 +4,7 @@
     python benchmarks/accuracy/run.py 3bpa backbone.num_layers=4 --data FOLDER --networks e2former_v2 --steps 40000
     python benchmarks/accuracy/run.py --tables
 
-FOLDER has the xyz files as they are published (github.com/davkovacs/BOTNet-datasets). Each run is fairchem's own command
+FOLDER has the xyz files as published (github.com/davkovacs/BOTNet-datasets). Each run is fairchem's own command
 line in a process of its own, on configs/quickstart.yaml or configs/baselines/escn_md_quickstart.yaml with 64 channels,
 3 layers, 5 Å and batches of 10, of 450 structures; 50 others validate. KEY=VALUE overrides are of all trainings of a
 call and stand in the results. A finished run is one JSON file; runs that have theirs are left out. A run that was

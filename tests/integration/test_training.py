@@ -24,6 +24,7 @@ from torch.distributed import checkpoint as dcp
 from torch.utils.data import DataLoader
 from torchtnt.framework.unit import TTrainUnit
 
+from e2former_fairchem.training import unit
 from e2former_fairchem.training.callbacks import (
     Checkpoints,
     Progress,
@@ -498,3 +499,32 @@ def test_train_evaluate_and_fine_tune(
     for key, value in before.ema_state_dict.items():
         if key != "n_averaged":  # at a learning rate of zero the weights are the averaged ones it started from
             torch.testing.assert_close(after.model_state_dict[key.removeprefix("module.")], value)
+
+
+@pytest.mark.slow
+def test_steps_padded_by_the_loader(
+    repo: Path, launch: Callable, tiny: Sequence[str], fake_omol25: Sequence[str], elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What a GPU trains from, here without graphs: the loader's workers pad; losses of every step are fairchem's."""
+    common = (*tiny, *fake_omol25, "dataset=folders", "element_references=spice", "epochs=2", "evaluate_every=2")
+    common += ("batch_size=5", "num_workers=1", "runner.callbacks.1.every_n_steps=1")
+    launch(repo / "configs" / "quickstart.yaml", *common, "job.run_dir=eager", "runner.train_eval_unit.replay=off")
+    monkeypatch.setattr(unit, "why_no_graphs", lambda model: None)
+    for name in ("Replays", "Update"):
+        plain = getattr(unit, name)
+        monkeypatch.setattr(
+            unit, name, lambda *args, plain=plain, **options: plain(*args, **options | {"capture": False})
+        )
+    launch(repo / "configs" / "quickstart.yaml", *common, "job.run_dir=padded")
+    eager, padded = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for folder in ("eager", "padded")
+        for file in (elsewhere / folder).glob("*/metrics.jsonl")
+    )
+    assert len(eager) == len(padded) >= 10
+    for one, other in zip(eager, padded, strict=True):
+        assert (one["kind"], one["step"]) == (other["kind"], other["step"])
+        if one["kind"] == "train":
+            for key in ("loss", "grad_norm", "lr"):
+                assert other[key] == pytest.approx(one[key], rel=1e-3), (one["step"], key)
