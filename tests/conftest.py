@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
+import importlib.util
 import logging
 import os
 import signal
@@ -10,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +40,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # what modules hold stays: each of thousands of gc.collect() would walk it for half a second
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # C++ bindings count what is left at the end
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """Triton's interpreter without what it does again and again for nothing, two fifths of its time.
+
+    It puts its functions into `triton.language` at every call of a kernel and of every function in one: once will do.
+    It computes the operands of overflow checks and does not make these unless `debug` is set.
+    """
+    if torch.cuda.is_available() or not importlib.util.find_spec("triton"):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    done = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda function: type(done)()
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 
 
 @pytest.fixture(scope="session")
