@@ -50,16 +50,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     """E2Former-V2 (arXiv:2601.16622) behind fairchem's backbone interface.
 
     The network's keys (``lmax`` to ``max_num_elements``) are those of `e2former_fairchem.config.E2FormerV2Config`,
-    which documents and checks them. Of the backbone alone are:
-
-    max_neighbors: keep only the nearest so many neighbours (the authors: 32); None, the default, keeps every atom
-        within the cutoff. Truncation makes energy and forces discontinuous.
-    otf_graph: build graphs here; False takes ``edge_index`` and ``cell_offsets`` from the data.
-    direct_forces: forces come from a head, not from the energy's gradient. regress_forces, regress_stress: what heads
-        that differentiate return.
-    dataset_mapping: names of the data sets whose tasks this backbone accepts (to the name of their head), or None for
-        any.
-    strict_elements: refuse structures with elements that training never saw, instead of a warning.
+    which documents and checks them. Of the backbone alone are those below.
 
     ``forward`` returns ``node_embedding`` [N, (lmax+1)^2, C] in e3nn's order and sign (rows of a degree l: l^2 to
     (l+1)^2 - 1, degree 1 as x, y, z), and ``batch``. It sets ``batch_full`` and ``atomic_numbers_full`` in the data,
@@ -69,7 +60,21 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     The buffer ``elements_seen`` [max_num_elements + 1] is 1 for the atomic numbers of the batches that the weights were
     trained on, by any worker. Its entry 0 is 0, and all others 1, until training begins; all are 1 where nothing is
     known, as in checkpoints without the buffer.
-    Raises TypeError for an unknown key and ValueError for a value or a combination that cannot be.
+
+    Args:
+        max_neighbors: keep only the nearest so many neighbours (the authors: 32); None, the default, keeps every atom
+            within the cutoff. Truncation makes energy and forces discontinuous.
+        otf_graph: build graphs here; False takes ``edge_index`` and ``cell_offsets`` from the data.
+        direct_forces: forces come from a head, not from the energy's gradient.
+        regress_forces: heads that differentiate return forces.
+        regress_stress: heads that differentiate return stress.
+        dataset_mapping: names of the data sets whose tasks this backbone accepts (to the name of their head), or None
+            for any.
+        strict_elements: refuse structures with elements that training never saw, instead of a warning.
+
+    Raises:
+        TypeError: an unknown key.
+        ValueError: a value or a combination that cannot be.
     """
 
     def __init__(

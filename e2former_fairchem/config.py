@@ -57,23 +57,33 @@ def _integer(key: str, value: Any, low: int, high: int | None = None) -> None:
 class E2FormerV2Config:
     """Configuration of :class:`e2former_fairchem.model.E2FormerV2`. Names and meanings: the backbone's keys.
 
-    lmax: highest degree of node features, 1 to 4. sphere_channels: C. num_layers: blocks. num_heads: H, divides C.
-    head_dim: S, width of a head's query and key (H * S even). num_radial_basis: Gaussians on [0, cutoff].
-    radial_width: hidden width of the radial networks (null: min(128, num_radial_basis // 2), the authors').
-    value_multiplicity: channels per head after the order-1 contraction, before the output projection (null: C / H).
-    edge_layer_norm: layer norms in the edge-degree embedding's radial networks.
-    inverse_distance: ``v2`` 1/(d+1e-8), ``v1_5`` 1/max(d,1e-6). cutoff: Å.
-    score: ``qk``, ``qk_dot``, ``qk_dot_scalar``. message_order: 0 or 1, for all layers or one each.
-    attention_norm: ``smooth`` or the authors'. envelope_exponent: 3 (release v2) or 5 (release v1.5).
-    atom_embedding: add the element/charge/spin embedding to the initial scalars.
-    reflection_equivariant: O(3) instead of SO(3): drop the cross-product paths.
-    long_range: null or {layers, lower, upper, envelope}.
-    convolution: form of the order-1 convolution. kernel_backend: who computes it.
-    activation_checkpointing: recompute every block in the backward pass.
-    cuda_graph: replay repeated evaluations of small systems from CUDA graphs (frozen weights, Triton kernels).
-    max_num_elements: highest atomic number.
+    Args:
+        lmax: highest degree of node features, 1 to 4.
+        sphere_channels: C.
+        num_layers: blocks.
+        num_heads: H, divides C.
+        head_dim: S, width of a head's query and key (H * S even).
+        num_radial_basis: Gaussians on [0, cutoff].
+        radial_width: hidden width of the radial networks (None: min(128, num_radial_basis // 2), the authors').
+        value_multiplicity: channels per head after the order-1 contraction, before the output projection (None: C / H).
+        edge_layer_norm: layer norms in the edge-degree embedding's radial networks.
+        inverse_distance: ``v2`` 1/(d+1e-8), ``v1_5`` 1/max(d,1e-6).
+        cutoff: Å.
+        score: ``qk``, ``qk_dot``, ``qk_dot_scalar``.
+        message_order: 0 or 1, for all layers or one each.
+        attention_norm: ``smooth`` or the authors'.
+        envelope_exponent: 3 (release v2) or 5 (release v1.5).
+        atom_embedding: add the element/charge/spin embedding to the initial scalars.
+        reflection_equivariant: O(3) instead of SO(3): drop the cross-product paths.
+        long_range: None or {layers, lower, upper, envelope}.
+        convolution: form of the order-1 convolution.
+        kernel_backend: who computes it.
+        activation_checkpointing: recompute every block in the backward pass.
+        cuda_graph: replay repeated evaluations of small systems from CUDA graphs (frozen weights, Triton kernels).
+        max_num_elements: highest atomic number.
 
-    Raises ValueError naming the key, what was expected and what came.
+    Raises:
+        ValueError: naming the key, what was expected and what came.
     """
 
     lmax: int = 2

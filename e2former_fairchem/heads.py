@@ -55,10 +55,12 @@ class _Head(nn.Module, HeadInterface):
 class E2FormerV2EnergyHead(_Head):
     """Energy of each structure as a sum of atomic energies (docs/network.md, section 9.1); no derivatives.
 
-    prefix: outputs are called ``{prefix}_energy`` instead of ``energy``. wrap_property: wrap the tensors as fairchem's
-    trainer expects them.
-    Returns ``{"energy": {"energy": [B] float64, "atom_energy": [N]}}`` (eV, in the units of the training target), or
-    ``{"energy": [B]}`` unwrapped. The sum over atoms is taken in float64, in the order of the atoms.
+    ``forward`` returns ``{"energy": {"energy": [B] float64, "atom_energy": [N]}}`` (eV, in the units of the training
+    target), or ``{"energy": [B]}`` unwrapped. The sum over atoms is taken in float64, in the order of the atoms.
+
+    Args:
+        prefix: outputs are called ``{prefix}_energy`` instead of ``energy``.
+        wrap_property: wrap the tensors as fairchem's trainer expects them.
     """
 
     def __init__(
@@ -89,9 +91,15 @@ class E2FormerV2EnergyHead(_Head):
 class E2FormerV2DirectForceHead(_Head):
     """Forces read off the vector features, not derived from an energy (docs/network.md, section 9.3).
 
-    kind: ``linear`` or ``painn`` (two gated equivariant blocks). prefix, wrap_property: as for the energy head.
-    Returns ``{"forces": {"forces": [N, 3]}}``, eV/Å. Raises ValueError when the backbone is set up for conserving
-    forces.
+    ``forward`` returns ``{"forces": {"forces": [N, 3]}}``, eV/Å.
+
+    Args:
+        kind: ``linear`` or ``painn`` (two gated equivariant blocks).
+        prefix: as for the energy head.
+        wrap_property: as for the energy head.
+
+    Raises:
+        ValueError: the backbone is set up for conserving forces.
     """
 
     def __init__(
@@ -127,9 +135,13 @@ class E2FormerV2GradientHead(_Head):
     properties: ``energy`` [B] float64 (with ``atom_energy`` [N]), ``forces`` [N, 3] = -dE/dr in eV/Å, ``stress`` [B, 9]
     = dE/dstrain / volume in eV/Å^3 (fairchem's convention: symmetric strain of positions and cell; structures without
     a periodic direction have no volume and zero stress), ``hessian`` [1, 3N, 3N] = d2E/dr2 in eV/Å^2 of a batch of one.
-    prefix, wrap_property: as for the energy head.
-    Raises ValueError when the backbone is set up for direct forces, for a Hessian of several structures at once, and
-    for a vmapped Hessian.
+
+    Args:
+        prefix: as for the energy head.
+        wrap_property: as for the energy head.
+
+    Raises:
+        ValueError: the backbone is set up for direct forces; a Hessian of several structures at once, or a vmapped one.
     """
 
     def __init__(

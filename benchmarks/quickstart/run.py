@@ -1,4 +1,4 @@
-"""The README's quickstart table: both networks trained from several seeds, their surface checks, mean and range.
+"""The quickstart's tables of errors: both networks trained from several seeds, their surface checks, mean and range.
 
 Each run is fairchem's own command line in a process of its own, on one core, as many side by side as asked for:
 training, then `configs/evaluate/pes.yaml` on its checkpoint, then the errors molecule by molecule. A seed sets initial
@@ -305,42 +305,65 @@ class Tables:
             cells[name] = f"**{text}**" if better else text
         return self._row(title, cells)
 
+    def _errors(self, key: str) -> list[str]:
+        """Energies, forces, and forces against zero forces, on a set of held-out structures."""
+        energy = lambda r: r["metrics"][key]["energy_mev_per_atom"]  # noqa: E731
+        force = lambda r: r["metrics"][key]["force_mae"]  # noqa: E731
+        share = lambda r: 100 * r["metrics"][key]["share_of_zero_forces"]  # noqa: E731
+        digits = "{:.1f}" if key == "omol.val_known" else "{:.0f}"
+        return [
+            self._compared(f"{SETS[key]}: energy, meV/atom", energy, [(energy, digits)]),
+            self._compared(f"{SETS[key]}: forces, eV/Å", force, [(force, "{:.3f}")]),
+            self._compared(f"{SETS[key]}: forces, % of zero forces'", share, [(share, "{:.1f}")]),
+        ]
+
+    def _time(self) -> str:
+        seconds = lambda r: r["training"]["processor_seconds"]  # noqa: E731
+        return self._compared("processor time of the whole command, s", seconds, [(seconds, "{:.0f}")])
+
     def errors(self) -> str:
-        """The README's table, and what it was made from."""
+        """All errors on held-out data, and what the table was made from."""
         lines = self._head("on held-out data")
         first = {name: runs[0] for name, runs in self.runs.items()}
         lines.append(self._row("parameters", {name: f"{r['parameters']:,}" for name, r in first.items()}))
         sizes = {name: f"{r['epochs']:g}, {r['steps']:,}" for name, r in first.items()}
         lines.append(self._row("epochs, steps", sizes))
-        for key, title in SETS.items():
-            energy = lambda r, key=key: r["metrics"][key]["energy_mev_per_atom"]  # noqa: E731
-            force = lambda r, key=key: r["metrics"][key]["force_mae"]  # noqa: E731
-            share = lambda r, key=key: 100 * r["metrics"][key]["share_of_zero_forces"]  # noqa: E731
-            digits = "{:.1f}" if key == "omol.val_known" else "{:.0f}"
-            lines.append(self._compared(f"{title}: energy, meV/atom", energy, [(energy, digits)]))
-            lines.append(self._compared(f"{title}: forces, eV/Å", force, [(force, "{:.3f}")]))
-            lines.append(self._compared(f"{title}: forces, % of zero forces'", share, [(share, "{:.1f}")]))
+        for key in SETS:
+            lines += self._errors(key)
         counts = {name: mean_and_range([passed(r) for r in runs], "{:g}") for name, runs in self.runs.items()}
         lines.append(self._row(f"surface checks passed, of {len(CHECKS)}", counts))
-        seconds = lambda r: r["training"]["processor_seconds"]  # noqa: E731
-        lines.append(self._compared("processor time of the whole command, s", seconds, [(seconds, "{:.0f}")]))
-        return "\n".join([*lines, "", self.caption()])
+        return "\n".join([*lines, self._time(), "", self.caption()])
 
-    def caption(self) -> str:
-        """What the tables were made from."""
-        seeds = {name: sorted(r["seed"] for r in runs) for name, runs in self.runs.items()}
-        each = sorted({len(found) for found in seeds.values()})
+    def summary(self) -> str:
+        """The README's table: errors and time, no more."""
+        lines = self._head("on held-out data")
+        for key in SETS:
+            lines += self._errors(key)[:2]
+        caption = f"Mean and range of {self._runs()}, bold where each is better than every one of the other network."
+        return "\n".join([*lines, self._time(), "", f"{caption} {self._origin()}"])
+
+    def _runs(self) -> str:
+        each = sorted({len(runs) for runs in self.runs.values()})
+        return f"{' and '.join(map(str, each))} run{'s' * (each != [1])} each"
+
+    def _origin(self) -> str:
+        """Machine, commit and command."""
         machines = sorted({r["machine"].get("gpu") or r["machine"]["processor"] for r in self.results})
         commits = sorted({r["machine"]["commit"][:7] for r in self.results})
         together = sorted({r["side_by_side"] for r in self.results})
-        changed = f", with {' '.join(self.results[0]['overrides'])}" if self.results[0]["overrides"] else ""
-        runs = f"{' and '.join(map(str, each))} run{'s' * (each != [1])} each"
         return (
-            f"Mean and range of {runs}, which differ in initial weights and order of batches{changed}; bold where each "
-            "run is better than every one of the other network. Percentages are of the mean absolute force component, "
-            f"the error of predicting zero. Same trainer, split and losses. {', '.join(machines)}, one core a run, "
-            f"{' or '.join(map(str, together))} side by side; commit {', '.join(commits)}. "
-            "Written by `python benchmarks/quickstart/run.py` from `benchmarks/quickstart/results`."
+            f"{', '.join(machines)}, one core a run, {' or '.join(map(str, together))} side by side; commit "
+            f"{', '.join(commits)}. Written by `python benchmarks/quickstart/run.py` from "
+            "`benchmarks/quickstart/results`."
+        )
+
+    def caption(self) -> str:
+        """What the tables were made from."""
+        changed = f", with {' '.join(self.results[0]['overrides'])}" if self.results[0]["overrides"] else ""
+        return (
+            f"Mean and range of {self._runs()}, which differ in initial weights and order of batches{changed}; bold "
+            "where each run is better than every one of the other network. Percentages are of the mean absolute force "
+            f"component, the error of predicting zero. Same trainer, split and losses. {self._origin()}"
         )
 
     def checks(self) -> str:
@@ -394,7 +417,8 @@ def write_tables(output: Path) -> None:
     print(f"\n{tables.page()}")
     if output.resolve() == HERE:
         for file, name, table in (
-            (ROOT / "README.md", "quickstart table", tables.errors()),
+            (ROOT / "README.md", "quickstart summary", tables.summary()),
+            (ROOT / "docs" / "benchmarks.md", "quickstart table", tables.errors()),
             (ROOT / "docs" / "workflows.md", "quickstart checks", tables.checks()),
         ):
             file.write_text(replaced(file.read_text(), name, table, file.name))

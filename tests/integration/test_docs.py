@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PAGES = (
-    "README.md",
-    "docs/own_data.md",
-    "docs/workflows.md",
-    "docs/leaderboard.md",
-    "docs/network.md",
-    "docs/architecture.md",
-)
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
 
 def sections(page: Path) -> set[str]:

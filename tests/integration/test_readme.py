@@ -1,4 +1,4 @@
-"""The README's Python lines run as they stand, on a checkpoint where the quickstart puts its own."""
+"""The Python lines of README and docs run as they stand, on a checkpoint where the quickstart puts its own."""
 
 from __future__ import annotations
 
@@ -9,36 +9,56 @@ from pathlib import Path
 
 import pytest
 
+#: Every page with Python lines, each with the test of them.
+PAGES = {
+    "README.md": "test_relaxation_and_dynamics",
+    "docs/own_data.md": "tests/integration/test_own_data.py",
+    "docs/tutorial.md": "test_relaxation_and_dynamics",
+    "docs/weights.md": "test_published_weights",
+    "docs/workflows.md": "test_the_mixins_exist",
+}
+
 
 @pytest.fixture(scope="module")
-def blocks(repo: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (repo / "README.md").read_text(), flags=re.DOTALL)
+def blocks(repo: Path) -> dict[str, str]:
+    """The Python lines of each page, one block a page."""
+    found = {}
+    for page in [repo / "README.md", *(repo / "docs").glob("*.md")]:
+        lines = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        if lines:
+            (found[page.relative_to(repo).as_posix()],) = lines
+    assert sorted(found) == sorted(PAGES)
+    return found
 
 
-def test_molecular_dynamics(
-    blocks: list[str],
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_relaxation_and_dynamics(
+    page: str,
+    blocks: dict[str, str],
     write_checkpoint: Callable,
     elsewhere: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """Relaxation and dynamics; 20 steps of each stand for all of them."""
+    """20 steps stand for all of them."""
     from ase.optimize import LBFGS
 
     checkpoint = write_checkpoint(elsewhere / "own.pt")
     target = elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
     target.parent.mkdir(parents=True)
     shutil.move(checkpoint, target)
-    (code,) = [b for b in blocks if "VelocityVerlet" in b]
-    shortened = code.replace("run(2000)", "run(20)").replace("steps=200", "steps=20")
-    assert shortened != code
+    shortened = blocks[page].replace("run(2000)", "run(20)").replace("steps=200", "steps=20")
+    assert shortened != blocks[page]
     monkeypatch.setattr(LBFGS, "log", lambda self, *args: None)
-    exec(compile(shortened, "README.md", "exec"), {})
-    assert re.search(r"energy drift -?\d+\.\d{3} meV/atom in 1 ps", capsys.readouterr().out)
+    names: dict = {}
+    exec(compile(shortened, page, "exec"), names)
+    assert "energy" in names["atoms"].calc.results
+    if page == "docs/tutorial.md":
+        assert re.search(r"energy drift -?\d+\.\d{3} meV/atom in 1 ps", capsys.readouterr().out)
 
 
 def test_published_weights(
-    blocks: list[str], fixtures_dir: Path, elsewhere: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+    blocks: dict[str, str], fixtures_dir: Path, elsewhere: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A released checkpoint is a torch file with the entry ``model``, and its YAML beside it."""
     import torch
@@ -50,26 +70,42 @@ def test_published_weights(
     fixture = load_fixture(fixtures_dir / "head_QK_alpha.npz")
     torch.save({"model": fixture.state_dict}, elsewhere / "WEIGHTS.pt")
     (elsewhere / "CONFIG.yaml").write_text(yaml.safe_dump(fixture.config(conserving=True)))
-    (code,) = [b for b in blocks if "build_from_molfm" in b]
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(blocks["docs/weights.md"], "weights.md", "exec"), names)
     assert type(names["model"]).__name__ == "HydraModel"
 
 
-def test_the_mixins_of_the_readme_exist(blocks: list[str]) -> None:
-    (code,) = [b for b in blocks if "TestMyPotential" in b]
+def test_the_mixins_exist(blocks: dict[str, str]) -> None:
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(blocks["docs/workflows.md"], "workflows.md", "exec"), names)
     assert issubclass(names["TestMyPotential"], names["EquivarianceTests"])
 
 
 def test_the_key_table_is_the_backbone(repo: Path) -> None:
-    """Every key of the backbone stands in the README's table, and no other."""
+    """Every key of the backbone stands in the table, and no other."""
     import inspect
 
     from e2former_fairchem.backbone import E2FormerV2Backbone
 
-    section = (repo / "README.md").read_text().split("## The backbone")[1].split("\nHeads:")[0]
+    section = (repo / "docs" / "configuration.md").read_text().split("## The backbone")[1].split("\nHeads:")[0]
     keys = {k for row in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE) for k in re.findall(r"`(\w+)`", row)}
     parameters = set(inspect.signature(E2FormerV2Backbone.__init__).parameters)
     assert keys == parameters - {"self", "unknown"}
+
+
+def test_the_tables_of_the_configuration_are_what_there_is(repo: Path) -> None:
+    """Groups with their choices, and commands, by name."""
+    from e2former_fairchem.cli import COMMANDS
+
+    page = (repo / "docs" / "configuration.md").read_text()
+
+    def section(title: str) -> str:
+        return page.split(f"## {title}\n")[1].split("\n## ")[0]
+
+    assert set(re.findall(r"^\| `([\w-]+)` \|", section("Commands"), re.MULTILINE)) == set(COMMANDS)
+    folders = {name: repo / "configs" / name for name in ("dataset", "model", "tasks", "job")}
+    folders |= {name: repo / "e2former_fairchem" / "configs" / name for name in ("backbone", "heads")}
+    groups = dict(re.findall(r"^\| `(\w+)` \| (`.*?) \|", section("Groups"), re.MULTILINE))
+    assert {name: sorted(re.findall(r"\w+", choices)) for name, choices in groups.items()} == {
+        name: sorted(file.stem for file in folder.glob("*.yaml")) for name, folder in folders.items()
+    }
