@@ -87,16 +87,15 @@ def build(folder: Path) -> Path:
         FileNotFoundError: the folder has no numbers, and the run no metrics.
         ValueError: a file is damaged.
     """
-    from e2former_fairchem.report.page import contents, render
+    from e2former_fairchem.report.page import draw, render
 
     sets, facts = load_numbers(folder)
     records = read_run(folder)
     if not sets and not records:
         raise FileNotFoundError(f"expected {ERRORS} in {folder} or {METRICS_FILE} beside it, got neither")
     records += _final(sets, facts, records)
-    sections, figures = contents(sets, facts, records)
     images = {}
-    for name, figure in figures.items():
+    for name, figure in draw(sets, records).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
         images[name] = buffer.getvalue()
@@ -105,8 +104,7 @@ def build(folder: Path) -> Path:
     for old in folder.glob("*.png"):
         if old.stem not in images:  # of an earlier report in the same folder
             old.unlink()
-    page = render(facts, sections, images)
-    write_text(folder / PAGE, page)
+    write_text(folder / PAGE, render(sets, facts, records, images))
     return folder / PAGE
 
 
