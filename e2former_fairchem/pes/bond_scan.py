@@ -8,7 +8,7 @@ E(r) - E(r_0) is compared with the integral of the forces, and jumps are looked 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from ase import Atoms
@@ -37,7 +37,7 @@ class BondScanSettings:
         max_force_jump: largest jump of any component of any force, eV/Å.
     """
 
-    systems: tuple[str, ...] = ("H2", "N2", "HF", "CO", "CH3OH")
+    systems: list[str] = field(default_factory=lambda: ["H2", "N2", "HF", "CO", "CH3OH"])
     shortest: float = 0.75
     longest: float = 2.5
     points: int = 241

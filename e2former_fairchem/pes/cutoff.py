@@ -11,7 +11,7 @@ keeps all of the weight until just before it leaves. So the force on the atom th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from ase import Atoms
@@ -45,7 +45,7 @@ class CutoffSettings:
         max_tail_force: largest force along the path in the last 0.5 Å before the last crossing, eV/Å; molecules only.
     """
 
-    systems: tuple[str, ...] = ("CH3OH", "ammonia_crystal")
+    systems: list[str] = field(default_factory=lambda: ["CH3OH", "ammonia_crystal"])
     radius: float | None = None
     step: float = 0.01
     margin: float = 0.2

@@ -7,7 +7,7 @@ model that reads a system's total charge at every atom need not be extensive whe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from ase import Atoms
@@ -29,8 +29,8 @@ class ExtensivitySettings:
         max_force: largest difference of a force component from the single system's, eV/Å.
     """
 
-    systems: tuple[str, ...] = ("H2O", "CH3OH", "ammonia_crystal")
-    copies: tuple[int, ...] = (2, 4, 8)
+    systems: list[str] = field(default_factory=lambda: ["H2O", "CH3OH", "ammonia_crystal"])
+    copies: list[int] = field(default_factory=lambda: [2, 4, 8])
     gap: float = 30.0
     max_energy: float | None = 0.01
     max_force: float | None = 1e-5

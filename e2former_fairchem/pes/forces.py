@@ -8,7 +8,7 @@ double precision and 1e-2 Å in single precision, where only gross errors show. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from ase import Atoms
@@ -34,7 +34,7 @@ class ForcesSettings:
         max_net_torque: largest component of the sum of r x F, eV: zero by rotation. For molecules only.
     """
 
-    systems: tuple[str, ...] = ("CH3CH2OH", "water_dimer", "ammonia_crystal")
+    systems: list[str] = field(default_factory=lambda: ["CH3CH2OH", "water_dimer", "ammonia_crystal"])
     components: int = 24
     displacement: float = 0.05
     step: float | None = None

@@ -10,7 +10,7 @@ good surface loses in a nanosecond.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from ase import Atoms, units
@@ -36,7 +36,7 @@ class NVESettings:
         max_drift: largest absolute drift, meV/atom/ps.
     """
 
-    systems: tuple[str, ...] = ("CH3OH",)
+    systems: list[str] = field(default_factory=lambda: ["CH3OH"])
     temperature: float = 300.0
     time_step: float = 0.5
     steps: int = 600

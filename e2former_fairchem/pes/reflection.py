@@ -7,7 +7,7 @@ chiral structures tell the difference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from ase import Atoms
@@ -29,7 +29,7 @@ class ReflectionSettings:
         max_rotation: largest difference between rotated copies, meV.
     """
 
-    systems: tuple[str, ...] = ("H2O2", "methyloxirane")
+    systems: list[str] = field(default_factory=lambda: ["H2O2", "methyloxirane"])
     rotations: int = 6
     max_energy: float | None = 1.0
     max_force: float | None = 0.01

@@ -2,82 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
 
 # How a message names the types of the fields.
 _WORDS = {
-    bool: "true or false",
-    int: "a positive integer",
-    float: "a positive number",
-    str: "a string",
-    tuple[str, ...]: "a list of names or files",
-    tuple[int, ...]: "a list of positive integers",
-    types.NoneType: "null",
+    "int": "a positive integer",
+    "float": "a positive number",
+    "float | None": "a positive number or null",
+    "list[str]": "a list of names or files",
+    "list[int]": "a list of positive integers",
 }
 
 
-def _convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or a ValueError without a message."""
-    if kind is types.NoneType:
-        if value is None:
-            return None
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
-            return float(value)
-    elif kind is str:
-        if isinstance(value, str):
-            return value
-    else:
-        (item, _) = typing.get_args(kind)
-        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
-            return tuple(_convert(one, item) for one in value)
-    raise ValueError
+def _in_range(value: Any) -> bool:
+    """Integers are positive, numbers finite and not negative, lists not empty."""
+    if isinstance(value, list):
+        return len(value) > 0 and all(map(_in_range, value))
+    if value is None or isinstance(value, str):
+        return True
+    return value > 0 if isinstance(value, int) else 0 <= value < math.inf
 
 
 def build_settings(kind: type[T], name: str, given: Mapping[str, Any]) -> T:
-    """Settings of a check.
+    """Settings of a check: OmegaConf's structured config of a dataclass, with the given keys merged into it.
 
     Args:
-        kind: a dataclass whose fields are bool, int, float, str, tuples of str or int, or one of these or None.
-            Integers are positive, numbers finite and not negative, lists not empty.
+        kind: a dataclass whose fields are annotated by the types that `_WORDS` lists.
         name: of the check, for messages.
         given: keys and values; what is not given keeps its default.
 
+    Returns:
+        An object of `kind`.
+
     Raises:
-        ValueError: an unknown key or a wrong value, with key, expected and got.
+        ValueError: an unknown key, or a value of another type or out of range, with key, expected and got.
     """
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(given) - set(hints))
-    if unknown:
-        raise ValueError(f"{name}: expected keys among {', '.join(hints)}, got {', '.join(unknown)}")
-    values = {}
+    config = OmegaConf.structured(kind)
+    words = {field.name: _WORDS[field.type] for field in fields(kind)}
     for key, value in given.items():
-        options = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
-        for option in options:
-            try:
-                values[key] = _convert(value, option)
-                break
-            except ValueError:
-                continue
-        else:
-            wanted = " or ".join(_WORDS[option] for option in options)
-            raise ValueError(f"{name}.{key}: expected {wanted}, got {value!r}")
-    return kind(**values)
-
-
-def as_json(settings: Any) -> dict[str, Any]:
-    """The settings as plain data."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+        wrong = ValueError(f"{name}.{key}: expected {words.get(key)}, got {value!r}")
+        try:
+            config = OmegaConf.merge(config, {key: value})
+        except ConfigKeyError as err:
+            raise ValueError(f"{name}: expected keys among {', '.join(words)}, got {key}") from err
+        except OmegaConfBaseException as err:
+            raise wrong from err
+        if not _in_range(OmegaConf.to_container(config)[key]):
+            raise wrong
+    return OmegaConf.to_object(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ from e2former_fairchem.leaderboard.predictor import check_model, describe_settin
 from e2former_fairchem.leaderboard.provenance import environment
 from e2former_fairchem.pes.potential import PRECISIONS, Potential
 from e2former_fairchem.pes.run import CHECKS, Outcomes, make_plan, run_plan, summarize
-from e2former_fairchem.pes.settings import as_json
 from e2former_fairchem.pes.table import notes, render, rows, totals
 from e2former_fairchem.training.callbacks import keep_old
 from e2former_fairchem.training.signals import end_on_signal
@@ -149,7 +149,7 @@ class PESRunner(Runner):
             "environment": environment(device),
             "seconds": round(seconds, 1),
             "verdicts": summarize(outcomes),
-            "settings": {one.check: as_json(one.settings) for one in self.plan},
+            "settings": {one.check: dataclasses.asdict(one.settings) for one in self.plan},
             "checks": {c: {s: o.as_json() for s, o in found.items()} for c, found in outcomes.items()},
         }
         keep_old(*(self.output_dir / name for name in ("pes.json", "pes.md", "pes.png")))

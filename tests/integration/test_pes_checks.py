@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -378,6 +379,15 @@ def test_other_spellings_of_charge_and_spin(tmp_path: Path) -> None:
         ("nve", {"max_drift": "low"}, "nve.max_drift: expected a positive number or null, got 'low'"),
         ("bond_scan", {"points": 60}, "bond_scan.points: expected an odd number above 16, got 60"),
         ("bond_scan", {"shortest": 1.5}, "expected 0 < shortest < 1 < longest, got shortest 1.5"),
+        ("nve", {"steps": 10.5}, "nve.steps: expected a positive integer, got 10.5"),
+        ("nve", {"temperature": None}, "nve.temperature: expected a positive number, got None"),
+        ("nve", {"time_step": math.nan}, "nve.time_step: expected a positive number, got nan"),
+        (
+            "extensivity",
+            {"copies": [2, "two"]},
+            "extensivity.copies: expected a list of positive integers, got .*'two'",
+        ),
+        ("forces", {"systems": "CH4"}, "forces.systems: expected a list of names or files, got 'CH4'"),
         ("extensivity", {"copies": [1, 2]}, r"extensivity.copies: expected numbers from 2, got \[1, 2\]"),
         ("cutoff", {"systems": []}, r"cutoff.systems: expected a list of names or files, got \[\]"),
         ("cutoff", {"displacement": 0.1}, "cutoff.displacement: expected more than 16 steps of 0.01"),
