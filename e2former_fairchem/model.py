@@ -181,7 +181,7 @@ class E2FormerV2(nn.Module):
         execution = self._choose(graph, atomic_numbers) if execution is None else execution
         species = graph.present(atomic_numbers)
         execution = execution.on(self.config, graph, species)
-        images = image_nodes(pos, batch, charge.numel(), graph) if execution.node_factored else None
+        images = image_nodes(pos, batch, charge.numel(), graph, species) if execution.node_factored else None
         own = graph.own(batch)
         system = gather_rows(self.charge_spin(charge, spin), own, lambda: (None, _pointer(own, charge.numel())))
         x = self.edge_degree(species, graph, execution)

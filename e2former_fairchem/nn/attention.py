@@ -166,9 +166,7 @@ class EquivariantAttention(nn.Module):
     def radial_and_splines(self, execution: Execution) -> tuple[RadialWeights, RadialTable | None]:
         """Weights of the radial network, and its splines where there are some."""
         radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
-        # rows of images (EAAS) and directional gates have features that are no table's
-        images = execution.node_factored and self.spec.order == 1
-        if execution.elements is None or self.dot is not None or images:
+        if execution.elements is None or self.dot is not None:  # directional gates have features that are no table's
             return radial, None
         return radial, execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff)
 
@@ -188,25 +186,27 @@ class EquivariantAttention(nn.Module):
         """
         query, key = self.query_key(h, execution, h_again)
         key, value = graph.fetch(key, self.value(h, execution))
+        factored = execution.node_factored and self.spec.order == 1
+        source, order, edges, half = graph.source, graph.senders, execution.edges, execution.half
+        contract = axis_aligned_contraction if execution.kernels else axis_aligned_contraction_reference
+
+        def sent(value: Tensor) -> Tensor:
+            """Rows that edges add up: of an image itself, and of its product with its position."""
+            value = images.of_images(value)
+            return torch.cat([value, contract(value, images.image_position.to(value.dtype), self.tables)], 1)
+
+        if factored:
+            assert images is not None
+            key, value, source, half = images.of_images(key), sent(value), images.image, False  # far images are large
+            if images.edges is not None:
+                atomic_numbers, order = images.edges.species, None
+                edges = None if edges is None else images.edges
         radial, table = self.radial_and_splines(execution)
         dot = dot_weights = None
         if self.dot is not None:
             dot = self.dot.project(h, execution)
             dot_weights = self.dot(self.target_embedding.weight, self.source_embedding.weight, execution)
-        factored = execution.node_factored and self.spec.order == 1
-        image_rows = None
-        if factored:
-            assert images is not None
-            contract = axis_aligned_contraction if execution.kernels else axis_aligned_contraction_reference
-            image_rows = contract(
-                value.index_select(0, images.image_source), images.image_position.to(value.dtype), self.tables
-            )
         form = execution.form if self.spec.order == 1 else "relative"
-        options = {
-            "form": form,
-            "image": images.image if factored else None,
-            "image_rows": image_rows,
-        }
         arguments = (
             self.spec,
             query,
@@ -214,7 +214,7 @@ class EquivariantAttention(nn.Module):
             value,
             dot,
             graph.vec,
-            graph.source,
+            source,
             graph.target,
             graph.row_ptr,
             atomic_numbers,
@@ -223,20 +223,25 @@ class EquivariantAttention(nn.Module):
             self.coupling,
         )
         if execution.kernels and form != "dense":
-            options |= {
-                "source_order": graph.source_order,
-                "source_ptr": graph.source_ptr,
-                "table": table,
-                "edges": execution.edges,
-                "half": execution.half,
-                "mode": execution.mode,
-            }
-            if h_again is not None:
-                options["value_again"] = lambda: self.value(h_again(), execution)
-            rows = equivariant_attention(*arguments, **options)
+
+            def again() -> Tensor:
+                value = self.value(h_again(), execution)
+                return sent(value) if factored else value
+
+            rows = equivariant_attention(
+                *arguments,
+                form=form,
+                source_order=None if order is None else order.order,
+                source_ptr=None if order is None else order.pointer,
+                table=table,
+                edges=edges,
+                half=half,
+                mode=execution.mode,
+                value_again=None if h_again is None else again,
+            )
         else:
             rows = equivariant_attention_reference(
-                *arguments, recompute=execution.recompute, geometry=execution.geometry, **options
+                *arguments, form=form, recompute=execution.recompute, geometry=execution.geometry
             )
         if factored:
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)

@@ -1,22 +1,94 @@
-"""The convolution stage in its forms: given the weights of the edges, everything up to the path rows, forward."""
+"""The convolution stage in its forms: given the weights of the edges, everything up to the path rows, forward.
+
+The attention's own kernel makes the weights in the pass that sums (``attend_kernel``); the one here is given them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from workload import PAPER, TINY, System
 
 from e2former_fairchem.nn.axis_aligned import eaas_tables
 from e2former_fairchem.so3 import path_table
 from e2former_kernels.common.backend import Mode
+from e2former_kernels.common.tiles import row_tiles
 from e2former_kernels.eaas import axis_aligned_contraction, dense_contraction_reference
 from e2former_kernels.equivariant_attention import AttentionSpec
-from e2former_kernels.equivariant_attention.primitives import launch_aggregate, launch_contract
+from e2former_kernels.equivariant_attention.contract import launch_contract
 from e2former_kernels.equivariant_attention.reference import aggregate
 
 LMAX = 2
+
+
+@triton.jit
+def aggregate_kernel(
+    weight, scale, value, source, row_ptr, out, R, H,
+    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """out[i, b, r, h] = sum over edges e of i of w[e, h] s[e, b] v[source(e), r, h]."""
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    in_h = h < H
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    dtype = out.dtype.element_ty
+    a0 = tl.zeros([RA, BH], dtype=dtype)
+    if B == 3:
+        a1 = tl.zeros([RA, BH], dtype=dtype)
+        a2 = tl.zeros([RA, BH], dtype=dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        b0 = tl.zeros([RB, BH], dtype=dtype)
+        if B == 3:
+            b1 = tl.zeros([RB, BH], dtype=dtype)
+            b2 = tl.zeros([RB, BH], dtype=dtype)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        j = tl.load(source + e).to(tl.int64)
+        w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
+        s0 = tl.load(scale + e * B)
+        x = tl.load(value + j * R * H + at_a, mask=mask_a, other=0.0) * w[None, :]
+        a0 += s0 * x
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+            a1 += s1 * x
+            a2 += s2 * x
+        if RB > 0:
+            y = tl.load(value + j * R * H + at_b, mask=mask_b, other=0.0) * w[None, :]
+            b0 += s0 * y
+            if B == 3:
+                b1 += s1 * y
+                b2 += s2 * y
+    base = out + i * B * R * H
+    tl.store(base + at_a, a0, mask=mask_a)
+    if B == 3:
+        tl.store(base + R * H + at_a, a1, mask=mask_a)
+        tl.store(base + 2 * R * H + at_a, a2, mask=mask_a)
+    if RB > 0:
+        tl.store(base + at_b, b0, mask=mask_b)
+        if B == 3:
+            tl.store(base + R * H + at_b, b1, mask=mask_b)
+            tl.store(base + 2 * R * H + at_b, b2, mask=mask_b)
+
+
+def launch_aggregate(
+    weight: Tensor, scale: Tensor, value: Tensor, source: Tensor, row_ptr: Tensor, out: Tensor
+) -> None:
+    """out: [N, B, R, H]; weight: [E, H], scale: [E, B], value: [senders, R, H], contiguous."""
+    nodes, directions, rows, heads = out.shape
+    tiles = row_tiles(rows, heads, directions)
+    aggregate_kernel[nodes, triton.cdiv(heads, tiles.heads)](
+        weight, scale, value, source, row_ptr, out, rows, heads,
+        B=directions, RA=tiles.rows_a, RB=tiles.rows_b, BH=tiles.heads, num_warps=tiles.warps,
+    )  # fmt: skip
 
 
 class ConvolutionCase:

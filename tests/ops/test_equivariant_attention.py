@@ -65,12 +65,12 @@ def test_numbers_of_edges(make, compare, find_leaves, edges: int) -> None:
 def test_several_tiles_of_heads(make, compare, find_leaves, monkeypatch) -> None:
     """Heads split over programs, as in wide networks."""
     from e2former_kernels.common.tiles import RowTiles
-    from e2former_kernels.equivariant_attention import fused, primitives
+    from e2former_kernels.equivariant_attention import fused, second
 
     monkeypatch.setattr(fused, "SCORE_TILE", 2 * ((2, 1, 2),))
-    monkeypatch.setattr(fused, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
-    monkeypatch.setattr(primitives, "PAIR_TILE", (2, 1))
-    monkeypatch.setattr(primitives, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
+    monkeypatch.setattr(second, "PAIR_TILE", (2, 1))
+    for module in (fused, second):
+        monkeypatch.setattr(module, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
     arguments = make.attention(heads=5, per_head=3)
     compare(equivariant_attention(*arguments), equivariant_attention_reference(*arguments), find_leaves(arguments))
 
@@ -94,15 +94,16 @@ def test_bell_envelope_and_other_options(make, compare, find_leaves) -> None:
 
 
 @interpreted
-def test_sum_form_with_image_rows(make, compare, find_leaves) -> None:
-    arguments = make.attention(edges=9)
-    images = make(6, 5, 6)
-    image = torch.randint(0, 6, (9,))
-    options = {"form": "sum", "image": image, "image_rows": images}
+def test_sum_form_of_any_rows(make, compare, find_leaves) -> None:
+    """As ``eaas`` has them, also of images: senders that are no receivers."""
+    arguments = list(make.attention(edges=9))
+    key, value, species = make(6, 3, 2), make(6, 5, 6), torch.tensor([*arguments[9].tolist(), 1, 3])
+    source = torch.randint(0, 6, (9,))
+    arguments[2], arguments[3], arguments[6], arguments[9] = key, value, source, species
     compare(
-        equivariant_attention(*arguments, **options, max_run_edges=4),
-        equivariant_attention_reference(*arguments, **options),
-        [*find_leaves(arguments), images],
+        equivariant_attention(*arguments, form="sum", max_run_edges=4),
+        equivariant_attention_reference(*arguments, form="sum"),
+        find_leaves(arguments),
     )
 
 

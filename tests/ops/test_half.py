@@ -49,12 +49,12 @@ def test_product(nodes_first: bool, device: str) -> None:
 @pytest.mark.parametrize("widest", [1 << 15, 1])
 def test_contraction(widest: int, device: str, monkeypatch) -> None:
     """Rows of a contraction, also where a program cannot hold them all."""
-    from e2former_kernels.equivariant_attention import primitives
+    from e2former_kernels.equivariant_attention import contract
 
-    monkeypatch.setattr(primitives, "LARGEST_CONTRACTION", widest)
+    monkeypatch.setattr(contract, "LARGEST_CONTRACTION", widest)
     matrix = torch.randn(5, 7).to(device)
     x = (torch.randn(len(SIZES), 7, 6) * torch.tensor(SIZES).view(-1, 1, 1)).to(device)
-    rows, factor = primitives.contract_rows(matrix, x, "tf32x3")
+    rows, factor = contract.contract_rows(matrix, x, "tf32x3")
     expected = torch.einsum("pk,nkc->npc", matrix.double(), x.double())
     back = rows.double() * factor.double().view(-1, 1, 1)
     error = (back - expected).abs().flatten(1).amax(1)

@@ -14,47 +14,6 @@ from e2former_kernels.common.radial import RadialWeights
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
 )
-EDGES, HEADS, ROWS = 5, 2, 4
-ARGUMENTS = {
-    "aggregate": ("edge_heads", "edge_axes", "value"),
-    "aggregate_transposed": ("edge_heads", "edge_axes", "outer"),
-    "message_weight": ("edge_axes", "value", "outer"),
-    "message_scale": ("edge_heads", "value", "outer"),
-    "pair_dot": ("query", "key"),
-    "pair_to_target": ("edge_heads", "key"),
-    "pair_to_source": ("edge_heads", "query"),
-    "segment_sum": ("edge_heads",),
-    "expand_rows": ("query_heads",),
-    "harmonic_sum": ("harmonics", "features"),
-    "harmonic_features": ("harmonics", "node_grad"),
-    "harmonic_dot": ("features", "node_grad"),
-}
-
-
-def arguments(make, name: str) -> tuple[Tensor | int, ...]:
-    _, query, key, _, _, _, source, target, row_ptr, *_ = make.attention(edges=EDGES, heads=HEADS)
-    nodes = row_ptr.numel() - 1
-    order = torch.argsort(source, stable=True)
-    source_ptr = torch.searchsorted(source[order], torch.arange(nodes + 1))
-    tensors = {"query": query, "key": key, "query_heads": make(nodes, HEADS), "value": make(nodes, ROWS, HEADS)}
-    tensors |= {"outer": make(nodes, 3, ROWS, HEADS), "edge_heads": make(EDGES, HEADS), "edge_axes": make(EDGES, 3)}
-    tensors |= {"harmonics": make(EDGES, ROWS), "features": make(EDGES, 2, 3), "node_grad": make(nodes, ROWS, 3)}
-    given = tuple(tensors[n] for n in ARGUMENTS[name])
-    if name.startswith("harmonic"):
-        return (*given, row_ptr, *([2] if name == "harmonic_features" else []))
-    if name in ("segment_sum", "expand_rows"):
-        return (*given, row_ptr, target)
-    return (*given, source, target, row_ptr, order, source_ptr)
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_opcheck(make, name: str) -> None:
-    import e2former_kernels.edge_degree.primitives
-    import e2former_kernels.equivariant_attention.primitives  # noqa: F401
-
-    torch.library.opcheck(getattr(torch.ops.e2former_kernels, name).default, arguments(make, name))
-
-
 # public operation in conftest.py -> registered name
 PUBLIC = {
     "norm": "equivariant_rms_norm",
@@ -78,7 +37,7 @@ def test_none_is_forgotten() -> None:
     import e2former_kernels.query_key  # noqa: F401
 
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "e2former_" in n}
-    assert registered == set(ARGUMENTS) | {n + suffix for n in PUBLIC.values() for suffix in DERIVATIVES}
+    assert registered == {n + suffix for n in PUBLIC.values() for suffix in DERIVATIVES}
 
 
 class Record(TorchDispatchMode):
@@ -167,7 +126,7 @@ def test_compiled_whole(operation, name: str) -> None:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("option", ["bell", "runs", "images", "splines", "splines_of_embedding"])
+@pytest.mark.parametrize("option", ["bell", "runs", "sum", "splines", "splines_of_embedding"])
 def test_compiled_options(make, option: str) -> None:
     """Every argument beside the tensors arrives where the operation runs."""
     from e2former_kernels.common.radial_table import build_radial_table
@@ -183,9 +142,9 @@ def test_compiled_options(make, option: str) -> None:
         order = torch.argsort(source, stable=True)
         ptr = torch.searchsorted(source[order], torch.arange(species.numel() + 1))
         options = {"max_run_edges": 4, "source_order": order, "source_ptr": ptr}
-    elif option == "images":
-        inputs.append(make(6, 5, 6))
-        options = {"form": "sum", "image": torch.randint(0, 6, (9,)), "image_rows": inputs[-1], "max_run_edges": 4}
+    elif option == "sum":
+        arguments[3] = inputs[2] = make(species.numel(), 5, 6)
+        options = {"form": "sum", "max_run_edges": 4}
     elif option == "splines":
         arguments[10] = RadialWeights(*(t.detach() for t in arguments[10]))
         options = {"table": build_radial_table(arguments[10], 3.0, range(4), tolerance=1e-3)}

@@ -17,17 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.compat import will_engine_execute_node
 
 # How an argument or a result relates to a chunk. A node tensor of kind SOURCE arrives gathered to the chunk's edges
-# (and is scattered back by addition), IMAGE likewise with the image index, TARGET is the slice of the chunk's
-# receivers, EDGE the slice of its edges, WHOLE is seen in full (and results of that kind are summed over chunks).
-# SENDER and IMAGE_SENDER arrive as one row for each atom (or image) that sends to the chunk: for kernels that gather
-# themselves, and only with the chunks of :mod:`e2former_kernels.common.plan`.
-SOURCE, IMAGE, TARGET, EDGE, WHOLE = "source", "image", "target", "edge", "whole"
-SENDER, IMAGE_SENDER = "sender", "image_sender"
-_GATHERED = (SOURCE, IMAGE, SENDER, IMAGE_SENDER)
+# (and is scattered back by addition), TARGET is the slice of the chunk's receivers, EDGE the slice of its edges, WHOLE
+# is seen in full (and results of that kind are summed over chunks).
+SOURCE, TARGET, EDGE, WHOLE = "source", "target", "edge", "whole"
 
 
 class Chunk(NamedTuple):
@@ -37,23 +32,20 @@ class Chunk(NamedTuple):
     edges: slice
     source: Tensor  # [e] atom index of each edge's neighbour
     target: Tensor  # [e] receiver, counted from the first receiver of the chunk
-    image: Tensor | None  # [e] row of the image-node tensors, when there are any
 
     @property
     def num_nodes(self) -> int:
         return self.nodes.stop - self.nodes.start
 
 
-def make_chunks(
-    row_ptr: Tensor, source: Tensor, target: Tensor, max_edges: int, image: Tensor | None = None
-) -> list[Chunk]:
+def make_chunks(row_ptr: Tensor, source: Tensor, target: Tensor, max_edges: int) -> list[Chunk]:
     """Split a receiver-sorted edge list into runs of whole receivers of at most ``max_edges`` edges.
 
     row_ptr: [N+1]; source, target: [E]. A receiver with more than ``max_edges`` edges gets a chunk of its own.
     """
     num_nodes, num_edges = row_ptr.numel() - 1, source.numel()
     if num_edges <= max_edges:
-        return [Chunk(slice(0, num_nodes), slice(0, num_edges), source, target, image)]
+        return [Chunk(slice(0, num_nodes), slice(0, num_edges), source, target)]
     ptr = row_ptr.tolist()
     chunks, start = [], 0
     while start < num_nodes:
@@ -61,30 +53,14 @@ def make_chunks(
         while stop < num_nodes and ptr[stop + 1] - ptr[start] <= max_edges:
             stop += 1
         edges = slice(ptr[start], ptr[stop])
-        part = None if image is None else image[edges]
-        chunks.append(Chunk(slice(start, stop), edges, source[edges], target[edges] - start, part))
+        chunks.append(Chunk(slice(start, stop), edges, source[edges], target[edges] - start))
         start = stop
     return chunks
 
 
-def _rows(kind: str, chunk: Chunk | EdgeChunk) -> Tensor | None:
-    """Index of the rows that a gathered kind takes, None for all of them."""
-    if kind == SOURCE:
-        return chunk.source
-    if kind == IMAGE:
-        return chunk.image
-    return chunk.senders if kind == SENDER else chunk.image_chunk.senders
-
-
-def _take(x: Tensor, kind: str, chunk: Chunk | EdgeChunk) -> Tensor:
-    if kind in (SENDER, IMAGE_SENDER):
-        rows = _rows(kind, chunk)
-        return x if rows is None else x.index_select(0, rows)
+def _take(x: Tensor, kind: str, chunk: Chunk) -> Tensor:
     if kind == SOURCE:
         return x.index_select(0, chunk.source)
-    if kind == IMAGE:
-        assert chunk.image is not None
-        return x.index_select(0, chunk.image)
     if kind == TARGET:
         return x[chunk.nodes]
     return x[chunk.edges] if kind == EDGE else x
@@ -95,10 +71,10 @@ class Plan:
     """A function of one chunk, what its arguments and results are, and where to run it."""
 
     function: Callable[..., Sequence[Tensor]]
-    chunks: Sequence[Chunk] | Sequence[EdgeChunk]
+    chunks: Sequence[Chunk]
     arguments: tuple[str, ...]
     results: tuple[str, ...]
-    rows: tuple[int | None, ...]  # number of rows of each SOURCE or IMAGE result
+    rows: tuple[int | None, ...]  # number of rows of each SOURCE result
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate all chunks and put the results together."""
@@ -117,13 +93,9 @@ class Plan:
                     elif kind == WHOLE:
                         sums[n] = value if sums[n] is None else sums[n] + value
                     else:
-                        index = _rows(kind, chunk)
-                        if index is None:
-                            sums[n] = value
-                            continue
                         if sums[n] is None:
                             sums[n] = value.new_zeros((self.rows[n], *value.shape[1:]))
-                        sums[n].index_add_(0, index, value)
+                        sums[n].index_add_(0, chunk.source, value)
         return tuple((p[0] if len(p) == 1 else torch.cat(p)) if p else s for p, s in zip(parts, sums, strict=True))
 
     def vjp(self, wanted: Sequence[int], tensors: Sequence[Tensor]) -> Plan:
@@ -152,7 +124,7 @@ class Plan:
             return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
         kinds = tuple(self.arguments[n] for n in wanted)
-        rows = tuple(tensors[n].shape[0] if k in _GATHERED else None for n, k in zip(wanted, kinds, strict=True))
+        rows = tuple(tensors[n].shape[0] if k == SOURCE else None for n, k in zip(wanted, kinds, strict=True))
         return Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows)
 
 
@@ -209,7 +181,7 @@ def _evaluated_on(device_type: str) -> type[torch.autograd.Function]:
 
 def chunked(
     function: Callable[..., Tensor],
-    chunks: Sequence[Chunk] | Sequence[EdgeChunk],
+    chunks: Sequence[Chunk],
     arguments: Sequence[tuple[str, Tensor]],
 ) -> Tensor:
     """Evaluate ``function(chunk, *gathered_arguments) -> [receivers of the chunk, ...]`` over all chunks.
@@ -223,7 +195,7 @@ def chunked(
 
 def plan_of(
     function: Callable[..., Tensor],
-    chunks: Sequence[Chunk] | Sequence[EdgeChunk],
+    chunks: Sequence[Chunk],
     arguments: Sequence[tuple[str, Tensor]],
 ) -> Plan:
     """The plan behind :func:`chunked`: its ``vjp`` is the plan of the derivative, and so on."""

@@ -7,7 +7,6 @@ harmonics times hidden features, and one matrix product per degree follows for e
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,30 +17,25 @@ from torch.nn import functional as F
 
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype
-from e2former_kernels.common.chunked import EDGE, WHOLE, Plan, plan_of
-from e2former_kernels.common.envelope import polynomial_envelope
+from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.grouped_linear import so3_linear
-from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.plan import EdgeChunk, EdgeList, LazyPlan, run_size
-from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_hidden
+from e2former_kernels.common.radial import RadialWeights, check_radial
 from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_second import RadialGradients, add_gradients
 from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.common.segments import segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.edge_degree.harmonics_kernel import weighted_harmonics, weighted_harmonics_backward
-from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_features, harmonic_sum
-from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
+from e2former_kernels.edge_degree.reference import PAD, edge_degree_plan, last_layer
 from e2former_kernels.edge_degree.second import second_derivative
 from e2former_kernels.edge_degree.spline import place_edges, spline_backward, spline_sum
+from e2former_kernels.edge_degree.sums import harmonic_dot, harmonic_features, harmonic_sum, segment_sum
 
 # Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
 TRAINING_NUMBERS = 5 << 26
 SECOND_NUMBERS = 3 << 27
-RUN_NUMBERS = 1 << 30
-PAD = 4  # columns beside the sums of features
 
 
 @dataclass(frozen=True)
@@ -56,9 +50,9 @@ class _Embedding:
     edges: EdgeList
     radial: RadialWeights  # the structure: which tensors there are
     trained: bool
-    plan: Plan | None = None
-    table: RadialTable | None = None  # of the networks without their last layer, where the weights are frozen
-    training_chunks: Sequence[EdgeChunk] = ()  # runs of gradients by weights and of the second derivative
+    plan: Plan  # of derivatives that have no kernels
+    table: RadialTable | None  # of the networks without their last layer, where the weights are frozen
+    training_chunks: Sequence[EdgeChunk]  # runs of gradients by weights and of the second derivative
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
     def weights(self, tensors: list[Tensor]) -> RadialWeights:
@@ -82,19 +76,6 @@ class _Embedding:
         network = self._network(tensors)
         return RadialGradients(self.weights(tensors[1:]), self.cutoff, last=False, network=network)
 
-    def harmonics(self, vec: Tensor, distance: Tensor) -> Tensor:
-        scale = polynomial_envelope(distance, self.cutoff, self.exponent) / AVERAGE_DEGREE
-        return solid_harmonics(vec / distance.unsqueeze(-1), self.lmax) * scale.unsqueeze(-1)
-
-    def of_run(self, chunk: EdgeChunk, vec: Tensor, *tensors: Tensor) -> Tensor:
-        """One run in differentiable pieces."""
-        distance = vec.square().sum(-1).sqrt()
-        basis = gaussian_basis(distance, self.cutoff, self.num_basis)
-        hidden = radial_hidden(basis, *self.edges.elements(chunk), self.weights(list(tensors))).to(vec.dtype)
-        y = self.harmonics(vec, distance)
-        total = segment_sum(y, chunk.row_ptr, chunk.target)
-        return self.join(harmonic_sum(y, hidden, chunk.row_ptr), total)
-
     @staticmethod
     def join(sums: Tensor, total: Tensor) -> Tensor:
         """[N, M, h + 4]: the sums of features, the sum of y, and three zeros that keep rows aligned."""
@@ -115,7 +96,7 @@ class _Embedding:
                 placed = place_edges(self.table, distance, chunk, self.edges)
                 return spline_sum(y, self.table, placed, chunk.row_ptr, self.lmax + 1, PAD)
             hidden, _ = network.forward(distance, *self.edges.elements(chunk))
-            total = segment_sum(y, chunk.row_ptr, chunk.target)
+            total = segment_sum(y, chunk.row_ptr)
             return self.join(harmonic_sum(y, hidden, chunk.row_ptr), total)
 
         parts = [run(chunk) for chunk in self.chunks]
@@ -146,7 +127,7 @@ class _Embedding:
             else:
                 features, kept = radial.forward(distance, *elements)
                 features = features[0]
-            grad_hidden = harmonic_features(y, grad_sum, chunk.row_ptr, self.lmax + 1)
+            grad_hidden = harmonic_features(y, grad_sum, chunk.row_ptr, torch.empty_like(features))
             grad_y = harmonic_dot(features, grad_sum, chunk.row_ptr) + grad_total.index_select(0, chunk.target)
             if radial is None:
                 slope = network.backward(grad_hidden, middle, distance, *elements)
@@ -217,9 +198,8 @@ def _step(
     if edge_list is None:
         edge_list = EdgeList(source, target, row_ptr, species, source_order, source_ptr)
     groups, _, hidden = radial.out.shape
-    numbers = groups * (26 * hidden) + 4 * num_basis
 
-    def plan(budget: int, numbers: int) -> list[EdgeChunk]:
+    def runs(budget: int, numbers: int) -> list[EdgeChunk]:
         return edge_list.runs(max_run_edges or run_size(edges, numbers, budget))
 
     per_edge = 3 * (lmax + 1) ** 2 + lmax + 8
@@ -227,13 +207,12 @@ def _step(
         per_edge += groups * 4 * hidden + 21 * (lmax + 1) ** 2
     else:
         check_table(table, radial.basis, groups * hidden, mode.trained)
-    fused = plan(TRAINING_NUMBERS if mode.trained else FUSED_NUMBERS, per_edge)
-    step = _Embedding(lmax, cutoff, num_basis, envelope_exponent, fused, edge_list, radial, mode.trained, table=table)
-    arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
-    further = plan_of(step.of_run, LazyPlan(lambda: plan(RUN_NUMBERS, numbers)), arguments)
+    fused = runs(TRAINING_NUMBERS if mode.trained else FUSED_NUMBERS, per_edge)
     second_numbers = groups * 8 * hidden + 3 * num_basis + 6 * (lmax + 1) ** 2
-    training = LazyPlan(lambda: plan(SECOND_NUMBERS, second_numbers))
-    return dataclasses.replace(step, plan=further, training_chunks=training)
+    training = LazyPlan(lambda: runs(SECOND_NUMBERS, second_numbers))
+    sizes = lmax, cutoff, num_basis, envelope_exponent
+    plan = edge_degree_plan(*sizes, vec, source, target, row_ptr, species, radial)
+    return _Embedding(*sizes, fused, edge_list, radial, mode.trained, plan, table, training)
 
 
 def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Embedding:
@@ -298,7 +277,6 @@ def edge_degree_embedding(
         sums = _registered([vec, *there(radial[:-2])], mode, there(index), settings)
     else:
         sums = _run(vec, radial, graph, mode, table, lmax, cutoff, num_basis, envelope_exponent, max_run_edges, edges)
-    # The bias is the weight of the sum of y, which stands beside the sums of features. Gradients by both are products
-    # of sums over edges: with TF32 they would lose more than products edge by edge, whose roundings average out.
-    weight = torch.cat([radial.out, F.pad(radial.out_bias.unsqueeze(-1), (0, PAD - 1))], -1)
-    return so3_linear(sums, weight, exact_gradient=True, mode=mode).to(dtype)
+    # Gradients by the last layer are products of sums over edges: with TF32 they would lose more than products edge by
+    # edge, whose roundings average out.
+    return so3_linear(sums, last_layer(radial), exact_gradient=True, mode=mode).to(dtype)

@@ -15,9 +15,8 @@ from torch import Tensor
 from e2former_kernels.common.plan import EdgeChunk
 from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.common.radial_second import add_gradients
-from e2former_kernels.common.segments import segment_sum
-from e2former_kernels.edge_degree.primitives import harmonic_dot, harmonic_sum, launch_harmonic_features
 from e2former_kernels.edge_degree.second_harmonics_kernel import harmonics_second, harmonics_tangent
+from e2former_kernels.edge_degree.sums import harmonic_dot, harmonic_features, harmonic_sum, segment_sum
 
 if TYPE_CHECKING:
     from e2former_kernels.edge_degree.op import _Embedding
@@ -50,13 +49,13 @@ def second_derivative(
         features, kept = network.forward(distance, *step.edges.elements(chunk), distance_dot)
         if by_grad is not None:
             sums = harmonic_sum(y_dot, features[0], row_ptr).add_(harmonic_sum(y, features[1], row_ptr))
-            by_grad[chunk.nodes] = step.join(sums, segment_sum(y_dot, row_ptr, chunk.target))
+            by_grad[chunk.nodes] = step.join(sums, segment_sum(y_dot, row_ptr))
         if again == [0]:
             return
         by_sum, by_total = step.split(grad[chunk.nodes])
         by_features = torch.empty_like(features)
         for harmonics, part in zip((y_dot, y), by_features, strict=True):
-            launch_harmonic_features(harmonics, by_sum, row_ptr, part)
+            harmonic_features(harmonics, by_sum, row_ptr, part)
         by_y = by_y_dot = y
         if by_vec is not None:
             by_y = harmonic_dot(features[1], by_sum, row_ptr)

@@ -24,8 +24,8 @@ from e2former_kernels.common.radial_kernel import RadialNetwork
 from e2former_kernels.common.radial_table import RadialTable
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import attend_backward_kernel, attend_kernel, edge_kernel
+from e2former_kernels.equivariant_attention.contract import launch_contract
 from e2former_kernels.equivariant_attention.gate import RadialGate
-from e2former_kernels.equivariant_attention.primitives import launch_contract
 from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 

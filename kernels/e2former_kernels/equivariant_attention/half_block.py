@@ -25,8 +25,8 @@ from e2former_kernels.common.half import (
     rows_from_products,
 )
 from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.equivariant_attention.contract import contract_rows, launch_contract
 from e2former_kernels.equivariant_attention.fused import FusedAttention, Given
-from e2former_kernels.equivariant_attention.primitives import contract_rows, launch_contract
 from e2former_kernels.norm.passes import launch_norm_rows, launch_norm_rows_reverse
 from e2former_kernels.query_key.half import HalfWeights, query_key_products, query_key_reverse
 

@@ -1,202 +1,46 @@
 """Equivariant attention with Triton kernels: no tensor with an edge dimension outlives a bounded run of edges.
 
-The step is written once as a function of a run of receivers (:func:`attention_of_run`), made of the multilinear Triton
-operations of ``primitives.py`` and of small differentiable PyTorch pieces. Its derivatives of any order are evaluated
-run by run with recomputation (``common/chunked.py``); value, first and second derivative have fused kernels
-(``fused.py``, ``second.py`` and, for the scores with a directional gate, ``directional.py``) for what they cover.
+Value, first and second derivative have fused kernels (``fused.py``, ``second.py`` and, for the scores with a
+directional gate, ``directional.py``). Derivatives beyond, and second ones of gradients by weights, evaluate the
+reference chunk by chunk (:func:`e2former_kernels.equivariant_attention.reference.attention_plan`).
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
-from e2former_kernels.common.chunked import EDGE, IMAGE_SENDER, SENDER, TARGET, WHOLE, Plan, plan_of
-from e2former_kernels.common.envelope import bell_envelope, polynomial_envelope
-from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import EdgeChunk, EdgeList, LazyPlan, run_size
-from e2former_kernels.common.radial import RadialWeights, check_radial, gaussian_basis, radial_network
+from e2former_kernels.common.plan import EdgeList, LazyPlan, run_size
+from e2former_kernels.common.radial import RadialWeights, check_radial
 from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.common.segments import expand_rows, segment_sum
 from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.directional import DirectionalAttention
 from e2former_kernels.equivariant_attention.fused import FusedAttention
-from e2former_kernels.equivariant_attention.primitives import aggregate, pair_dot
-from e2former_kernels.equivariant_attention.reference import DotWeights, Form, inverse_distance, segment_max
-from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
+from e2former_kernels.equivariant_attention.reference import (
+    DotWeights,
+    Form,
+    Pieces,
+    attention_plan,
+    check_value,
+)
+from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
 # everything fits in one run (1.3 GB in float32, which a CUDA graph can replay) and where it does not (1.1 GB), in
-# training (1.3 GB, fewer launches), of its second derivatives and weight gradients (2.7 GB; 1.6 GB where there is no
-# directional gate and everything does not fit in one run), and of the differentiable pieces behind higher derivatives
-# (4 GB).
+# training (1.3 GB, fewer launches), and of its second derivatives and weight gradients (2.7 GB; 1.6 GB where there is
+# no directional gate and everything does not fit in one run).
 SINGLE_NUMBERS = 5 << 26
 FUSED_NUMBERS = 1 << 28
 TRAINING_NUMBERS = 5 << 26
 GATE_NUMBERS = 5 << 27
 SECOND_NUMBERS = 3 << 27
-RUN_NUMBERS = 1 << 30
-
-
-class Pieces(NamedTuple):
-    """What the attention reads, in one dtype, in the order in which :func:`attention_of_run` takes it."""
-
-    vec: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    dot: Tensor | None
-    image_rows: Tensor | None
-    radial: RadialWeights
-    dot_weights: DotWeights | None
-
-    def every(self) -> list[Tensor | None]:
-        """All tensors that can be there, in the order of :meth:`flat`."""
-        inner, *rest = (None,) * len(DotWeights._fields) if self.dot_weights is None else self.dot_weights
-        inner = (None,) * len(RadialWeights._fields) if inner is None else inner
-        return [*self[:6], *self.radial, *inner, *rest]
-
-    @classmethod
-    def of(cls, tensors: list[Tensor | None]) -> Pieces:
-        """The inverse of :meth:`every`."""
-        middle, number = 6, len(RadialWeights._fields)
-        radial, inner = tensors[middle : middle + number], tensors[middle + number : middle + 2 * number]
-        rest = tensors[middle + 2 * number :]
-        inner = None if inner[0] is None else RadialWeights(*inner)
-        dot_weights = None if rest[0] is None else DotWeights(inner, *rest)
-        return cls(*tensors[:middle], RadialWeights(*radial), dot_weights)
-
-    def flat(self) -> list[tuple[str, Tensor]]:
-        """(kind, tensor) of every tensor there is."""
-        kinds = itertools.chain((EDGE, TARGET, SENDER, SENDER, TARGET, IMAGE_SENDER), itertools.repeat(WHOLE))
-        return [(kind, t) for kind, t in zip(kinds, self.every(), strict=False) if t is not None]
-
-    def like(self, tensors: list[Tensor]) -> Pieces:
-        """The same structure with other tensors, as :meth:`flat` lists them."""
-        return Pieces.of(with_gaps(tensors, flags(self.every())))
-
-    def outline(self) -> Pieces:
-        """The same structure with empty tensors, for functions that outlive the evaluation."""
-        return self.like([torch.empty(0)] * len(self.flat()))
-
-
-def envelope_of(spec: AttentionSpec, distance: Tensor) -> Tensor:
-    """The envelope that ``spec`` names. distance: [E], Å. Returns [E]."""
-    if spec.bell is None:
-        return polynomial_envelope(distance, spec.cutoff, spec.envelope_exponent)
-    return bell_envelope(distance, *spec.bell)
-
-
-def softmax_weights(
-    score: Tensor, head: Tensor, envelope: Tensor, row_ptr: Tensor, target: Tensor, norm: str
-) -> Tensor:
-    """:func:`e2former_kernels.equivariant_attention.reference.attention_weights` with sums in a fixed order."""
-    u = envelope.unsqueeze(-1)
-    if norm == "softplus":
-        return F.softplus(score) * u * head
-    if norm == "sigmoid":
-        return torch.sigmoid(score) * u * head
-    nodes = row_ptr.numel() - 1
-    if norm == "smooth":
-        top = segment_max(score.detach(), target, nodes).clamp(min=0.0)
-        floor = SMOOTH_CONSTANT * torch.exp(-top)
-    else:
-        top = segment_max(score, target, nodes)
-        floor = torch.full_like(top, MOLFM_CONSTANT)
-    unnormalised = torch.exp(score - expand_rows(top, row_ptr, target)) * u
-    total = segment_sum(unnormalised, row_ptr, target) + floor
-    return unnormalised * head / expand_rows(total, row_ptr, target)
-
-
-def directional_gate(
-    spec: AttentionSpec,
-    chunk: EdgeChunk,
-    vec: Tensor,
-    distance: Tensor,
-    dot: Tensor,
-    radial: Tensor,
-    weights: DotWeights,
-) -> Tensor:
-    """:func:`e2former_kernels.equivariant_attention.reference.directional_gate` from the receivers' projection.
-
-    dot: [n, M, D]; radial: [e, (lmax+1) D] or [e, H]. Returns [e, H].
-    """
-    unit = spec.score == "qk_dot"
-    harmonics = solid_harmonics(vec / distance.unsqueeze(-1) if unit else vec, spec.lmax)
-    if unit:
-        harmonics = harmonics / math.sqrt(4 * math.pi)
-    parts = []
-    for degree in range(spec.lmax + 1):
-        z = None
-        for row in range(degree * degree, (degree + 1) ** 2):
-            term = harmonics[:, row, None] * expand_rows(dot[:, row].contiguous(), chunk.row_ptr, chunk.target)
-            z = term if z is None else z + term
-        parts.append(z)
-    z = torch.cat(parts, -1)
-    if unit:
-        return F.linear(z * radial, weights.weight, weights.bias)
-    x = F.linear(z[:, : spec.num_heads] * radial, weights.weight, weights.bias)
-    x = F.silu(F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, 1e-5))
-    return F.linear(x, weights.out, weights.out_bias)
-
-
-def attention_of_run(
-    spec: AttentionSpec,
-    form: Form,
-    chunk: EdgeChunk,
-    pieces: Pieces,
-    target_species: Tensor,
-    source_species: Tensor,
-    coupling: Tensor | None,
-) -> Tensor:
-    """Attention of one run of receivers, differentiable to any order. Node tensors of senders are per sender."""
-    vec, heads, dtype = pieces.vec, spec.num_heads, pieces.value.dtype
-    distance = vec.square().sum(-1).sqrt()
-    basis = gaussian_basis(distance, spec.cutoff, spec.num_basis)
-    features = radial_network(basis, target_species, source_species, pieces.radial).squeeze(1)
-    if spec.score == "qk":
-        gate, head = features[:, :heads], features[:, heads:]
-    elif spec.score == "qk_dot":
-        factor = radial_network(basis, target_species, source_species, pieces.dot_weights.radial).squeeze(1)
-        gate = directional_gate(spec, chunk, vec, distance, pieces.dot, factor, pieces.dot_weights)
-        head = features
-    else:
-        gate = directional_gate(spec, chunk, vec, distance, pieces.dot, features[:, heads:], pieces.dot_weights)
-        head = features[:, :heads]
-    score = gate.to(dtype) * pair_dot(pieces.query, pieces.key, *chunk.index) / math.sqrt(pieces.query.shape[-1])
-    weights = softmax_weights(
-        score, head.to(dtype), envelope_of(spec, distance), chunk.row_ptr, chunk.target, spec.norm
-    )
-    value = pieces.value
-    senders, rows, channels = value.shape
-    value = value.view(senders, rows * channels // heads, heads)
-    if spec.order == 0 or form == "sum":
-        if spec.order == 0:
-            scale = torch.ones_like(distance).unsqueeze(-1)
-        else:
-            scale = inverse_distance(spec, distance).unsqueeze(-1)
-        out = aggregate(weights, scale, value, *chunk.index).view(-1, rows, channels)
-        if pieces.image_rows is None:
-            return out
-        images = pieces.image_rows
-        more = images.view(images.shape[0], images.shape[1] * channels // heads, heads)
-        more = aggregate(weights, scale, more, *chunk.image_chunk.index)
-        return torch.cat([out, more.view(-1, images.shape[1], channels)], 1)
-    direction = vec * inverse_distance(spec, distance).unsqueeze(-1)
-    outer = aggregate(weights, direction, value, *chunk.index).view(-1, 3 * rows, channels)
-    with torch.autocast(vec.device.type, enabled=False):
-        return torch.bmm(coupling.flatten(1).expand(outer.shape[0], -1, -1), outer)
 
 
 def check_dot_weights(spec: AttentionSpec, weights: DotWeights, width: int) -> None:
@@ -225,21 +69,16 @@ def check_arguments(
     species: Tensor,
     coupling: Tensor | None,
     form: Form,
-    image: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError naming the argument whose shape, dtype or device is not what it must be."""
-    nodes, senders, edges = row_ptr.numel() - 1, species.numel(), source.numel()
+    nodes, senders = row_ptr.numel() - 1, species.numel()
     query, value = pieces.query, pieces.value
     check_edge_list(pieces.vec, source, target, row_ptr, species)
     if query.dim() != 3:
         raise ValueError(f"query: expected [N, H, S], got {tuple(query.shape)}")
     check_shape("query", query, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
     check_shape("key", pieces.key, "N', H, S", (senders, *query.shape[1:]))
-    if value.dim() != 3:
-        raise ValueError(f"value: expected [N', (lmax+1)^2, C], got {tuple(value.shape)}")
-    check_shape("value", value, "N', (lmax+1)^2, C", (senders, spec.num_rows, value.shape[-1]))
-    if value.shape[-1] % spec.num_heads:
-        raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
+    check_value(spec, value, senders, form)
     if spec.score != "qk":
         if pieces.dot is None or pieces.dot_weights is None:
             raise ValueError(f"dot, dot_weights: score {spec.score!r} needs both, got None")
@@ -251,17 +90,10 @@ def check_arguments(
         if coupling is None:
             raise ValueError("coupling: order 1 needs the coefficients [P, 3, (lmax+1)^2], got None")
         check_shape("coupling", coupling, "P, 3, (lmax+1)^2", (coupling.shape[0], 3, spec.num_rows))
-    if pieces.image_rows is not None:
-        if image is None:
-            raise ValueError("image: image_rows needs the row of every edge, got None")
-        check_shape("image", image, "E", (edges,))
-        rows = pieces.image_rows.shape[1:2]
-        check_shape("image_rows", pieces.image_rows, "I, R, C", (len(pieces.image_rows), *rows, value.shape[-1]))
     width = spec.num_heads if spec.score == "qk_dot" else 2 * spec.num_heads
     check_radial("radial", pieces.radial, 1, spec.num_basis, width)
     check_same_device("value", value, source=source, target=target, row_ptr=row_ptr, species=species)
     named = {"query": query, "key": pieces.key, "vec": pieces.vec, "dot": pieces.dot, "coupling": coupling}
-    named |= {"image_rows": pieces.image_rows}
     named |= {f"radial.{n}": t for n, t in pieces.radial._asdict().items()}
     if pieces.dot_weights is not None:
         inner, *rest = pieces.dot_weights
@@ -295,19 +127,6 @@ def gate_numbers_of(spec: AttentionSpec, pieces: Pieces) -> int:
     return numbers + (8 * hidden if spec.score == "qk_dot" else 6 * heads)
 
 
-@dataclass(frozen=True)
-class _Recomputed:
-    """The attention with rows of images, in differentiable pieces: its derivatives evaluate it again."""
-
-    plan: Plan
-
-    def forward(self, tensors: list[Tensor]) -> Tensor:
-        return self.plan.run(tensors)[0]
-
-    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        return list(self.plan.vjp(wanted, tensors).run([grad, *tensors]))
-
-
 class GraphTensors(NamedTuple):
     """Tensors that have no gradient."""
 
@@ -318,7 +137,6 @@ class GraphTensors(NamedTuple):
     coupling: Tensor | None
     source_order: Tensor | None
     source_ptr: Tensor | None
-    image: Tensor | None
 
 
 def make_step(
@@ -331,40 +149,18 @@ def make_step(
     max_run_edges: int | None = None,
     edges: EdgeList | None = None,
     half: bool = False,
-) -> FusedAttention | _Recomputed:
+) -> FusedAttention:
     """The operation on one graph. Raises as :func:`equivariant_attention` does."""
-    source, target, row_ptr, species, coupling, source_order, source_ptr, image = graph
+    source, target, row_ptr, species, coupling, source_order, source_ptr = graph
     problem = triton_problem(pieces.value.device)
     if problem is not None:
         raise RuntimeError(f"equivariant_attention: {problem}; use equivariant_attention_reference")
-    check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form, image)
+    check_arguments(spec, pieces, source, target, row_ptr, species, coupling, form)
     if edges is None:
         edges = EdgeList(source, target, row_ptr, species, source_order, source_ptr)
-    hidden, per_row = pieces.radial.hidden.shape[-1], pieces.value.shape[-1] * spec.num_rows
-    numbers = 24 * hidden + 4 * spec.num_basis + 24 * spec.num_heads
-    if spec.score == "qk_dot":
-        numbers += 8 * (spec.lmax + 1) * pieces.dot.shape[-1] * (spec.lmax + 2)
-    size = max_run_edges or run_size(source.numel(), numbers + per_row, RUN_NUMBERS)
-    images = None if pieces.image_rows is None else pieces.image_rows.shape[0]
-    outline = pieces.outline()
-
-    def runs() -> list[EdgeChunk]:
-        chunks = edges.runs(size)
-        if images is not None:
-            of_images = EdgeList(image, target, row_ptr, species, senders=images).runs(size)
-            chunks = [c._replace(image_chunk=i) for c, i in zip(chunks, of_images, strict=True)]
-        return chunks
-
-    chunks = LazyPlan(runs)
-
-    def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
-        return attention_of_run(spec, form, chunk, outline.like(list(tensors)), *edges.elements(chunk), coupling)
-
-    arguments = pieces.flat()
-    if table is not None and (spec.score != "qk" or images is not None):
-        raise ValueError("table: expected None for this score or with image_rows, whose features are no table's")
-    if images is not None:
-        return _Recomputed(plan_of(function, chunks, arguments))
+    hidden, per_row = pieces.radial.hidden.shape[-1], pieces.value.shape[-1] * pieces.value.shape[1]
+    if table is not None and spec.score != "qk":
+        raise ValueError("table: expected None for this score, whose features are no table's")
     if table is not None:
         check_table(table, pieces.value, 2 * spec.num_heads, mode.trained)
     relative = spec.order == 1 and form == "relative"
@@ -398,7 +194,7 @@ def make_step(
         "edges": edges,
         "coupling": coupling.flatten(1).contiguous() if relative else None,
         "radial": pieces.radial,
-        "plan": plan_of(function, chunks, arguments),
+        "plan": attention_plan(spec, form, pieces, source, target, row_ptr, species, coupling),
         "table": table,
         "half": half,
         "trained": mode.trained,
@@ -406,6 +202,8 @@ def make_step(
     }
     if spec.score == "qk":
         return FusedAttention(**parts)
+
+    outline = pieces.outline()
 
     def weights_of(tensors: list[Tensor]) -> tuple[RadialWeights, DotWeights]:
         given = outline.like(tensors)
@@ -425,7 +223,6 @@ def _settings(
     """All that is no tensor, for :func:`_make_step`; first the rows of the value."""
     coupling = index[4] if spec.order == 1 and form == "relative" else None
     rows = pieces.value.shape[1] if coupling is None else coupling.shape[0]
-    rows += 0 if pieces.image_rows is None else pieces.image_rows.shape[1]
     integers = [spec.lmax, spec.num_heads, spec.num_basis, spec.order, spec.envelope_exponent, max_run_edges or 0]
     intervals = 0 if table is None else table.intervals
     numbers = [*(() if table is None else (table.scale, table.error)), spec.cutoff, *(spec.bell or ())]
@@ -433,12 +230,10 @@ def _settings(
     return Settings([rows, intervals, *integers, *flags(index), *flags(pieces.every())], numbers, words)
 
 
-def _make_step(
-    tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode
-) -> FusedAttention | _Recomputed:
+def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> FusedAttention:
     _, intervals, lmax, heads, basis, order, exponent, max_run, *known = settings.integers
     form, score, norm, inverse_distance = settings.words.split()
-    *graph, knots, pair_row = with_gaps(index, known[:10])
+    *graph, knots, pair_row = with_gaps(index, known[:9])
     numbers, table = list(settings.numbers), None
     if knots is not None:
         table = RadialTable(knots, pair_row, intervals, numbers.pop(0), numbers.pop(0))
@@ -446,7 +241,7 @@ def _make_step(
     spec = AttentionSpec(
         lmax, heads, basis, cutoff, score, norm, order, inverse_distance, exponent, tuple(bell) if bell else None
     )
-    pieces = Pieces.of(with_gaps(tensors, known[10:]))
+    pieces = Pieces.of(with_gaps(tensors, known[9:]))
     return make_step(spec, pieces, GraphTensors(*graph), form, mode, table, max_run or None)
 
 
@@ -483,8 +278,6 @@ def equivariant_attention(
     form: Form = "relative",
     source_order: Tensor | None = None,
     source_ptr: Tensor | None = None,
-    image: Tensor | None = None,
-    image_rows: Tensor | None = None,
     max_run_edges: int | None = None,
     table: RadialTable | None = None,
     value_again: Callable[[], Tensor] | None = None,
@@ -504,7 +297,8 @@ def equivariant_attention(
     (``common/half.py``), for float32 inputs whose products may be rounded as TF32 does and weights without gradient.
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
-    only. Differentiable to any order in every floating-point input, the same bits every time. Raises ValueError,
+    only. Differentiable to any order in every floating-point input; value, first and second derivative have the same
+    bits every time. Raises ValueError,
     TypeError or RuntimeError for arguments that do not fit or a device without Triton. Where ``mode`` is compiled,
     ``value_again``, ``edges`` and ``half`` have no effect; see :mod:`e2former_kernels.common.registered`.
     """
@@ -513,11 +307,11 @@ def equivariant_attention(
     def cast(t: Tensor | None) -> Tensor | None:
         return t.to(dtype) if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
 
-    nodes = (vec.to(dtype), cast(query), cast(key), cast(value).contiguous(), cast(dot), cast(image_rows))
+    nodes = vec.to(dtype), cast(query), cast(key), cast(value).contiguous(), cast(dot)
     pieces = Pieces(*nodes, radial, dot_weights)
     if coupling is not None:
         coupling = coupling.to(dtype)
-    graph = GraphTensors(source, target, row_ptr, species, coupling, source_order, source_ptr, image)
+    graph = GraphTensors(source, target, row_ptr, species, coupling, source_order, source_ptr)
     if mode.compiled:
         index = (*graph, *(table or (None,) * 5)[:2])
         settings = _settings(spec, pieces, index, form, table, max_run_edges)

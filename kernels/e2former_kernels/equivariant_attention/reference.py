@@ -10,7 +10,9 @@ Three forms of the order-1 message are here. They are the same function:
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,10 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_same_dtype, check_senders, check_shape
-from e2former_kernels.common.chunked import EDGE as EDGE_KIND
-from e2former_kernels.common.chunked import IMAGE, SOURCE, TARGET, WHOLE, Chunk, chunked, make_chunks
+from e2former_kernels.common.chunked import (
+    EDGE,
+    SOURCE,
+    TARGET,
+    WHOLE,
+    Chunk,
+    Plan,
+    evaluate,
+    make_chunks,
+    plan_of,
+)
 from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.common.plan import LazyPlan
 from e2former_kernels.common.radial import RadialWeights, radial_network
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 
@@ -288,7 +300,106 @@ def aggregate(
     return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer)
 
 
-def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, image, image_source_rows):
+class Pieces(NamedTuple):
+    """What the attention reads, in the order in which plans and steps take it."""
+
+    vec: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dot: Tensor | None
+    radial: RadialWeights
+    dot_weights: DotWeights | None
+
+    def every(self) -> list[Tensor | None]:
+        """All tensors that can be there, in the order of :meth:`flat`."""
+        inner, *rest = (None,) * len(DotWeights._fields) if self.dot_weights is None else self.dot_weights
+        inner = (None,) * len(RadialWeights._fields) if inner is None else inner
+        return [*self[:5], *self.radial, *inner, *rest]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> Pieces:
+        """The inverse of :meth:`every`."""
+        middle, number = 5, len(RadialWeights._fields)
+        radial, inner = tensors[middle : middle + number], tensors[middle + number : middle + 2 * number]
+        rest = tensors[middle + 2 * number :]
+        inner = None if inner[0] is None else RadialWeights(*inner)
+        dot_weights = None if rest[0] is None else DotWeights(inner, *rest)
+        return cls(*tensors[:middle], RadialWeights(*radial), dot_weights)
+
+    def flat(self) -> list[tuple[str, Tensor]]:
+        """(kind, tensor) of every tensor there is; kinds as in :mod:`e2former_kernels.common.chunked`."""
+        kinds = itertools.chain((EDGE, TARGET, SOURCE, SOURCE, TARGET), itertools.repeat(WHOLE))
+        return [(kind, t) for kind, t in zip(kinds, self.every(), strict=False) if t is not None]
+
+    def like(self, tensors: Sequence[Tensor]) -> Pieces:
+        """The same structure with other tensors, as :meth:`flat` lists them."""
+        rest = iter(tensors)
+        return Pieces.of([None if t is None else next(rest) for t in self.every()])
+
+    def outline(self) -> Pieces:
+        """The same structure with empty tensors, for functions that outlive the evaluation."""
+        return self.like([torch.empty(0)] * len(self.flat()))
+
+
+def attention_of_chunk(
+    spec: AttentionSpec,
+    form: Form,
+    chunk: Chunk,
+    given: Pieces,
+    species: Tensor,
+    coupling: Tensor | None,
+    geometry: EdgeGeometry | None = None,
+) -> Tensor:
+    """The attention of a run of receivers from what :func:`attention_plan` hands it; geometry: of its edges."""
+    target = chunk.target
+    weights, distance = edge_weights(
+        spec,
+        given.vec,
+        given.query.index_select(0, target),
+        given.key,
+        None if given.dot is None else given.dot.index_select(0, target),
+        target,
+        chunk.num_nodes,
+        species[chunk.nodes].index_select(0, target),
+        species.index_select(0, chunk.source),
+        given.radial,
+        given.dot_weights,
+        geometry,
+    )
+    return aggregate(spec, form, weights, distance, given.vec, given.value, target, chunk.num_nodes, coupling)
+
+
+def attention_plan(
+    spec: AttentionSpec,
+    form: Form,
+    pieces: Pieces,
+    source: Tensor,
+    target: Tensor,
+    row_ptr: Tensor,
+    species: Tensor,
+    coupling: Tensor | None,
+    max_chunk_edges: int | None = None,
+) -> Plan:
+    """The attention in chunks, differentiable to any order (:func:`e2former_kernels.common.chunked.evaluate`).
+
+    Takes the tensors of ``pieces.flat()``; other arguments as in :func:`equivariant_attention_reference`.
+    """
+    if max_chunk_edges is None:
+        rows, channels = pieces.value.shape[1:]
+        radial = pieces.radial
+        numbers = 6 * rows * channels + 16 * radial.hidden.shape[-1] + 8 * radial.out.shape[-2]
+        max_chunk_edges = max(CHUNK_NUMBERS // numbers, MIN_CHUNK_EDGES)
+    outline = pieces.outline()
+
+    def function(chunk: Chunk, *tensors: Tensor) -> Tensor:
+        return attention_of_chunk(spec, form, chunk, outline.like(tensors), species, coupling)
+
+    chunks = LazyPlan(lambda: make_chunks(row_ptr, source, target, max_chunk_edges))
+    return plan_of(function, chunks, pieces.flat())
+
+
+def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, form):
     nodes, senders = row_ptr.numel() - 1, species.numel()
     edges = source.numel()
     check_senders(species, nodes)
@@ -296,10 +407,7 @@ def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, 
     check_shape("key", key, "N', H, S", (senders, spec.num_heads, query.shape[-1]))
     check_shape("vec", vec, "E, 3", (edges, 3))
     check_shape("target", target, "E", (edges,))
-    if image_source_rows is None:
-        check_shape("value", value, "N', (lmax+1)^2, C", (senders, spec.num_rows, value.shape[-1]))
-    if value.shape[-1] % spec.num_heads:
-        raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
+    check_value(spec, value, senders, form)
     if dot is not None:
         check_shape("dot", dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, dot.shape[-1]))
     elif spec.score != "qk":
@@ -307,6 +415,16 @@ def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, 
     if spec.order == 1 and coupling is not None:
         check_shape("coupling", coupling, "P, 3, (lmax+1)^2", (coupling.shape[0], 3, spec.num_rows))
     check_same_dtype("query", query, key=key)
+
+
+def check_value(spec: AttentionSpec, value: Tensor, senders: int, form: Form) -> None:
+    """Raise ValueError unless the value has the rows of the features, with ``form="sum"`` any number of them."""
+    if value.dim() != 3:
+        raise ValueError(f"value: expected [N', (lmax+1)^2, C], got {tuple(value.shape)}")
+    rows, dims = (value.shape[1], "R") if form == "sum" else (spec.num_rows, "(lmax+1)^2")
+    check_shape("value", value, f"N', {dims}, C", (senders, rows, value.shape[-1]))
+    if value.shape[-1] % spec.num_heads:
+        raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
 
 
 @torch.compiler.disable()
@@ -328,8 +446,6 @@ def equivariant_attention_reference(
     form: Form = "relative",
     recompute: bool = True,
     max_chunk_edges: int | None = None,
-    image: Tensor | None = None,
-    image_rows: Tensor | None = None,
     geometry: EdgeGeometry | None = None,
 ) -> Tensor:
     r"""Equivariant attention over a receiver-sorted edge list (docs/network.md, sections 6.2 to 6.5).
@@ -344,7 +460,7 @@ def equivariant_attention_reference(
         spec: what to compute.
         query: [N, H, S].
         key: [N', H, S].
-        value: [N', M, C].
+        value: [N', M, C]; with ``form="sum"`` [N', R, C], any rows.
         dot: [N, M, D], for the ``qk_dot*`` scores.
         vec: [E, 3] = r_i - r_j - shift, Å (from neighbour to receiver).
         source: [E], senders, rows of N'.
@@ -358,75 +474,21 @@ def equivariant_attention_reference(
         recompute: evaluate in chunks and recompute in every derivative, so that nothing of edge size outlives a chunk;
             False keeps edge tensors for the backward pass, which is faster for small systems.
         max_chunk_edges: edges of a chunk; by default those of 64 MB in float32.
-        image: [E], row of ``image_rows``.
-        image_rows: [I, R, C], further rows of each periodic image, appended to the value's rows.
         geometry: of ``vec``, where a caller has it for several layers; only without recomputation.
 
     Returns:
-        [N, M, C] (order 0), [N, P, C] (order 1) or [N, M + R, C] (``form="sum"``).
+        [N, M, C] (order 0), [N, P, C] (order 1) or [N, R, C] (``form="sum"``).
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
     if geometry is not None and recompute:
         raise ValueError("geometry: expected None with recompute=True, which keeps no edge tensors")
-    rows = None if image_rows is None else image_rows.shape[1]
-    _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, image, rows)
-    dot_radial = None if dot_weights is None else dot_weights.radial
-
-    arguments: list[tuple[str, Tensor]] = [(EDGE_KIND, vec), (TARGET, query), (SOURCE, key), (SOURCE, value)]
-    arguments += [(WHOLE, t) for t in radial if t is not None]
-    if dot is not None:
-        arguments.append((TARGET, dot))
-    if dot_radial is not None:
-        arguments += [(WHOLE, t) for t in dot_radial if t is not None]
-    if dot_weights is not None:
-        arguments += [(WHOLE, t) for t in dot_weights if isinstance(t, Tensor)]
-    if image_rows is not None:
-        arguments.append((IMAGE, image_rows))
-
-    def function(chunk: Chunk, *args: Tensor) -> Tensor:
-        args_ = iter(args)
-        c_vec, c_query, c_key, c_value = (next(args_) for _ in range(4))
-        c_radial = RadialWeights(*(None if t is None else next(args_) for t in radial))
-        c_dot = None if dot is None else next(args_).index_select(0, chunk.target)
-        c_dot_radial = None
-        if dot_radial is not None:
-            c_dot_radial = RadialWeights(*(None if t is None else next(args_) for t in dot_radial))
-        c_dot_weights = None
-        if dot_weights is not None:
-            c_dot_weights = DotWeights(
-                c_dot_radial, *(next(args_) if isinstance(t, Tensor) else None for t in dot_weights[1:])
-            )
-        if image_rows is not None:
-            c_value = torch.cat([c_value, next(args_)], 1)
-        weights, distance = edge_weights(
-            spec,
-            c_vec,
-            c_query.index_select(0, chunk.target),
-            c_key,
-            c_dot,
-            chunk.target,
-            chunk.num_nodes,
-            species[chunk.nodes].index_select(0, chunk.target),
-            species.index_select(0, chunk.source),
-            c_radial,
-            c_dot_weights,
-            geometry,
-        )
-        return aggregate(spec, form, weights, distance, c_vec, c_value, chunk.target, chunk.num_nodes, coupling)
-
-    if not recompute:
-        whole = Chunk(slice(0, row_ptr.numel() - 1), slice(0, source.numel()), source, target, image)
-        gathered = (_gather(t, kind, whole) for kind, t in arguments)
-        return function(whole, *gathered)
-    if max_chunk_edges is None:
-        numbers = 6 * spec.num_rows * value.shape[-1] + 16 * radial.hidden.shape[-1] + 8 * radial.out.shape[-2]
-        max_chunk_edges = max(CHUNK_NUMBERS // numbers, MIN_CHUNK_EDGES)
-    return chunked(function, make_chunks(row_ptr, source, target, max_chunk_edges, image), arguments)
-
-
-def _gather(tensor: Tensor, kind: str, chunk: Chunk) -> Tensor:
-    if kind == SOURCE:
-        return tensor.index_select(0, chunk.source)
-    return tensor.index_select(0, chunk.image) if kind == IMAGE else tensor
+    _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, form)
+    pieces = Pieces(vec, query, key, value, dot, radial, dot_weights)
+    if recompute:
+        plan = attention_plan(spec, form, pieces, source, target, row_ptr, species, coupling, max_chunk_edges)
+        return evaluate(plan, *(t for _, t in pieces.flat()))[0]
+    whole = Chunk(slice(0, row_ptr.numel() - 1), slice(0, source.numel()), source, target)
+    pieces = pieces._replace(key=key.index_select(0, source), value=value.index_select(0, source))
+    return attention_of_chunk(spec, form, whole, pieces, species, coupling, geometry)

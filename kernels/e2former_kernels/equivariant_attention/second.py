@@ -23,7 +23,7 @@ from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import second_geometry_kernel as geometry_kernel
 from e2former_kernels.equivariant_attention import second_messages_kernel as messages_kernel
 from e2former_kernels.equivariant_attention import second_weights_kernel as weights_kernel
-from e2former_kernels.equivariant_attention.primitives import launch_contract
+from e2former_kernels.equivariant_attention.contract import launch_contract
 from e2former_kernels.equivariant_attention.spec import AttentionSpec, Norm
 
 if TYPE_CHECKING:
