@@ -12,6 +12,7 @@
 | `${e2former.positive:KEY,VALUE}` | VALUE, after a check that it is a number above 0 |
 | `${e2former.boolean:KEY,VALUE}` | VALUE, after a check that it is true or false |
 | `${e2former.dataset:KEY,PATH}` | PATH, absolute, after a check that it is a data set |
+| `${e2former.folder:KEY,PATH}` | PATH, absolute, after a check that it is a folder with .npz files |
 | `${e2former.at_most:KEY,NUMBER,DATA_KEY,PATH}` | NUMBER, or with a word the size of the data set, if smaller |
 | `${e2former.checkpoint:KEY,PATH}` | PATH, absolute, after a check that it is an inference checkpoint |
 | `${e2former.resume:KEY,RECORDED}` | `job.KEY` of a resumed run, as the composed config's folder lies now |
@@ -117,6 +118,21 @@ def _absolute(path: str) -> Path:
     return Path(str(path)).expanduser().absolute()  # a folder named 2024 arrives as an integer
 
 
+def folder(key: str, path: str | None) -> str:
+    """The path of a folder of packed structures (`data.packed`), absolute.
+
+    Raises:
+        ValueError: no path was given.
+        FileNotFoundError: there are no such files.
+    """
+    if path is None:
+        raise ValueError(f"{key}: expected a folder with .npz files, got nothing; add {key}=FOLDER to the command line")
+    found = _absolute(path)
+    if not any(found.glob("*.npz")):
+        raise FileNotFoundError(f"{key}: expected a folder with .npz files, got {found}")
+    return str(found)
+
+
 @functools.cache
 def _at_most(key: str, wanted: int, data_key: str, paths: tuple[str, ...]) -> int:
     from e2former_fairchem.data.checks import count_structures
@@ -180,6 +196,7 @@ def register_resolvers(config_folder: Path | None = None) -> None:
         workers,
         loaders,
         sample,
+        folder,
         element_references,
         *values,
         dataset,

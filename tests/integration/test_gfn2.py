@@ -1,0 +1,112 @@
+"""Structures with GFN2-xTB labels: made, read as a data set, and trained on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.data import chemical_symbols
+
+from e2former_fairchem.data import make_gfn2
+from e2former_fairchem.data.packed import PackedDataset
+
+missing = [name for name in ("rdkit", "tblite") if importlib.util.find_spec(name) is None]
+needs_data = pytest.mark.skipif(bool(missing), reason=f"needs the extra data ({', '.join(missing)})")
+SMILES = ("CO", "N", "OC=O", "C=C")
+
+
+def packed(folder: Path, count: int = 40) -> Path:
+    """A folder with made-up structures of water and hydrogen."""
+    random, folder = np.random.default_rng(0), folder / "packed"
+    folder.mkdir()
+    for name, size in (("a", count // 2), ("b", count - count // 2)):
+        natoms = random.choice([2, 3], size)
+        numbers = np.concatenate([[8, 1, 1] if n == 3 else [1, 1] for n in natoms])
+        energy = np.array([-140.0 if n == 3 else -26.0 for n in natoms]) + random.normal(size=size)
+        positions = np.concatenate([[[0, 0, 0], [0, 0.8, 0.5], [0, -0.8, 0.5]][:n] for n in natoms])
+        arrays = {"natoms": natoms.astype(np.int16), "numbers": numbers.astype(np.uint8), "energy": energy}
+        arrays |= {"positions": (positions + random.normal(0, 0.05, positions.shape)).astype(np.float32)}
+        arrays |= {"forces": random.normal(size=positions.shape).astype(np.float32)}
+        arrays |= {key: np.zeros(size, np.int8) for key in ("charge", "kind")}
+        arrays |= {"spin": np.ones(size, np.int8), "test": (np.arange(size) % 5 == 4).astype(np.uint8)}
+        np.savez_compressed(folder / f"{name}.npz", **arrays)
+    references = {"element_references": make_gfn2.fit_references(folder), "unit": "eV"}
+    (folder / "references.json").write_text(json.dumps(references))
+    return folder
+
+
+@needs_data
+def test_structures_of_molecules(tmp_path: Path) -> None:
+    """Every class is there, twice the same; forces are the energy's derivatives; charges and electrons fit."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        counts = make_gfn2.write(tmp_path / name, make_gfn2.Job("molecules", SMILES[:2]))
+    with np.load(tmp_path / "one" / "molecules.npz") as one, np.load(tmp_path / "two" / "molecules.npz") as two:
+        assert all(np.array_equal(one[key], two[key]) for key in one)
+        content = {key: one[key] for key in one}
+    assert {name for name, counter in counts.items() if counter["kept"]} >= {
+        "displaced", "dynamics", "stretched", "dimer", "ion", "radical"
+    }  # fmt: skip
+    ends = np.cumsum(content["natoms"].astype(int))
+    for number in range(0, len(ends), 7):
+        rows = slice(ends[number] - content["natoms"][number], ends[number])
+        numbers = content["numbers"][rows].astype(int)
+        electrons = numbers.sum() - int(content["charge"][number])
+        assert (electrons - int(content["spin"][number]) + 1) % 2 == 0, [chemical_symbols[z] for z in numbers]
+    rows, h = slice(ends[0] - content["natoms"][0], ends[0]), 1e-3
+    method = make_gfn2.GFN2(content["numbers"][rows].astype(int), 0, 0)
+    positions = content["positions"][rows].astype(float)
+    step = np.zeros_like(positions)
+    step[0, 1] = h
+    slope = (method(positions + step).energy - method(positions - step).energy) / (2 * h)
+    assert content["forces"][rows][0, 1] == pytest.approx(-slope, abs=2e-3)
+    assert content["energy"][0] == pytest.approx(method(positions).energy, abs=1e-3)
+
+
+@needs_data
+def test_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        make_gfn2, "_jobs", lambda smiles: [make_gfn2.Job("water", water=0), make_gfn2.Job("w", water=1)]
+    )
+    monkeypatch.setattr(make_gfn2, "WATERS", 2)
+    (tmp_path / "list.smi").write_text("O\n")
+    (tmp_path / "out").mkdir()
+    make_gfn2.write(tmp_path / "out", make_gfn2.Job("water", water=0))
+    before = (tmp_path / "out" / "water.npz").stat().st_mtime_ns
+    make_gfn2.main([str(tmp_path / "list.smi"), str(tmp_path / "out"), "--workers", "0"])
+    assert (tmp_path / "out" / "w.npz").is_file() and (tmp_path / "out" / "water.npz").stat().st_mtime_ns == before
+    assert set(json.loads((tmp_path / "out" / "references.json").read_text())["element_references"]) == {"1", "8"}
+
+
+def test_data_set(tmp_path: Path) -> None:
+    """Parts are disjoint and complete; labels stand under their names; what is wrong is named."""
+    folder = packed(tmp_path)
+    names = {"energy": "omol_energy", "forces": "omol_forces"}
+    parts = {
+        part: PackedDataset({"src": str(folder), "part": part, "key_mapping": names})
+        for part in ("train", "val", "test")
+    }
+    numbers = [data.sid[0] for part in parts.values() for data in (part[i] for i in range(len(part)))]
+    assert sorted(map(int, numbers)) == list(range(40)) and len(parts["test"]) == 8 and len(parts["val"]) == 1
+    data = parts["train"][3]
+    assert data.omol_forces.shape == data.pos.shape and float(data.omol_energy) < -20
+    assert parts["train"].get_metadata("natoms", 3) == len(data.atomic_numbers)
+    with pytest.raises(ValueError, match="part: expected one of train, val, test, got 'all'"):
+        PackedDataset({"src": str(folder), "part": "all"})
+    with pytest.raises(FileNotFoundError, match="src: expected a folder with .npz files"):
+        PackedDataset({"src": str(tmp_path / "nowhere")})
+    np.savez_compressed(folder / "c.npz", natoms=np.array([1]))
+    with pytest.raises(ValueError, match="got none named numbers"):
+        PackedDataset({"src": str(folder)})
+
+
+@pytest.mark.slow
+def test_training(repo: Path, launch: Callable, tiny: Sequence[str], elsewhere: Path) -> None:
+    folder = packed(elsewhere)
+    short = ("steps=2", "batch_size=4", "runner.evaluate_every_n_steps=2", "job.run_dir=run", f"gfn2={folder}")
+    launch(repo / "configs" / "train" / "gfn2_small.yaml", *tiny, *short)
+    assert (elsewhere / "run" / "inference_ckpt.pt").is_file()
