@@ -57,11 +57,15 @@ def check_model(checkpoint: str | None) -> str:
     return str(check_checkpoint_path(checkpoint))
 
 
-def inference_settings(settings: str | dict[str, Any] | DictConfig) -> InferenceSettings:
+def inference_settings(settings: str | dict[str, Any] | DictConfig, one_composition: bool = False) -> InferenceSettings:
     """Settings from a preset's name, or from changes of the preset `batch`.
 
+    Args:
+        settings: see there.
+        one_composition: all structures will have the same atoms, charge and spin.
+
     Raises:
-        ValueError: no such preset or key, or one that needs one fixed composition.
+        ValueError: no such preset or key, or one that needs one fixed composition where that is not promised.
     """
     if isinstance(settings, str):
         try:
@@ -76,7 +80,7 @@ def inference_settings(settings: str | dict[str, Any] | DictConfig) -> Inference
         if unknown:
             raise ValueError(f"inference: expected keys of fairchem's InferenceSettings, got {', '.join(unknown)}")
         found = dataclasses.replace(guess_inference_settings("batch"), **settings)
-    if found.merge_mole or found.nitro:
+    if (found.merge_mole or found.nitro) and not one_composition:
         raise ValueError(
             f"inference: expected settings for batches of different molecules (batch, traineval), got {settings!r} "
             f"with merge_mole={found.merge_mole}, nitro={found.nitro}"

@@ -115,7 +115,9 @@ def _from_file(spec: str, key: str) -> list[tuple[str, Atoms]]:
     return [(f"{file.stem}[{n}]", atoms) for n, atoms in enumerate(found)]
 
 
-def load_systems(specs: Sequence[str], key: str, min_atoms: int = 2) -> list[tuple[str, Atoms]]:
+def load_systems(
+    specs: Sequence[str], key: str, min_atoms: int = 2, constraints: bool = False
+) -> list[tuple[str, Atoms]]:
     """Structures with names.
 
     Charge and spin (the multiplicity) come from a structure's info, also spelled total_charge and multiplicity or
@@ -127,6 +129,7 @@ def load_systems(specs: Sequence[str], key: str, min_atoms: int = 2) -> list[tup
             them or some (`FILE@0:3`).
         key: config key, for messages.
         min_atoms: least number of atoms of a structure.
+        constraints: leave those of the structures.
 
     Raises:
         FileNotFoundError: neither a name nor a file.
@@ -152,7 +155,8 @@ def load_systems(specs: Sequence[str], key: str, min_atoms: int = 2) -> list[tup
             atoms.info.setdefault("charge", 0)
             atoms.info.setdefault("spin", 1)
             atoms.calc = None
-            atoms.set_constraint()
+            if not constraints:
+                atoms.set_constraint()
         found += loaded
     names = [name for name, _ in found]
     repeated = sorted({name for name in names if names.count(name) > 1})

@@ -1,0 +1,244 @@
+"""`fairchem -c configs/md.yaml`: integrators, files, restarts, and what goes wrong."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.calculators.calculator import Calculator
+from ase.constraints import FixAtoms
+from ase.io import read, write
+from fairchem.core._cli import get_hydra_config_from_yaml
+
+from e2former_fairchem.md.ase_engine import ASEEngine
+from e2former_fairchem.md.engine import BlownUp, Observables, draw_velocities
+from e2former_fairchem.md.record import read_log
+from e2former_fairchem.md.settings import Settings
+from e2former_fairchem.pes.systems import load_systems
+from e2former_fairchem.runners.md import MDRunner
+
+
+@pytest.fixture(scope="module")
+def checkpoint(write_checkpoint, tmp_path_factory) -> Path:
+    """Its forces are small: a molecule stays together for some steps."""
+    return write_checkpoint(tmp_path_factory.mktemp("md") / "small.pt", cutoff=4.0, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def structures(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("structures")
+    water = molecule("H2O")
+    water.info.update(charge=0, spin=1)
+    ((_, crystal),) = load_systems(["ammonia_crystal"], "x")
+    crystal.info.update(charge=0, spin=1)
+    found = {"water": water, "crystal": crystal}
+    for name, atoms in found.items():
+        write(folder / f"{name}.xyz", atoms)
+    return {name: str(folder / f"{name}.xyz") for name in found}
+
+
+@pytest.fixture
+def config(repo: Path) -> Path:
+    return repo / "configs" / "md.yaml"
+
+
+def simulate(checkpoint: Path, folder: Path, structure: str, **changed: Any) -> None:
+    """A run in this process, as the command does it."""
+    given = {"steps": 24, "log_every": 1, "save_every": 4, "restart_every": 5, "plot": False, "inference": "batch"}
+    runner = MDRunner(structure, str(checkpoint), str(folder), **(given | changed))
+    runner._job_config = SimpleNamespace(device_type="CPU")
+    runner.run()
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """What a run wrote, without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "md.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["ns_per_day"]
+    return {"log": lines, "trajectory": (folder / "trajectory.extxyz").read_text()}
+
+
+def interrupted(number: signal.Signals, folder: Path, function: Callable, *arguments: Any, **options: Any) -> int:
+    """Call a function in a process of its own and send it a signal after nine lines of 25; its exit status."""
+    torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads and would wait for them
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments, kwargs=options)
+    process.start()
+    log, deadline = folder / "md.jsonl", time.monotonic() + 60
+    while not log.exists() or len(log.read_text().splitlines()) < 9:
+        assert time.monotonic() < deadline and process.is_alive()
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join()
+    assert 9 <= len(log.read_text().splitlines()) < 25
+    return process.exitcode
+
+
+def test_a_whole_run(
+    launch: Callable, config: Path, checkpoint: Path, structures: dict, elsewhere: Path, capfd
+) -> None:
+    overrides = (f"checkpoint={checkpoint}", f"structure={structures['water']}", "job.device_type=CPU", "steps=25")
+    launch(config, *overrides, "log_every=5", "save_every=10", "inference=batch")
+    folder = elsewhere / "runs" / "md"
+    log = read_log(folder)
+    assert log["step"].tolist() == [0, 5, 10, 15, 20, 25] and log["time"][-1] == 0.0125
+    assert np.isfinite(log["ns_per_day"][1:]).all() and np.isnan(log["pressure"]).all()
+    frames = read(folder / "trajectory.extxyz", ":")
+    assert [frame.info["step"] for frame in frames] == [0, 10, 20, 25]
+    assert frames[-1].get_potential_energy() == pytest.approx(log["potential_energy"][-1])
+    assert frames[-1].get_kinetic_energy() == pytest.approx(log["kinetic_energy"][-1], rel=1e-5)
+    assert frames[-1].info["charge"] == 0 and frames[-1].info["spin"] == 1
+    assert (folder / "md.png").stat().st_size > 10_000
+    report = json.loads((folder / "md.json").read_text())
+    assert report["results"]["steps"] == 25 and report["settings"]["ensemble"] == "nve"
+    spread = np.ptp(log["total_energy"])
+    assert spread < 0.05 * np.ptp(log["kinetic_energy"]), "velocity Verlet conserves the energy"
+    out = capfd.readouterr().out
+    assert "step 25/25, 0.0125 ps: " in out and "ns/day" in out and "drift of the total energy" in out
+
+    launch(config, *overrides, "log_every=5", "save_every=10", "inference=batch", "steps=30")
+    assert read_log(folder)["step"].tolist() == [0, 5, 10, 15, 20, 25, 30], "the same command with more steps goes on"
+
+
+@pytest.mark.parametrize(("ensemble", "structure"), [("nve", "water"), ("nvt", "water"), ("npt", "crystal")])
+def test_killed_run_goes_on(ensemble: str, structure: str, checkpoint: Path, structures: dict, tmp_path: Path) -> None:
+    """SIGKILL at some step: the files are in the end those of a run that nobody killed."""
+    options = {"ensemble": ensemble, "barostat_time": 100.0}
+    simulate(checkpoint, tmp_path / "whole", structures[structure], **options)
+    arguments = (checkpoint, tmp_path / "killed", structures[structure])
+    assert interrupted(signal.SIGKILL, tmp_path / "killed", simulate, *arguments, **options) == -signal.SIGKILL
+    simulate(*arguments, **options)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_signal_stops_after_a_step(
+    launch: Callable, config: Path, checkpoint: Path, structures: dict, elsewhere: Path, capfd
+) -> None:
+    overrides = (f"checkpoint={checkpoint}", f"structure={structures['water']}", "job.device_type=CPU", "steps=24")
+    overrides = (*overrides, "log_every=1", "inference=batch", "plot=false")
+    folder = elsewhere / "runs" / "md"
+    assert interrupted(signal.SIGTERM, folder, launch, config, *overrides) == 128 + signal.SIGTERM
+    done = len((folder / "md.jsonl").read_text().splitlines()) - 1
+    launch(config, *overrides)
+    assert read_log(folder)["step"].tolist() == list(range(25))
+    out = capfd.readouterr()
+    assert "SIGTERM: stopped; the same command goes on from here" in out.out
+    assert f"goes on at step {done} of the run in" in out.out, "not at step 0, although restart_every is 1000"
+
+
+def test_a_structure_that_blows_up(checkpoint: Path, structures: dict, tmp_path: Path) -> None:
+    with pytest.raises(BlownUp, match=r"step (\d+) \(.* ps\): atom [12] \(H\) moved [\d.e+]+ Å in one step .* force "):
+        simulate(checkpoint, tmp_path, structures["water"], timestep=30.0)
+    simulate(checkpoint, tmp_path / "again", structures["water"], steps=2)
+    log = read_log(tmp_path)
+    assert log["step"].tolist() == list(range(len(log["step"]))), "all until then is there"
+
+
+class Fails(Calculator):
+    """No forces; at some evaluation an error, or a force that is not a number."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, at: int = 10**9, error: Exception | None = None) -> None:
+        super().__init__()
+        self.left, self.error = at, error
+
+    def calculate(self, *args: Any) -> None:
+        super().calculate(*args)
+        self.left -= 1
+        self.results = {"energy": 0.0, "forces": np.zeros((len(self.atoms), 3))}
+        if self.left == 0 and self.error is not None:
+            raise self.error
+        if self.left == 0:
+            self.results["forces"][1] = np.nan
+
+
+def pair() -> Atoms:
+    atoms = Atoms("HO", [[0, 0, 0], [5, 0, 0]])
+    draw_velocities(atoms, 300.0, 1)
+    return atoms
+
+
+def test_the_step_of_an_error() -> None:
+    with pytest.raises(BlownUp, match=r"step 3 \(0.0015 ps\): atom 1 \(O\) moved .* force nan eV/Å; 1 atoms alike"):
+        ASEEngine(pair(), Fails(4), Settings()).advance(9)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        ASEEngine(pair(), Fails(4, RuntimeError("out of memory")), Settings()).advance(9)
+    assert caught.value.__notes__ == ["in step 3 (0.0015 ps)"]
+
+
+def test_temperature_of_two_atoms() -> None:
+    """Without forces: what the thermostat and the degrees of freedom are worth, where they matter most."""
+    engine = ASEEngine(pair(), Fails(), Settings("nvt", temperature=400.0, timestep=2.0, thermostat_time=10.0))
+    found = []
+    for _ in range(2000):
+        engine.advance(1)
+        found.append(Observables.of(engine.frame()).temperature)
+    assert np.mean(found) == pytest.approx(400.0, rel=0.15)
+    assert np.abs(engine.frame().get_momenta().sum(0)).max() < 1e-12
+
+
+def test_errors_come_before_the_model(
+    checkpoint: Path, structures: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MDRunner, "run", None)
+    fixed = molecule("H2O")
+    fixed.set_constraint(FixAtoms([0]))
+    write(tmp_path / "fixed.xyz", fixed)
+    write(tmp_path / "two.xyz", [molecule("H2O"), molecule("N2")])
+    common = {"structure": structures["water"], "checkpoint": str(checkpoint), "output_dir": str(tmp_path / "out")}
+    for changed, error, message in (
+        ({"structure": None}, ValueError, "structure: expected a file that ASE reads, got nothing; add structure=FILE"),
+        ({"structure": "absent.xyz"}, FileNotFoundError, "structure: expected .* a file that ASE reads, got 'absent"),
+        ({"structure": str(tmp_path / "two.xyz")}, ValueError, "structure: expected one structure, got 2 .*@0"),
+        ({"structure": str(tmp_path / "fixed.xyz")}, ValueError, "structure: expected no constraints, .* FixAtoms"),
+        ({"checkpoint": None}, ValueError, "checkpoint: expected an inference checkpoint .*, got nothing"),
+        ({"ensemble": "nvm"}, ValueError, "ensemble: expected one of nve, nvt, npt, got 'nvm'"),
+        ({"ensemble": "npt"}, ValueError, "ensemble: expected nve or nvt for a structure with pbc .*False.*, got npt"),
+        ({"ensemble": "nvt", "temperature": 0}, ValueError, "temperature: expected a number above 0, got 0"),
+        ({"engine": "lammps"}, ValueError, "engine: expected one of .*, got 'lammps'"),
+        ({"timestep": 0}, ValueError, "timestep: expected a number above 0, got 0"),
+        ({"steps": 0.5}, ValueError, "steps: expected an integer of at least 1, got 0.5"),
+        ({"inference": "slow"}, ValueError, "inference: expected a preset's name"),
+        ({"log_every": 0}, ValueError, "log_every: expected an integer of at least 1, got 0"),
+        ({"plot": "yes"}, ValueError, "plot: expected true or false, got 'yes'"),
+    ):
+        with pytest.raises(error, match=message):
+            MDRunner(**common | changed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_of_the_yaml_are_typed(config: Path) -> None:
+    composed = get_hydra_config_from_yaml(str(config), ["structure=CH3OH"]).runner
+    assert set(composed) == {"_target_", *inspect.signature(MDRunner).parameters}
+    with pytest.raises(Exception, match="timestep: expected a number above 0, got 'fast'"):
+        get_hydra_config_from_yaml(str(config), ["timestep=fast"]).runner.timestep  # noqa: B018
+
+
+def test_other_files_are_kept(checkpoint: Path, structures: dict, tmp_path: Path, capfd) -> None:
+    (tmp_path / "trajectory.extxyz").write_text("of somebody")
+    simulate(checkpoint, tmp_path, structures["water"], steps=2)
+    assert (tmp_path / "trajectory.1.extxyz").read_text() == "of somebody"
+    there = r"temperature: expected 300.0, of the run in .*, got 400.0; .* job.run_dir=FOLDER"
+    with pytest.raises(ValueError, match=there):
+        simulate(checkpoint, tmp_path, structures["water"], steps=2, temperature=400)
+    with pytest.raises(ValueError, match=r"steps: expected at least 2, .* got 1"):
+        simulate(checkpoint, tmp_path, structures["water"], steps=1)
+    (tmp_path / "md.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"md.jsonl: expected at least \d+ bytes, as restart.npz says"):
+        simulate(checkpoint, tmp_path, structures["water"], steps=4)
+    (tmp_path / "restart.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"restart.npz: expected the restart file of a run, got "):
+        simulate(checkpoint, tmp_path, structures["water"], steps=4)
