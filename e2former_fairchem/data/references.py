@@ -14,8 +14,9 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 NUM_ELEMENTS = 118
-#: Total energies of all-electron calculations are near these sums, eV.
-OMOL25_TABLE = Path(__file__).with_name("element_references") / "omol25.json"
+#: Tables that come with the package, by name: of the authors' heads (data/README.md) and of the bundled sample.
+BUNDLED = {"sample": Path(__file__).with_name("sample") / "statistics.json"}
+BUNDLED |= {path.stem: path for path in sorted(Path(__file__).with_name("element_references").glob("*.json"))}
 
 
 def dense_table(table: Mapping[int, float], default: float = math.nan) -> list[float]:
@@ -95,7 +96,8 @@ def fit_element_references(numbers: Sequence[np.ndarray], energies: Sequence[flo
     present = np.flatnonzero(counts.any(axis=0))
     counts = counts[:, present]
     atoms = counts.sum(axis=1)
-    starts = [np.nan_to_num(read_element_references(OMOL25_TABLE))[present], np.zeros(len(present))]
+    # total energies of all-electron calculations are near the sums of OMOL25's
+    starts = [np.nan_to_num(read_element_references(BUNDLED["omol25"]))[present], np.zeros(len(present))]
     start = min(starts, key=lambda r: np.abs((target - counts @ r) / atoms).mean())
     correction, _, rank, _ = np.linalg.lstsq(counts, target - counts @ start, rcond=None)
     table = np.full(NUM_ELEMENTS + 1, math.nan)

@@ -14,16 +14,12 @@ import yaml
 from fairchem.core.units.mlip_unit.api.inference import UMATask
 from torch import Tensor
 
+from e2former_fairchem.data.references import NUM_ELEMENTS, read_element_references
 from e2former_fairchem.interop.checkpoint_file import make_checkpoint, read_tensors, write_checkpoint
 from e2former_fairchem.interop.molfm_config import MolFMConfig, parse_molfm_config
 from e2former_fairchem.interop.molfm_model import build_from_molfm, molfm_model_config
 from e2former_fairchem.interop.molfm_weights import unused_keys
-from e2former_fairchem.interop.references import (
-    NUM_ELEMENTS,
-    element_references,
-    elements_of,
-    read_element_references,
-)
+from e2former_fairchem.interop.references import element_references, elements_of
 
 __all__ = ["ConversionReport", "convert_molfm_checkpoint", "read_molfm_weights"]
 

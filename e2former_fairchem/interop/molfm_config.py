@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from e3nn import o3
 
+from e2former_fairchem.data.references import NUM_ELEMENTS
+
 Release = Literal["v2", "v1_5"]
 
 # What the two releases do differently on this path (docs/network.md, section 14.1).
@@ -19,7 +21,6 @@ _ORDERS = {"so2-first-order": 1, "zero-order": 0}
 _LOSS_UNITS = {"ev": 1.0, "kcal/mol": 0.0433634, "mev": 1e-3, "normev": 1.5}
 # Release v1.5 gives data sets a common head (docs/network.md, section 14.3).
 _RENAMED = dict.fromkeys(("svp-enhance", "tzvpd-small", "tzvpd-forceatomfilter"), "tzvpd")
-MAX_NUM_ELEMENTS = 118
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def parse_molfm_config(config: Mapping[str, Any], release: str) -> MolFMConfig:
         "atom_embedding": False,
         "reflection_equivariant": False,
         "long_range": _long_range(flat, release_key),
-        "max_num_elements": MAX_NUM_ELEMENTS,
+        "max_num_elements": NUM_ELEMENTS,
     }
     force_head = "linear" if _absent(flat.get("with_moe")) else str(flat["with_moe"])
     if force_head not in ("linear", "painn"):

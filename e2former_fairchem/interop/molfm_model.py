@@ -10,9 +10,10 @@ import torch
 from fairchem.core.models.base import HydraModel
 from torch import Tensor
 
+from e2former_fairchem.data.references import NUM_ELEMENTS
 from e2former_fairchem.interop.molfm_config import MolFMConfig, parse_molfm_config
 from e2former_fairchem.interop.molfm_weights import translate_state_dict
-from e2former_fairchem.interop.references import NUM_ELEMENTS, element_references
+from e2former_fairchem.interop.references import element_references
 
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
 HEADS = "e2former_fairchem.heads"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from e2former_fairchem.data.references import NUM_ELEMENTS
 from e2former_fairchem.report.sample import EDGES, Sample, histogram
 
-ELEMENTS = 119
 #: Points of the parity plots, and structures in each list of the worst.
 SAMPLE_SIZE, WORST = 200_000, 15
 
@@ -75,7 +75,7 @@ class SetErrors:
         self.force_histogram = np.zeros(len(EDGES) - 1, np.int64)
         self.energy_sample = Sample(sample_size, 2, (*seed, 0))
         self.force_sample = Sample(sample_size, 2, (*seed, 1))
-        self.elements = np.zeros((ELEMENTS, len(ELEMENT_SUMS)))
+        self.elements = np.zeros((NUM_ELEMENTS + 1, len(ELEMENT_SUMS)))
         self.states: dict[tuple[int, int], NDArray] = {}
         self.sizes: dict[tuple[int, ...], NDArray] = {}
         self.worst_energy = (np.empty((0, len(WORST_NUMBERS))), np.empty(0, "U1"))
@@ -166,7 +166,7 @@ class SetErrors:
         columns = (None, 3.0, np.abs(error).sum(1), (error**2).sum(1), np.abs(reference).sum(1))
         for i, column in enumerate(columns):
             weights = None if column is None else np.broadcast_to(column, numbers.shape)
-            self.elements[:, i] += np.bincount(numbers, weights, ELEMENTS)[:ELEMENTS]
+            self.elements[:, i] += np.bincount(numbers, weights, NUM_ELEMENTS + 1)[: NUM_ELEMENTS + 1]
 
     def merge(self, other: SetErrors) -> None:
         """Add another rank's errors on the same set."""

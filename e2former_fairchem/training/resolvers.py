@@ -77,18 +77,13 @@ def element_references(name: str) -> ListConfig:
         FileNotFoundError: neither a bundled name nor a file.
         ValueError: the file holds something else.
     """
-    bundled = {
-        "sample": DATA / "sample" / "statistics.json",
-        "omol25": DATA / "element_references" / "omol25.json",
-        "spice": DATA / "element_references" / "spice.json",
-    }
-    if name not in bundled and not str(name).endswith(".json"):
-        raise ValueError(
-            f"e2former.element_references: expected one of {', '.join(bundled)} or a .json file, got {name!r}"
-        )
-    from e2former_fairchem.data.references import read_element_references
+    from e2former_fairchem.data.references import BUNDLED, read_element_references
 
-    table = read_element_references(bundled.get(name, Path(name).absolute()), key="element_references")
+    if name not in BUNDLED and not str(name).endswith(".json"):
+        raise ValueError(
+            f"e2former.element_references: expected one of {', '.join(BUNDLED)} or a .json file, got {name!r}"
+        )
+    table = read_element_references(BUNDLED.get(name, Path(name).absolute()), key="element_references")
     # A plain list would not survive OmegaConf.resolve where one interpolation leads to another.
     return OmegaConf.create(table)
 

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from e2former_fairchem import validation
 from e2former_fairchem.commands import convert_molfm
 from e2former_fairchem.commands import safetensors as safetensors_command
+from e2former_fairchem.data.references import read_element_references
 from e2former_fairchem.interop.checkpoint_file import export_safetensors, import_safetensors, read_tensors
 from e2former_fairchem.interop.molfm import StateDictError, convert_molfm_checkpoint
-from e2former_fairchem.interop.references import element_references, read_element_references, table_of_head
+from e2former_fairchem.interop.references import element_references, table_of_head
 from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))

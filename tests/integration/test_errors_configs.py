@@ -156,7 +156,7 @@ def test_element_references_of_another_shape(tmp_path: Path, content: bytes, got
 def test_element_references_that_are_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"element_references: expected a JSON file, got .*absent.json"):
         element_references(str(tmp_path / "absent.json"))
-    with pytest.raises(ValueError, match=r"expected one of sample, omol25, spice or a .json file, got None"):
+    with pytest.raises(ValueError, match="expected one of sample, omol25, spice, svp, tzvpd or a .json file, got None"):
         element_references(None)
 
 
@@ -284,7 +284,9 @@ WRONG = {
     "lr=fast": "lr: expected a number of at least 0, got 'fast'",
     "lr=nan": "lr: expected a number of at least 0, got nan",
     "normalizer_rmsd=0": "normalizer_rmsd: expected a number above 0, got 0",
-    "element_references=7": "e2former.element_references: expected one of sample, omol25, spice or a .json file, got 7",
+    "element_references=7": (
+        "e2former.element_references: expected one of sample, omol25, spice, svp, tzvpd or a .json file, got 7"
+    ),
 }
 
 
