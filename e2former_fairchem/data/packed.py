@@ -81,7 +81,9 @@ class PackedDataset(BaseDataset[AtomicData]):
             sid=str(number),
             dataset="omol",
         )
-        setattr(data, self._energy, torch.tensor([float(arrays["energy"][number])], dtype=torch.float64))
+        # fairchem wants what is called energy in the positions' dtype, which costs some 1e-4 eV
+        dtype = data.pos.dtype if self._energy == "energy" else torch.float64
+        setattr(data, self._energy, torch.tensor([float(arrays["energy"][number])], dtype=dtype))
         setattr(data, self._forces, torch.from_numpy(arrays["forces"][rows].copy()))
         return data
 

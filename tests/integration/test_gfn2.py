@@ -106,7 +106,14 @@ def test_data_set(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training(repo: Path, launch: Callable, tiny: Sequence[str], elsewhere: Path) -> None:
+    """Through fairchem's command line, and the table of errors after it."""
     folder = packed(elsewhere)
     short = ("steps=2", "batch_size=4", "runner.evaluate_every_n_steps=2", "job.run_dir=run", f"gfn2={folder}")
     launch(repo / "configs" / "train" / "gfn2_small.yaml", *tiny, *short)
     assert (elsewhere / "run" / "inference_ckpt.pt").is_file()
+    spec = importlib.util.spec_from_file_location("evaluate", repo / "benchmarks" / "gfn2" / "evaluate.py")
+    evaluate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evaluate)
+    rows = evaluate.errors(elsewhere / "run" / "inference_ckpt.pt", folder, 6, "cpu")
+    assert set(rows) == {"displaced", "all"} and rows["all"]["structures"] == 6
+    assert 0 < rows["all"]["energy"] < 1e5 and rows["all"]["zero_forces"] == pytest.approx(800, rel=0.5)
