@@ -28,7 +28,9 @@ from e2former_fairchem.inference_mode import outside_inference_mode
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
 from e2former_fairchem.parallel_guard import ParallelGuard
+from e2former_fairchem.training.values import number
 from e2former_fairchem.validation import check_batch, check_keys, log_once, plain, read_other_spellings, symbol
+from e2former_fairchem.verlet import VerletList
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -135,6 +137,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self._external_graph = False
         self._guard = ParallelGuard()
         self._refusal: str | None = None
+        self._skin = 0.0
+        self._lists: dict[float, VerletList] = {}
         if max_neighbors is not None:
             logging.warning(
                 f"e2former_v2: max_neighbors={max_neighbors} keeps only the nearest neighbours of an atom, so that "
@@ -160,6 +164,15 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def forget_elements(self) -> None:
         """Keep no record of the elements seen, in the state dict neither: nothing is known of them."""
         self.register_buffer("elements_seen", torch.ones_like(self.elements_seen), persistent=False)
+
+    def keep_neighbors(self, skin: float) -> None:
+        """Search neighbours within the cutoff and a skin (Å), and again only when an atom has moved half of it.
+
+        For inputs that change little from call to call: dynamics, relaxations. Results are the same to the last bit,
+        and another structure is found out and searched anew. 0 searches at every call, as without.
+        """
+        self._skin = number("skin", skin)
+        self._lists = {}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -264,6 +277,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
                 given[key] = data[key]
             if self._external_graph:
                 _check_not_truncated(data["edge_index"])
+        elif self._skin and options.get("partition") is None:
+            options["kept"] = self._lists.setdefault(cutoff, VerletList(self._skin))
         return build_graph(
             data["pos"],
             data["cell"],

@@ -21,6 +21,7 @@ from e2former_kernels.common.plan import EdgeList
 
 if TYPE_CHECKING:
     from e2former_fairchem.parallel import Halo, Partition
+    from e2former_fairchem.verlet import VerletList
 
 __all__ = ["MIN_DISTANCE", "Graph", "build_graph"]
 
@@ -146,6 +147,7 @@ def build_graph(
     cell_offsets: Tensor | None = None,
     builder: str | None = None,
     partition: Partition | None = None,
+    kept: VerletList | None = None,
 ) -> Graph:
     """Graph of all pairs with ``max(lower, 1e-4) <= |vec| <= cutoff`` within each system, every image once.
 
@@ -171,6 +173,8 @@ def build_graph(
         builder: a name in `e2former_fairchem.neighbors.BUILDERS`; None chooses by device.
         partition: with graph parallelism, who owns which atom. Every worker searches the whole batch, so that all of
             them find the same errors, and keeps the edges whose receiver it owns.
+        kept: a list of an earlier call with this cutoff, which spares the search while atoms are near where they were.
+            The graph is the same, edge by edge.
 
     Raises:
         ValueError: positions or cells that are not finite, coincident atoms, singular periodic cells, given edges that
@@ -189,14 +193,23 @@ def build_graph(
             if edge_index is not None:
                 _check_finite(bool(torch.isfinite(pos64).all()), pos64, batch, natoms)
                 candidates = _given_edges(edge_index, cell_offsets, pbc, batch, pos.shape[0])
-            else:
+            elif kept is not None and (found := kept.look(pos64, cell64, pbc, batch, natoms, cutoff)) is not None:
+                candidates, stale = found
+                graph = _from_candidates(
+                    candidates, False, pos64, cell64, batch, natoms, cutoff, partition=partition, stale=stale, **limits
+                )
+            if graph is None and edge_index is None:
                 systems = read_systems(pos64, cell64, pbc, batch, natoms)
                 _check_finite(systems.finite, pos64, batch, natoms)
-                name = choose_builder(systems, cutoff, builder)
+                reach = cutoff if kept is None else cutoff + kept.skin
+                name = choose_builder(systems, reach, builder)
                 if name == "pairs" and partition is None:
                     graph = _from_pairs(systems, cutoff, **limits)
                 if graph is None:
-                    candidates = find_neighbors(systems, cutoff, name)
+                    candidates = find_neighbors(systems, reach, name)
+                    if kept is not None:
+                        candidates = _within(candidates, pos64, cell64, batch, reach)
+                        kept.keep(candidates, pos64, cell64, pbc, natoms)
             if graph is None:
                 given = edge_index is not None
                 graph = _from_candidates(
@@ -246,10 +259,12 @@ def _from_candidates(
     source_mask: Tensor | None,
     max_neighbors: int | None,
     partition: Partition | None,
-) -> Graph:
+    stale: Tensor | None = None,
+) -> Graph | None:
     """The graph, still without vectors: candidates are measured, checked, cut, and sorted where they are not.
 
-    given: whether they come from outside, so that edges may be listed twice and need not have a reverse.
+    given: whether they come from outside, so that edges may be listed twice and need not have a reverse. stale: []
+    bool, read with the rest; where it is true candidates may be missing, and there is no graph.
     """
     source, target, offset, ordered = candidates
     num_nodes, halo = pos.shape[0], None
@@ -263,7 +278,11 @@ def _from_candidates(
     facts = [(distance < MIN_DISTANCE).any(), ~keep.all()]
     if offset is not None and offset.shape[0] and not ordered:
         facts.append(offset.abs().max())
+    if stale is not None:
+        facts.append(stale)
     coincident, cut, *reach = torch.stack([fact.long() for fact in facts]).tolist()
+    if stale is not None and reach.pop():
+        return None
     if coincident:
         _raise_coincident(distance, source, target, batch, natoms)
     edges = source, target, distance, offset
@@ -292,6 +311,19 @@ def _from_candidates(
         # every edge is there in both directions: receivers and senders have the same pointer
         graph.senders = Transposed(source, num_nodes, pointer=row_ptr)
     return graph
+
+
+def _within(candidates: Candidates, pos: Tensor, cell: Tensor, batch: Tensor, radius: float) -> Candidates:
+    """Candidates within a radius (Å), in order."""
+    source, target, offset, ordered = candidates
+    distance = _vectors(pos, cell, batch, source, target, offset).norm(dim=-1)
+    source, target, offset = _take((source, target, offset), distance <= radius)
+    if not ordered:
+        reach = int(offset.abs().max()) if offset is not None and offset.shape[0] else 0
+        source, target, offset = _take(
+            (source, target, offset), _canonical_order(source, target, offset, pos.shape[0], reach)
+        )
+    return Candidates(source, target, offset, True)
 
 
 def _take(edges: tuple[Tensor | None, ...], which: Tensor) -> tuple[Tensor | None, ...]:
