@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from e2former_fairchem.training.checkpoint import read_checkpoint
 from e2former_fairchem.training.signals import StopRequest, status
 from e2former_fairchem.training.values import boolean, integer, number, positive
 
-ENGINES = ("ase",)
+ENGINES = ("auto", "ase", "nvalchemi")
 _FOLDER = "job.run_dir"
 
 
@@ -46,7 +47,8 @@ class MDRunner(Runner):
         steps: of the integrator, in all.
         ensemble, temperature, timestep, pressure, thermostat_time, barostat_time, seed: see
             `e2former_fairchem.md.settings.Settings`.
-        engine: `ase`.
+        engine: `ase`, `nvalchemi`, or `auto`: nvalchemi on a GPU where it is installed, else ASE.
+        skin: Å; our backbone searches neighbours again when an atom has moved half of it. 0 searches at every step.
         task_name: data set of the checkpoint whose energies and forces are used.
         inference: preset of fairchem's inference settings, or changes of the preset `batch`.
         log_every: steps between two lines of `md.jsonl`.
@@ -72,7 +74,8 @@ class MDRunner(Runner):
         thermostat_time: float = 100.0,
         barostat_time: float = 1000.0,
         seed: int = 0,
-        engine: str = "ase",
+        engine: str = "auto",
+        skin: float = 0.5,
         task_name: str = "omol",
         inference: str | dict[str, Any] | DictConfig = "default",
         log_every: int = 10,
@@ -110,7 +113,12 @@ class MDRunner(Runner):
             raise ValueError(f"ensemble: expected nve or nvt for a structure with pbc {self.atoms.pbc}, got npt")
         self.checkpoint = check_model(checkpoint)
         self.output_dir = Path(output_dir).absolute()
+        if engine == "nvalchemi" and not _nvalchemi():
+            raise ModuleNotFoundError(
+                'engine: expected nvalchemi to be installed (pip install "e2former-fairchem[md]"), or engine=ase'
+            )
         self.engine = engine
+        self.skin = number("skin", skin)
         self.task_name = task_name
 
     def run(self) -> None:
@@ -151,6 +159,11 @@ class MDRunner(Runner):
             raise ValueError(
                 f"ensemble: expected nve or nvt for a checkpoint without stress, got npt and {self.checkpoint}"
             )
+        backbone = predictor.unit.model.module.backbone
+        if hasattr(backbone, "keep_neighbors"):
+            backbone.keep_neighbors(self.skin)
+        if self.engine == "auto":
+            self.engine = "nvalchemi" if device == "cuda" and _nvalchemi() else "ase"
         facts = {
             "structure": _fingerprint(self.atoms),
             "checkpoint": sha256_of(predictor.path),
@@ -185,13 +198,17 @@ class MDRunner(Runner):
         return reason
 
     def _start(self, predictor: Predictor) -> Engine:
-        from e2former_fairchem.md.ase_engine import ASEEngine
-
         atoms = self.atoms.copy()
         if atoms.has("momenta"):
             stop_drift(atoms)
         else:
             draw_velocities(atoms, self.settings.temperature, self.settings.seed)
+        if self.engine == "nvalchemi":
+            from e2former_fairchem.md.nvalchemi_engine import NvalchemiEngine
+
+            return NvalchemiEngine(atoms, predictor, self.settings)
+        from e2former_fairchem.md.ase_engine import ASEEngine
+
         return ASEEngine(atoms, predictor.calculator, self.settings)
 
     def _report(self, record: Record, predictor: Predictor, device: str) -> None:
@@ -238,6 +255,10 @@ class MDRunner(Runner):
 
     def load_state(self, checkpoint_location: str | None) -> None:
         """Nothing to load."""
+
+
+def _nvalchemi() -> bool:
+    return importlib.util.find_spec("nvalchemi") is not None
 
 
 def _read_structure(structure: str | None) -> Atoms:

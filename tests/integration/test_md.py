@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ from ase.constraints import FixAtoms
 from ase.io import read, write
 from fairchem.core._cli import get_hydra_config_from_yaml
 
+from e2former_fairchem.leaderboard import predictor as prediction
 from e2former_fairchem.md.ase_engine import ASEEngine
 from e2former_fairchem.md.engine import BlownUp, Observables, draw_velocities
 from e2former_fairchem.md.record import read_log
@@ -53,6 +55,14 @@ def structures(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def config(repo: Path) -> Path:
     return repo / "configs" / "md.yaml"
+
+
+@pytest.fixture(params=["ase", "nvalchemi"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine that is installed."""
+    if request.param == "nvalchemi" and importlib.util.find_spec("nvalchemi") is None:
+        pytest.skip('nvalchemi-toolkit is not installed: pip install "e2former-fairchem[md]"')
+    return request.param
 
 
 def simulate(checkpoint: Path, folder: Path, structure: str, **changed: Any) -> None:
@@ -113,9 +123,11 @@ def test_a_whole_run(
 
 
 @pytest.mark.parametrize(("ensemble", "structure"), [("nve", "water"), ("nvt", "water"), ("npt", "crystal")])
-def test_killed_run_goes_on(ensemble: str, structure: str, checkpoint: Path, structures: dict, tmp_path: Path) -> None:
+def test_killed_run_goes_on(
+    engine: str, ensemble: str, structure: str, checkpoint: Path, structures: dict, tmp_path: Path
+) -> None:
     """SIGKILL at some step: the files are in the end those of a run that nobody killed."""
-    options = {"ensemble": ensemble, "barostat_time": 100.0}
+    options = {"engine": engine, "ensemble": ensemble, "barostat_time": 100.0}
     simulate(checkpoint, tmp_path / "whole", structures[structure], **options)
     arguments = (checkpoint, tmp_path / "killed", structures[structure])
     assert interrupted(signal.SIGKILL, tmp_path / "killed", simulate, *arguments, **options) == -signal.SIGKILL
@@ -138,10 +150,9 @@ def test_signal_stops_after_a_step(
     assert f"goes on at step {done} of the run in" in out.out, "not at step 0, although restart_every is 1000"
 
 
-def test_a_structure_that_blows_up(checkpoint: Path, structures: dict, tmp_path: Path) -> None:
+def test_a_structure_that_blows_up(engine: str, checkpoint: Path, structures: dict, tmp_path: Path) -> None:
     with pytest.raises(BlownUp, match=r"step (\d+) \(.* ps\): atom [12] \(H\) moved [\d.e+]+ Å in one step .* force "):
-        simulate(checkpoint, tmp_path, structures["water"], timestep=30.0)
-    simulate(checkpoint, tmp_path / "again", structures["water"], steps=2)
+        simulate(checkpoint, tmp_path, structures["water"], timestep=30.0, engine=engine)
     log = read_log(tmp_path)
     assert log["step"].tolist() == list(range(len(log["step"]))), "all until then is there"
 
@@ -217,6 +228,9 @@ def test_errors_come_before_the_model(
     ):
         with pytest.raises(error, match=message):
             MDRunner(**common | changed)
+    monkeypatch.setattr("e2former_fairchem.runners.md._nvalchemi", lambda: False)
+    with pytest.raises(ModuleNotFoundError, match=r"engine: expected nvalchemi .*e2former-fairchem\[md\].* engine=ase"):
+        MDRunner(**common, engine="nvalchemi")
     assert not (tmp_path / "out").exists()
 
 
@@ -242,3 +256,44 @@ def test_other_files_are_kept(checkpoint: Path, structures: dict, tmp_path: Path
     (tmp_path / "restart.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"restart.npz: expected the restart file of a run, got "):
         simulate(checkpoint, tmp_path, structures["water"], steps=4)
+
+
+@pytest.mark.parametrize(("ensemble", "structure"), [("nve", "water"), ("npt", "crystal")])
+def test_engines_agree(ensemble: str, structure: str, checkpoint: Path, structures: dict, tmp_path: Path) -> None:
+    """Two implementations of one integrator: energies, temperature, pressure and volume on the way."""
+    pytest.importorskip("nvalchemi", reason='not installed: pip install "e2former-fairchem[md]"')
+    options = {"ensemble": ensemble, "barostat_time": 1000.0, "timestep": 0.1, "steps": 10, "log_every": 10}
+    found = {}
+    for engine in ("ase", "nvalchemi"):
+        simulate(checkpoint, tmp_path / engine, structures[structure], engine=engine, **options)
+        found[engine] = read_log(tmp_path / engine)
+    for key in ("potential_energy", "kinetic_energy", "temperature", "pressure", "volume"):
+        # barostats differ by the mass of the cell: (3 N + 3) of one, (N + 1) of the other
+        tolerance = 1e-5 if ensemble == "nve" else 2e-3
+        np.testing.assert_allclose(found["nvalchemi"][key], found["ase"][key], rtol=tolerance, err_msg=key)
+
+
+def test_batches_of_nvalchemi(checkpoint: Path, structures: dict) -> None:
+    """Molecules of different size, charge and spin at once: what fairchem's calculator says of each."""
+    pytest.importorskip("nvalchemi", reason='not installed: pip install "e2former-fairchem[md]"')
+    from nvalchemi.data import Batch
+
+    from e2former_fairchem.md.nvalchemi_engine import FairchemModel, _data
+
+    settings = prediction.inference_settings("batch")
+    predictor = prediction.Predictor(str(checkpoint), "omol", settings, "cpu")
+    ion = molecule("NH3")
+    ion.info.update(charge=1, spin=2)
+    both = [read(structures["crystal"]), ion]
+    model = FairchemModel(predictor)
+    for order in (both, both[::-1], both[:1]):
+        result = model(Batch.from_data_list([_data(atoms) for atoms in order]))
+        start = 0
+        for n, atoms in enumerate(order):
+            atoms.calc = predictor.calculator
+            forces = result["forces"][start : start + len(atoms)].numpy()
+            assert result["energy"][n].item() == pytest.approx(atoms.get_potential_energy(), abs=1e-5)
+            np.testing.assert_allclose(forces, atoms.get_forces(), atol=1e-5)
+            if atoms.pbc.all():
+                np.testing.assert_allclose(result["stress"][n].numpy(), atoms.get_stress(voigt=False), atol=1e-6)
+            start += len(atoms)
