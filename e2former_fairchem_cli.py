@@ -84,10 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _by_file(path: str) -> ModuleType:
     """A subcommand's module without the package around it, which is enough for its help."""
+    if path in sys.modules:
+        return sys.modules[path]
     package, *parts = path.split(".")
     (folder,) = importlib.util.find_spec(package).submodule_search_locations
-    spec = importlib.util.spec_from_file_location(parts[-1], Path(folder, *parts).with_suffix(".py"))
-    module = sys.modules[parts[-1]] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(path, Path(folder, *parts).with_suffix(".py"))
+    module = sys.modules[path] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from e2former_fairchem.frozen import Frozen
     from e2former_fairchem.graph import Graph
 
-__all__ = ["Execution", "choose_execution"]
+__all__ = ["EXECUTIONS", "Execution", "choose_execution"]
+
+#: The names of the table.
+EXECUTIONS = ("reference", "kernels", "compiled", "frozen", "frozen_half", "replayed")
 
 logger = logging.getLogger("e2former_fairchem")
 

@@ -1,4 +1,4 @@
-"""``e2former-fairchem doctor``: versions, devices, which kernels run, and a self-test against the reference."""
+"""``e2former-fairchem doctor``: versions, devices, how evaluations run, and a self-test against the reference."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from e2former_fairchem.compat import fairchem_state
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.execution import EXECUTIONS, Execution
 from e2former_fairchem.files import write_text
-from e2former_fairchem.graph import build_graph
+from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.nn.output import EnergyMLP
 from e2former_kernels.common.backend import triton_problem
@@ -75,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"kernels: {'Triton' if problem is None else 'reference (PyTorch)'} with kernel_backend=auto on {device}")
     if problem is not None:
         print(f"  Triton kernels do not run here: {problem}")
+    taken = taken_executions(device)
+    print("executions (model.execution), and where each is taken:")
+    for name, words in taken.items():
+        print(f"  {name:12s} {words}")
 
     atoms = 3 * args.molecules
     print(f"self-test: energy and forces of {atoms} atoms in float32 against the float64 reference, on {device}")
@@ -96,12 +101,43 @@ def run(args: argparse.Namespace) -> int:
             "devices": devices,
             "kernels": "triton" if problem is None else "reference",
             "reason": problem,
+            "executions": taken,
             "checks": [asdict(check) | {"ok": check.ok} for check in checks],
             "healthy": healthy,
         }
         write_text(Path(args.json).absolute(), json.dumps(report, indent=2))
     print("healthy" if healthy else f"not healthy{': ' + '; '.join(unhealthy) if unhealthy else ''}")
     return 0 if healthy else 1
+
+
+def taken_executions(device: torch.device) -> dict[str, str]:
+    """Name of each execution -> what takes it on a device, or why nothing does.
+
+    Args:
+        device: where a small network is made, with the defaults of its configuration.
+    """
+    found: dict[str, Execution] = {}
+    for use, dtype in (
+        ("training", torch.float32),
+        ("inference", torch.float32),
+        ("inference in float64", torch.float64),
+    ):
+        network = Network(device, dtype, "qk", "auto", "on_the_fly")
+        if use == "training":
+            network.trunk.unfreeze()
+            network.requires_grad_(True)
+        numbers, pos = _water(1, device, dtype)
+        found[use] = network.trunk._choose(network.graph(numbers, pos), numbers)
+    otherwise = "one further down is" if any(e.kernels for e in found.values()) else "kernels do not run"
+    words = {}
+    for name in EXECUTIONS:
+        takers = [use for use, e in found.items() if name == e.name or (name == "replayed" and e.replays)]
+        reasons = dict.fromkeys(e.why_not[name] for e in found.values() if name in e.why_not)
+        if takers:
+            words[name] = f"taken by {', '.join(takers)}"
+        else:
+            words[name] = f"not taken: {'; '.join(reasons) or otherwise}"
+    return words | {"compiled": "taken inside torch.compile, where kernels run"}
 
 
 def self_test(device: torch.device, molecules: int, kernels: bool) -> list[Check]:
@@ -149,14 +185,17 @@ class Network(torch.nn.Module):
         self.requires_grad_(False).to(device)
         self.trunk.freeze()
 
-    def forward(self, numbers: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy [1] (float64) and forces [N, 3]."""
-        pos = pos.detach().requires_grad_()
-        batch = torch.zeros_like(numbers)
-        one = numbers.new_ones(1)
+    def graph(self, numbers: Tensor, pos: Tensor) -> Graph:
+        """Of one molecule; see `forward`."""
         cell, pbc = pos.new_zeros(1, 3, 3), torch.zeros(1, 3, dtype=torch.bool, device=pos.device)
-        graph = build_graph(pos, cell, pbc, batch, one * numbers.numel(), WIDTHS["cutoff"])
-        features = self.trunk(numbers, 0 * one, one, batch, pos, graph)
+        natoms = torch.tensor([numbers.numel()], device=pos.device)
+        return build_graph(pos, cell, pbc, torch.zeros_like(numbers), natoms, WIDTHS["cutoff"])
+
+    def forward(self, numbers: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy [1] (float64) and forces [N, 3], from atomic numbers [N] and positions [N, 3], Å."""
+        pos = pos.detach().requires_grad_()
+        one = numbers.new_ones(1)
+        features = self.trunk(numbers, 0 * one, one, torch.zeros_like(numbers), pos, self.graph(numbers, pos))
         energy = self.energy(features).double().sum()
         (gradient,) = torch.autograd.grad(energy, pos)
         return energy.detach(), -gradient

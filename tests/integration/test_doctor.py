@@ -13,6 +13,7 @@ import torch
 
 from e2former_fairchem import cli
 from e2former_fairchem.commands import doctor
+from e2former_fairchem.execution import EXECUTIONS
 
 CPU = torch.device("cpu")
 
@@ -24,6 +25,8 @@ def test_report(tmp_path: Path, capsys) -> None:
     assert report["healthy"] and out.rstrip().endswith("healthy")
     assert report["versions"]["torch"] == torch.__version__ and "fairchem-core" in out
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert list(report["executions"]) == list(EXECUTIONS)
+    assert all(f"  {name:12s} {words}" in out for name, words in report["executions"].items())
     names = [check["name"] for check in report["checks"]]
     assert "reference, eaas, score qk" in names and "reference, on_the_fly, score qk_dot_scalar" in names
     assert all(0 <= check["force_error"] < 1e-4 and check["milliseconds"] > 0 for check in report["checks"])
@@ -39,6 +42,9 @@ def test_without_a_gpu_it_says_why_kernels_do_not_run(tmp_path: Path) -> None:
     assert "kernels: reference (PyTorch) with kernel_backend=auto on cpu" in result.stdout
     assert "Triton kernels do not run here: Triton needs a CUDA device" in result.stdout
     assert "reference, dense, score qk" in result.stdout
+    assert "  reference    taken by training, inference, inference in float64\n" in result.stdout
+    assert "  kernels      not taken: weights are on cpu; float64 is the reference's\n" in result.stdout
+    assert "  frozen       not taken: kernels do not run\n" in result.stdout
 
 
 def test_a_wrong_kernel_is_found(monkeypatch, capsys) -> None:
@@ -61,6 +67,9 @@ def test_nan_is_not_ok() -> None:
 
 @pytest.mark.gpu
 def test_kernels_are_tested_on_a_gpu() -> None:
+    taken = doctor.taken_executions(torch.device("cuda"))
+    assert taken["kernels"] == "taken by training" and taken["reference"] == "taken by inference in float64"
+    assert "taken by inference" in (taken["frozen"], taken["frozen_half"])
     checks = doctor.self_test(torch.device("cuda"), 8, kernels=True)
     assert all(check.ok for check in checks)
     assert {check.name for check in checks} >= {f"triton, on_the_fly, score {score}" for score in doctor.SCORES}
