@@ -132,11 +132,8 @@ def taken_executions(device: torch.device) -> dict[str, str]:
     words = {}
     for name in EXECUTIONS:
         takers = [use for use, e in found.items() if name == e.name or (name == "replayed" and e.replays)]
-        reasons = dict.fromkeys(e.why_not[name] for e in found.values() if name in e.why_not)
-        if takers:
-            words[name] = f"taken by {', '.join(takers)}"
-        else:
-            words[name] = f"not taken: {'; '.join(reasons) or otherwise}"
+        reason = found["inference"].why_not.get(name, otherwise)
+        words[name] = f"taken by {', '.join(takers)}" if takers else f"not taken: {reason}"
     return words | {"compiled": "taken inside torch.compile, where kernels run"}
 
 
