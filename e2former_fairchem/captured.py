@@ -115,9 +115,17 @@ class PaddedInputs:
         """The padded graph, with the edge vectors given."""
         total = self.nodes + self.padding.atoms
         return Graph(
-            self.source, self.target, vec, None, None, self.row_ptr, self.cutoff, total,
-            senders=Transposed(self.source, total, self.order, self.source_ptr), one_run=True,
-        )  # fmt: skip
+            self.source,
+            self.target,
+            vec,
+            None,
+            None,
+            self.row_ptr,
+            self.cutoff,
+            total,
+            senders=Transposed(self.source, total, self.order, self.source_ptr),
+            one_run=True,
+        )
 
 
 class _Capture:

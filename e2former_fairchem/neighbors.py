@@ -28,9 +28,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 __all__ = [
-    "BUILDERS", "MAX_PAIRS", "MAX_WITHIN_REACH", "Candidates", "OpenPairs", "Systems", "choose_builder",
-    "find_neighbors", "open_pairs", "read_systems",
-]  # fmt: skip
+    "BUILDERS",
+    "MAX_PAIRS",
+    "MAX_WITHIN_REACH",
+    "Candidates",
+    "OpenPairs",
+    "Systems",
+    "choose_builder",
+    "find_neighbors",
+    "open_pairs",
+    "read_systems",
+]
 
 #: Pairs of atoms and images that are measured at once; up to so many the dense search is chosen on CUDA. Near 100
 #: bytes each at the peak.
@@ -128,9 +136,15 @@ def read_systems(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: 
     with np.errstate(invalid="ignore"):
         spread = np.where(low <= high, high - low, 0.0).reshape(systems, 3)  # 0 for a system without atoms
     return Systems(
-        pos, batch, natoms, cells.reshape(systems, 3, 3), periodic.reshape(systems, 3) != 0,
-        [int(count) for count in counts], spread, finite,
-    )  # fmt: skip
+        pos,
+        batch,
+        natoms,
+        cells.reshape(systems, 3, 3),
+        periodic.reshape(systems, 3) != 0,
+        [int(count) for count in counts],
+        spread,
+        finite,
+    )
 
 
 def choose_builder(systems: Systems, cutoff: float, builder: str | None = None) -> str:

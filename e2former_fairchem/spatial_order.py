@@ -53,9 +53,16 @@ class SpatialOrder:
         source = self.place.index_select(0, graph.source.index_select(0, edge))
         vec = graph.vec.index_select(0, edge)  # every edge once: its gradient is a sum of one term
         return replace(
-            graph, source=source, target=target, vec=vec, row_ptr=row_ptr, offset=None, shift=None,
-            senders=None, _edge_list=None,
-        )  # fmt: skip
+            graph,
+            source=source,
+            target=target,
+            vec=vec,
+            row_ptr=row_ptr,
+            offset=None,
+            shift=None,
+            senders=None,
+            _edge_list=None,
+        )
 
 
 @torch.no_grad()

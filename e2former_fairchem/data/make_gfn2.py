@@ -50,8 +50,18 @@ CLOSEST = 0.5
 BLOCK = 32
 ELEMENTS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53)
 CLASSES = (
-    "displaced", "dynamics", "stretched", "torsion", "dimer", "trimer", "ion", "radical", "water", "pair", "atom",
-)  # fmt: skip
+    "displaced",
+    "dynamics",
+    "stretched",
+    "torsion",
+    "dimer",
+    "trimer",
+    "ion",
+    "radical",
+    "water",
+    "pair",
+    "atom",
+)
 #: Structures of a molecule by class.
 NUMBER = {"displaced": 8, "dynamics": 10, "stretched": 7, "torsion": 4, "dimer": 8, "trimer": 3, "ion": 4, "radical": 4}
 #: Files of water clusters, clusters in each; distances of a pair.

@@ -91,10 +91,10 @@ def parse_molfm_config(config: Mapping[str, Any], release: str) -> MolFMConfig:
     release_key = parse_release(release)
     flat = dict(config)
     flat.update(flat.pop("backbone_config", None) or {})
-    required = (
-        "num_layers", "irreps_node_embedding", "irreps_head", "attn_scalar_head", "num_attn_heads",
-        "number_of_basis", "max_radius", "attn_type", "tp_type",
-    )  # fmt: skip
+    required = """
+        num_layers irreps_node_embedding irreps_head attn_scalar_head num_attn_heads number_of_basis max_radius
+        attn_type tp_type
+    """.split()
     missing = [key for key in required if key not in flat]
     if missing:
         raise ValueError(f"MolFM configuration: missing keys {missing}")

@@ -249,10 +249,12 @@ def translate_state_dict(
     problems = [
         f"{title}: {', '.join(sorted(keys))}"
         for title, keys in (
-            ("missing keys", reader.missing), ("misshapen keys", reader.misshapen), ("unknown keys", unknown)
+            ("missing keys", reader.missing),
+            ("misshapen keys", reader.misshapen),
+            ("unknown keys", unknown),
         )
         if keys
-    ]  # fmt: skip
+    ]
     if problems:
         raise StateDictError("MolFM state dict does not fit the configuration. " + "; ".join(problems))
     return result

@@ -20,9 +20,17 @@ from e2former_fairchem.md.settings import BAR, Settings
 
 #: What ASE's barostat keeps from step to step, under names of its own (ASE 3.26 to 3.29).
 _NPT_STATE = (
-    "_q", "_p", "_eps", "_p_eps", "_cell0", "_volume0",
-    "_thermostat._eta", "_thermostat._p_eta", "_barostat._xi", "_barostat._p_xi",
-)  # fmt: skip
+    "_q",
+    "_p",
+    "_eps",
+    "_p_eps",
+    "_cell0",
+    "_volume0",
+    "_thermostat._eta",
+    "_thermostat._p_eta",
+    "_barostat._xi",
+    "_barostat._p_xi",
+)
 
 
 def _nve(atoms: Atoms, settings: Settings, rng: np.random.Generator) -> MolecularDynamics:

@@ -67,9 +67,14 @@ def half_attention(
     heads = nothing.expand(nodes, spec.num_heads, attention.query_key.head_dim)
     pieces = Pieces(graph.vec, heads, heads, nothing.expand(x.shape), None, radial, None)
     tensors = GraphTensors(
-        graph.source, graph.target, graph.row_ptr, atomic_numbers, attention.coupling, graph.source_order,
+        graph.source,
+        graph.target,
+        graph.row_ptr,
+        atomic_numbers,
+        attention.coupling,
+        graph.source_order,
         graph.source_ptr,
-    )  # fmt: skip
+    )
     step = make_step(spec, pieces, tensors, "relative", execution.mode, table, edges=execution.edges, half=True)
     half = HalfBlock(step, [t for _, t in pieces.flat()], _weights(block, execution), system)
     operations = partial(block.attend, system, atomic_numbers, graph, execution, None)

@@ -256,9 +256,17 @@ def padded_graph(given: Mapping[str, Tensor], pos: Tensor, cell: Tensor, cutoff:
     nodes = pos.shape[0]
     senders = Transposed(given["source"], nodes, given["order"], given["source_ptr"])
     graph = Graph(
-        given["source"], given["target"], pos, None, None, given["row_ptr"], cutoff, nodes,
-        senders=senders, one_run=_MOST_RUNS if one_run else 0,
-    )  # fmt: skip
+        given["source"],
+        given["target"],
+        pos,
+        None,
+        None,
+        given["row_ptr"],
+        cutoff,
+        nodes,
+        senders=senders,
+        one_run=_MOST_RUNS if one_run else 0,
+    )
     with torch.autocast(pos.device.type, enabled=False):
         apart = row_differences(pos.double(), graph.target, graph.source, graph.by_target, graph.by_source)
         if "offset" in given:

@@ -22,15 +22,12 @@ from e2former_fairchem.hydra_model import E2FormerV2HydraModel
 
 UMA = "fairchem.core.models.uma.escn_md"
 OURS = "e2former_fairchem.heads"
-# fmt: off
-DESIGN_KEYS = [
-    "lmax", "sphere_channels", "num_layers", "num_heads", "head_dim", "num_radial_basis", "radial_width",
-    "value_multiplicity", "edge_layer_norm", "inverse_distance", "cutoff", "max_neighbors", "score", "message_order",
-    "attention_norm", "envelope_exponent", "atom_embedding", "reflection_equivariant", "long_range", "convolution",
-    "kernel_backend", "activation_checkpointing", "cuda_graph", "otf_graph", "max_num_elements", "direct_forces",
-    "regress_forces", "regress_stress", "dataset_mapping", "strict_elements",
-]
-# fmt: on
+DESIGN_KEYS = """
+    lmax sphere_channels num_layers num_heads head_dim num_radial_basis radial_width value_multiplicity
+    edge_layer_norm inverse_distance cutoff max_neighbors score message_order attention_norm envelope_exponent
+    atom_embedding reflection_equivariant long_range convolution kernel_backend activation_checkpointing cuda_graph
+    otf_graph max_num_elements direct_forces regress_forces regress_stress dataset_mapping strict_elements
+""".split()
 DIRECT = {
     "energy": {"module": f"{OURS}.E2FormerV2EnergyHead"},
     "forces": {"module": f"{OURS}.E2FormerV2DirectForceHead", "kind": "painn"},

@@ -49,8 +49,13 @@ def test_structures_of_molecules(tmp_path: Path) -> None:
         assert all(np.array_equal(one[key], two[key]) for key in one)
         content = {key: one[key] for key in one}
     assert {name for name, counter in counts.items() if counter["kept"]} >= {
-        "displaced", "dynamics", "stretched", "dimer", "ion", "radical"
-    }  # fmt: skip
+        "displaced",
+        "dynamics",
+        "stretched",
+        "dimer",
+        "ion",
+        "radical",
+    }
     ends = np.cumsum(content["natoms"].astype(int))
     for number in range(0, len(ends), 7):
         rows = slice(ends[number] - content["natoms"][number], ends[number])

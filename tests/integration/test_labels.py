@@ -232,8 +232,9 @@ def test_labels_beyond_the_checked_ones_are_refused_in_their_batch(
     frames = [labelled(energy=math.nan if n == 7 else 0.0) for n in range(11)]
     data, collater = combined(write(tmp_path / "d", frames)), LabelCollater(tasks())
     assert spread(11, 4).tolist() == [0, 3, 6, 10]
-    loader = get_dataloader(data, lambda **options: StructureBatchSampler(num_structures=5, shuffle=False, **options),
-                            collater, 0)  # fmt: skip
+    loader = get_dataloader(
+        data, lambda **options: StructureBatchSampler(num_structures=5, shuffle=False, **options), collater, 0
+    )
     assert len(data.datasets[0]._items) == 4  # no more than these were read
     batches = iter(loader)
     assert next(batches).sid == ["0", "1", "2", "3", "4"]

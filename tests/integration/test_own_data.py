@@ -33,9 +33,12 @@ from e2former_fairchem.own_data.train import where_to_resume
 from e2former_fairchem.training.report_callback import Report
 
 TINY = [
-    "backbone.sphere_channels=8", "backbone.num_layers=1", "backbone.num_heads=4", "backbone.num_radial_basis=8",
+    "backbone.sphere_channels=8",
+    "backbone.num_layers=1",
+    "backbone.num_heads=4",
+    "backbone.num_radial_basis=8",
     "job.device_type=CPU",
-]  # fmt: skip
+]
 
 
 def labelled(atoms: Atoms, seed: int, stress: bool = False) -> Atoms:
@@ -79,8 +82,13 @@ def test_reading_keeps_labels_cell_and_place(molecules: list[Atoms], tmp_path: P
     write(tmp_path / "d.db", molecules[2:4])
     found = read_frames([tmp_path / name for name in ("a.xyz.gz", "b.traj", "c.xyz", "d.db")])
     assert [(Path(f.file).name, f.number) for f in found] == [
-        ("a.xyz.gz", 0), ("a.xyz.gz", 1), ("b.traj", 0), ("c.xyz", 0), ("d.db", 0), ("d.db", 1),
-    ]  # fmt: skip
+        ("a.xyz.gz", 0),
+        ("a.xyz.gz", 1),
+        ("b.traj", 0),
+        ("c.xyz", 0),
+        ("d.db", 0),
+        ("d.db", 1),
+    ]
     for frame, atoms in zip([*found[:3], *found[4:]], [*molecules[:2], crystal, *molecules[2:4]], strict=True):
         assert frame.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
         assert np.allclose(frame.forces, atoms.get_forces(), atol=1e-7)
@@ -101,8 +109,11 @@ def test_charge_and_spin_that_are_not_given(tmp_path: Path) -> None:
     found = read_frames([tmp_path / "own.xyz"])
     assert [(f.atoms.info["charge"], f.atoms.info["spin"]) for f in found] == [(0, 1), (0, 2), (0, 1), (1, 1)]
     assert [f.assumed for f in found] == [
-        {"charge": 0, "spin": 1}, {"charge": 0, "spin": 2}, {"charge": 0, "spin": 1}, {"spin": 1},
-    ]  # fmt: skip
+        {"charge": 0, "spin": 1},
+        {"charge": 0, "spin": 2},
+        {"charge": 0, "spin": 1},
+        {"spin": 1},
+    ]
     assert problems(found) == []
     structures[0].info["spin"] = 2
     structures[1].info["spin"] = 1.5
@@ -294,9 +305,10 @@ def test_train_fine_tune_and_their_table(
     for atoms in crystals[:3] + crystals[4:]:
         atoms.calc.results["energy"] += 100.0 * len(atoms)
     write("other.traj", crystals[:3] + crystals[4:])
-    monkeypatch.setattr("e2former_fairchem.own_data.train._run", lambda config, overrides: shutil.copy(
-        "run/inference_ckpt.pt", config.parent
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        "e2former_fairchem.own_data.train._run",
+        lambda config, overrides: shutil.copy("run/inference_ckpt.pt", config.parent),
+    )
     rows = train("other.traj", output="tuned", from_checkpoint="run/inference_ckpt.pt", overrides=["epochs=1"]).errors
     assert set(rows) == {"training, before", "training, after", "validation, before", "validation, after"}
     assert rows["training, before"].forces == pytest.approx(table["training"]["forces"], rel=1e-4)

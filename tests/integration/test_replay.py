@@ -56,10 +56,17 @@ def losses_of(kind: str, stress: bool = False) -> list[Task]:
     references = ElementReferences(torch.linspace(-3, 3, 100, dtype=torch.float64))
     common = {"normalizer": Normalizer(mean=0.0, rmsd=1.5), "datasets": ["omol"]}
     tasks = [
-        Task("omol_energy", "system", "energy", OutputSpec([1], "float32"), loss_fn=energy,
-             element_references=references, **common),
+        Task(
+            "omol_energy",
+            "system",
+            "energy",
+            OutputSpec([1], "float32"),
+            loss_fn=energy,
+            element_references=references,
+            **common,
+        ),
         Task("omol_forces", "atom", "forces", OutputSpec([3], "float32"), loss_fn=forces, **common),
-    ]  # fmt: skip
+    ]
     if stress:
         loss = DDPMTLoss(MAELoss(), coefficient=5.0)
         tasks.append(Task("omol_stress", "system", "stress", OutputSpec([1, 9], "float32"), loss_fn=loss, **common))
@@ -161,8 +168,11 @@ def train(unit: TrainEvalUnit, batches: list[AtomicData], steps: int | None = No
 
 def state_of(unit: TrainEvalUnit) -> dict[str, Tensor]:
     """Weights and their average."""
-    return {f"{kind}.{name}": value.clone() for kind, model in (("weights", unit.model), ("average", unit.ema_model))
-            for name, value in model.state_dict().items()}  # fmt: skip
+    return {
+        f"{kind}.{name}": value.clone()
+        for kind, model in (("weights", unit.model), ("average", unit.ema_model))
+        for name, value in model.state_dict().items()
+    }
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -173,9 +183,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_of_padded_batches(build: Callable, batches: Callable, kind: str, losses: str) -> None:
     """fairchem's own step beside, from the same weights; the padding shows in the last digits of float64 only."""
-    eager, ours = (train(unit, batches()) for unit in (
-        unit_of(build, kind, losses, lr=0.0), padded(unit_of(build, kind, losses, lr=0.0))
-    ))  # fmt: skip
+    eager, ours = (
+        train(unit, batches())
+        for unit in (unit_of(build, kind, losses, lr=0.0), padded(unit_of(build, kind, losses, lr=0.0)))
+    )
     for expected, found in zip(eager, ours, strict=True):
         assert expected.keys() == found.keys()
         for name, value in expected.items():
@@ -335,8 +346,9 @@ PRECISIONS = {"strict": {}, "tf32": {"tf32": True}, "bf16": {"bf16": True}}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "precision"), [*((kind, "strict") for kind in KINDS), ("conserving", "tf32"),
-                                                 ("conserving", "bf16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "precision"), [*((kind, "strict") for kind in KINDS), ("conserving", "tf32"), ("conserving", "bf16")]
+)
 def test_replays_are_padded_steps(build: Callable, batches: Callable, kind: str, precision: str) -> None:
     """Captured or not, the same bits; against fairchem's own steps within float32's rounding; memory stays flat."""
 

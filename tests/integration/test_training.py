@@ -503,9 +503,13 @@ def test_train_evaluate_and_fine_tune(
 
 @pytest.mark.slow
 def test_steps_padded_by_the_loader(
-    repo: Path, launch: Callable, tiny: Sequence[str], fake_omol25: Sequence[str], elsewhere: Path,
+    repo: Path,
+    launch: Callable,
+    tiny: Sequence[str],
+    fake_omol25: Sequence[str],
+    elsewhere: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """What a GPU trains from, here without graphs: the loader's workers pad; losses of every step are fairchem's."""
     common = (*tiny, *fake_omol25, "dataset=folders", "element_references=spice", "epochs=2", "evaluate_every=2")
     common += ("batch_size=5", "num_workers=1", "runner.callbacks.1.every_n_steps=1")

@@ -46,9 +46,16 @@ class LiveFeatures(TorchDispatchMode):
 def network(score: str) -> E2FormerV2:
     torch.manual_seed(0)
     config = E2FormerV2Config(
-        lmax=1, sphere_channels=CHANNELS, num_layers=LAYERS, num_heads=4, head_dim=2, num_radial_basis=8, score=score,
-        max_num_elements=10, kernel_backend="triton",
-    )  # fmt: skip
+        lmax=1,
+        sphere_channels=CHANNELS,
+        num_layers=LAYERS,
+        num_heads=4,
+        head_dim=2,
+        num_radial_basis=8,
+        score=score,
+        max_num_elements=10,
+        kernel_backend="triton",
+    )
     return E2FormerV2(config).double().freeze()
 
 

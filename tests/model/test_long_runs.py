@@ -34,12 +34,17 @@ def network(device: str, stress: bool = False, **config: object) -> E2FormerV2Hy
     torch.manual_seed(0)
     return E2FormerV2HydraModel(
         backbone={
-            "model": "e2former_fairchem.backbone.E2FormerV2Backbone", "cutoff": 4.0, "max_num_elements": 10,
-            "kernel_backend": "triton", "regress_stress": stress, **SHAPE, **config,
+            "model": "e2former_fairchem.backbone.E2FormerV2Backbone",
+            "cutoff": 4.0,
+            "max_num_elements": 10,
+            "kernel_backend": "triton",
+            "regress_stress": stress,
+            **SHAPE,
+            **config,
         },
         heads={"efs": {"module": "e2former_fairchem.heads.E2FormerV2GradientHead"}},
         pass_through_head_outputs=True,
-    ).to(device)  # fmt: skip
+    ).to(device)
 
 
 def growth(step: Callable[[int], None], steps: int) -> int:

@@ -69,9 +69,17 @@ def test_network_does_not_show_it(frozen: bool, device: str, monkeypatch) -> Non
     torch.manual_seed(0)
     side, least, dtype = (2, 2, torch.float64) if device == "cpu" else (17, module.MIN_ATOMS, torch.float32)
     config = E2FormerV2Config(
-        lmax=1, sphere_channels=8, num_layers=1, num_heads=4, head_dim=2, num_radial_basis=8, max_num_elements=10,
-        kernel_backend="triton", cutoff=5.0, cuda_graph=False,
-    )  # fmt: skip
+        lmax=1,
+        sphere_channels=8,
+        num_layers=1,
+        num_heads=4,
+        head_dim=2,
+        num_radial_basis=8,
+        max_num_elements=10,
+        kernel_backend="triton",
+        cutoff=5.0,
+        cuda_graph=False,
+    )
     model = E2FormerV2(config).to(device, dtype)
     exact = E2FormerV2(dataclasses.replace(config, kernel_backend="reference")).to(device).double()
     exact.load_state_dict(model.state_dict())

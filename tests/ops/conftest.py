@@ -282,10 +282,16 @@ def feedforward_operation(
 
     degrees, c = lmax + 1, channels
     shapes = {
-        "x": (size, degrees**2, c), "norm_weight": (degrees, c), "norm_bias": (c,), "weight1": (degrees, c, c),
-        "bias1": (c,), "gate_weight": (degrees * c, c), "gate_bias": (degrees * c,), "weight2": (degrees, c, c),
+        "x": (size, degrees**2, c),
+        "norm_weight": (degrees, c),
+        "norm_bias": (c,),
+        "weight1": (degrees, c, c),
+        "bias1": (c,),
+        "gate_weight": (degrees * c, c),
+        "gate_bias": (degrees * c,),
+        "weight2": (degrees, c, c),
         "bias2": (c,),
-    }  # fmt: skip
+    }
     tensors = {n: make(*s) for n, s in shapes.items()}
 
     def run(t: dict[str, Tensor]) -> Tensor:
@@ -301,10 +307,15 @@ def query_key_operation(
 
     degrees, g, outputs = lmax + 1, width, 8
     shapes = {
-        "weight": (degrees, 4 * g, channels), "bias": (2 * g,), "hidden_weight": (2, g, degrees * g),
-        "hidden_bias": (2, g), "norm_weight": (2, g), "norm_bias": (2, g), "out_weight": (2, outputs, g),
+        "weight": (degrees, 4 * g, channels),
+        "bias": (2 * g,),
+        "hidden_weight": (2, g, degrees * g),
+        "hidden_bias": (2, g),
+        "norm_weight": (2, g),
+        "norm_bias": (2, g),
+        "out_weight": (2, outputs, g),
         "out_bias": (2, outputs),
-    }  # fmt: skip
+    }
     tensors = {"h": make(size, degrees**2, channels)} | {n: make(*s) for n, s in shapes.items()}
 
     def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:

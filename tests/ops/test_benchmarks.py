@@ -153,10 +153,7 @@ def test_eaas_tiles_and_work(run, load) -> None:
 
 
 def test_attention_rows(run) -> None:
-    rows = run(
-        "op_table", "--precision", "highest", "--atoms", "6", "--convolution", "--scores", "qk", "--passes", "forward",
-        "--repeats", "1",
-    )  # fmt: skip
+    rows = run(*"op_table --precision highest --atoms 6 --convolution --scores qk --passes forward --repeats 1".split())
     gate = rows["gate/qk"]
     assert gate["ok"] and gate["second"] < 1e-5 and gate["forward_spline"] < 1e-5
     for form in ("triton", "triton_network", "dense"):
@@ -206,9 +203,7 @@ def test_a_wrong_form_is_not_timed(load, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_network_rows_and_picture(run, load, tmp_path: Path) -> None:
     """The baseline's rows alone: Triton's interpreter takes seconds for a network."""
-    rows = run(
-        "model_table", "--no-gate", "--no-ours", "--baseline", "--atoms", "12", "24", "--train", "12", "--repeats", "1",
-    )  # fmt: skip
+    rows = run(*"model_table --no-gate --no-ours --baseline --atoms 12 24 --train 12 --repeats 1".split())
     for name in ("train_direct/12", "train_conserving/12", "energy_forces/12", "energy_forces/24"):
         assert rows[f"dense/{name}"]["ms"] > 0
     assert rows["dense/energy_forces/12"]["edges"] == 132

@@ -177,8 +177,9 @@ def test_automatic_backend_is_said_once(monkeypatch, caplog) -> None:
         for device, expected in [("cuda", "triton"), ("cpu", "reference")] * 3:
             assert resolve_backend("auto", torch.device(device)) == expected
     assert [r.message for r in caplog.records] == [
-        "kernel_backend=auto: triton kernels on cuda", "kernel_backend=auto: reference kernels on cpu",
-    ]  # fmt: skip
+        "kernel_backend=auto: triton kernels on cuda",
+        "kernel_backend=auto: reference kernels on cpu",
+    ]
     monkeypatch.setattr(backend, "triton_problem", lambda device: "an old card")
     assert resolve_backend("auto", torch.device("cuda")) == "reference"
 

@@ -22,14 +22,20 @@ DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=py
 
 EDGES = {"size": 37, "hidden": 8, "basis": 32}
 SMALL = {
-    "attention": EDGES | {"heads": 4}, "edge_degree": EDGES, "norm": {}, "feedforward": {}, "query_key": {},
-}  # fmt: skip
+    "attention": EDGES | {"heads": 4},
+    "edge_degree": EDGES,
+    "norm": {},
+    "feedforward": {},
+    "query_key": {},
+}
 NODES = {"size": 100, "channels": 64}
 WIDE = {
     "attention": {"size": 900, "nodes": 60, "heads": 16, "width": 8, "basis": 32, "hidden": 16, "lmax": 2},
     "edge_degree": {"size": 900, "nodes": 60, "width": 32, "basis": 32, "hidden": 16},
-    "norm": NODES, "feedforward": NODES, "query_key": NODES | {"width": 32},
-}  # fmt: skip
+    "norm": NODES,
+    "feedforward": NODES,
+    "query_key": NODES | {"width": 32},
+}
 
 
 @pytest.fixture

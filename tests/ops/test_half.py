@@ -141,10 +141,15 @@ def feedforward_weights(degrees: int, channels: int) -> list[torch.Tensor]:
 
     square, scale = (degrees, channels, channels), channels**-0.5
     return [
-        1.0 + make(degrees, channels), make(channels), make(*square, scale=scale), make(channels),
-        make(degrees * channels, channels, scale=scale), make(degrees * channels), make(*square, scale=scale),
+        1.0 + make(degrees, channels),
         make(channels),
-    ]  # fmt: skip
+        make(*square, scale=scale),
+        make(channels),
+        make(degrees * channels, channels, scale=scale),
+        make(degrees * channels),
+        make(*square, scale=scale),
+        make(channels),
+    ]
 
 
 @pytest.mark.parametrize("residual", [False, True])
