@@ -195,8 +195,12 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def prepare(self, data: AtomicData) -> tuple[Tensor, Tensor, Graph, Graph | None]:
         """Checks, gradients and graphs: all that depends on values rather than shapes, in one place.
 
-        Returns charge and spin [B] and the two graphs; ``forward`` takes them as ``data["prepared"]`` where they are
-        there, and then neither looks at a value nor changes the data.
+        Args:
+            data: the batch. Gradients of its positions and cell are switched on where they are wanted.
+
+        Returns:
+            Charge and spin [B] and the two graphs. ``forward`` takes them as ``data["prepared"]`` where they are there,
+            and then neither looks at a value nor changes the data.
         """
         partition = None
         learning = self.training and any(p.requires_grad for p in self.parameters())
@@ -238,9 +242,10 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self.record_elements(there)
 
     def record_elements(self, there: Tensor) -> None:
-        """Add to the elements seen those that training batches of all workers have.
+        """Add to the elements seen those that training batches of all workers have. Nothing is read by the host.
 
-        there: [max_num_elements + 1] int64, 0 for atomic numbers that no batch has. Nothing is read by the host.
+        Args:
+            there: [max_num_elements + 1] int64, 0 for atomic numbers that no batch has.
         """
         seen = self.elements_seen
         seen.mul_(seen[0].clone())  # before training began, no element was held to be unseen
@@ -355,10 +360,16 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         return tasks
 
     def validate_tasks(self, dataset_to_tasks: dict[str, list]) -> None:
-        """Raise ValueError when a task's data set is not in ``dataset_mapping``.
+        """Check the tasks' data sets against ``dataset_mapping``.
 
         Derivatives asked for at inference get the scale of the energy's normaliser without its mean, which fairchem
         would add to every force, stress or Hessian entry.
+
+        Args:
+            dataset_to_tasks: tasks of each data set.
+
+        Raises:
+            ValueError: a data set is not in the mapping.
         """
         for task in (task for tasks in dataset_to_tasks.values() for task in tasks):
             if task.inference_only and task.property in ("forces", "stress", "hessian"):
@@ -375,9 +386,14 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     def prepare_for_inference(self, data: AtomicData, settings: InferenceSettings) -> E2FormerV2Backbone:
         """Freeze the weights (`E2FormerV2.freeze`) and refuse what would compute a wrong number; nothing is replaced.
 
-        Raises ValueError when edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds,
-        or when ``strict_elements`` meets a checkpoint without a record of them, and RuntimeError for a second model
-        among the workers of one graph-parallel group.
+        Args:
+            data: a batch, not looked at.
+            settings: fairchem's.
+
+        Raises:
+            ValueError: edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds, or
+                ``strict_elements`` meets a checkpoint without a record of them.
+            RuntimeError: a second model among the workers of one graph-parallel group.
         """
         self._guard.prepare(self, data, settings)
         self._external_graph = bool(settings.external_graph_gen)
@@ -402,10 +418,17 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         """Set charge and spin in ``atoms.info`` where they are missing and check their ranges.
 
         What other programs call them (``total_charge``, ``multiplicity``, ``spin_multiplicity``) is read before
-        fairchem's defaults are taken; a contradiction is refused.
-        Of fairchem's batch server, which passes a stub, only ``atoms.info`` is read. A periodic direction without a
-        lattice vector is refused, and with the parallel predict unit inputs that change when it sends positions and
-        cells alone. Raises TypeError and ValueError as fairchem's UMA does, and ValueError for these.
+        fairchem's defaults are taken. Of fairchem's batch server, which passes a stub, only ``atoms.info`` is read.
+
+        Args:
+            atoms: the structure.
+            task_name: data set of the task.
+
+        Raises:
+            TypeError: as fairchem's UMA.
+            ValueError: as fairchem's UMA, and for charges or spins that contradict each other, a periodic direction
+                without a lattice vector, and, with the parallel predict unit, inputs that change when it sends
+                positions and cells alone.
         """
         read_other_spellings(atoms.info)
         validate_uma_atoms_data(atoms, task_name)

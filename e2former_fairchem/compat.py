@@ -157,7 +157,12 @@ class LossWithReduction(DDPMTLoss):
         return self.reduce(loss, natoms)
 
     def reduce(self, loss: Tensor, natoms: Tensor) -> Tensor:
-        """The loss of a batch, [], from that of each atom or system, with zeros where masked. natoms: [B]."""
+        """The loss of a batch, [].
+
+        Args:
+            loss: of each atom or system, with zeros where masked.
+            natoms: [B].
+        """
         raise NotImplementedError
 
     def mean_over_ranks(self, number: int, total: Tensor) -> Tensor:

@@ -19,7 +19,11 @@ ATTENTION_SPECIES_WIDTH = 128  # width of the element embeddings that the attent
 class LongRange:
     """The authors' long-range node blocks: ``layers`` order-0 blocks over neighbours in [lower, upper] Å.
 
-    envelope: ``polynomial`` (steps at ``lower``) or ``bell`` (smooth at both ends).
+    Args:
+        layers: how many, at least 1.
+        lower: Å.
+        upper: Å.
+        envelope: ``polynomial`` (steps at ``lower``) or ``bell`` (smooth at both ends).
     """
 
     layers: int = 2

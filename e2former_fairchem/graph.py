@@ -36,15 +36,17 @@ _NAMED = 5
 class Graph:
     """Edges of a batch, sorted by receiver, every pair once per periodic image.
 
-    source: [E] int64, neighbour j (index of the real atom). target: [E] int64, receiver i, ascending; within a receiver
-    the edges are in order of source and offset.
-    vec: [E, 3] Å, ``pos[target] - pos[source] - shift``, differentiable in positions and cell.
-    offset: [E, 3] int64 lattice offsets n, or None when no edge can leave its cell.
-    shift: [E, 3] Å, ``n @ cell``, differentiable in the cell, or None with ``offset``.
-    row_ptr: [num_nodes + 1] int64, the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
-    cutoff: Å. num_nodes: number of receivers: of atoms in the batch, or of this worker's atoms.
-    halo: with graph parallelism, the atoms that this worker sees: the graph then counts the worker's own atoms first
-    and foreign ones, which only send, after them. None otherwise.
+    Args:
+        source: [E] int64, neighbour j (index of the real atom).
+        target: [E] int64, receiver i, ascending; within a receiver the edges are in order of source and offset.
+        vec: [E, 3] Å, ``pos[target] - pos[source] - shift``, differentiable in positions and cell.
+        offset: [E, 3] int64 lattice offsets n, or None when no edge can leave its cell.
+        shift: [E, 3] Å, ``n @ cell``, differentiable in the cell, or None with ``offset``.
+        row_ptr: [num_nodes + 1] int64, the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
+        cutoff: Å.
+        num_nodes: number of receivers: of atoms in the batch, or of this worker's atoms.
+        halo: with graph parallelism, the atoms that this worker sees: the graph then counts the worker's own atoms
+            first and foreign ones, which only send, after them. None otherwise.
     """
 
     source: Tensor
@@ -113,7 +115,11 @@ class Graph:
         return self.senders
 
     def edge_list(self, species: Tensor) -> EdgeList:
-        """The edges as the kernels take them, the same object for all layers. species: [num_senders]."""
+        """The edges as the kernels take them, the same object for all layers.
+
+        Args:
+            species: [num_senders], atomic numbers.
+        """
         if self._edge_list is None or self._edge_list.species is not species:
             self._edge_list = EdgeList(
                 self.source,
@@ -263,8 +269,10 @@ def _from_candidates(
 ) -> Graph | None:
     """The graph, still without vectors: candidates are measured, checked, cut, and sorted where they are not.
 
-    given: whether they come from outside, so that edges may be listed twice and need not have a reverse. stale: []
-    bool, read with the rest; where it is true candidates may be missing, and there is no graph.
+    Args: (those that are not here: as for `build_graph`)
+        candidates: a builder's, or given edges.
+        given: whether candidates come from outside, so that edges may be listed twice and need not have a reverse.
+        stale: [] bool, read with the rest; where it is true candidates may be missing, and there is no graph.
     """
     source, target, offset, ordered = candidates
     num_nodes, halo = pos.shape[0], None
@@ -362,7 +370,12 @@ def _shifts(cell: Tensor, batch: Tensor, natoms: Tensor, graph: Graph) -> Tensor
 def _canonical_order(source: Tensor, target: Tensor, offset: Tensor | None, num_nodes: int, reach: int = 0) -> Tensor:
     """Permutation that sorts by target, then source, then offset: the same for every builder.
 
-    reach: no offset is larger.
+    Args:
+        source: [E].
+        target: [E].
+        offset: [E, 3], or None.
+        num_nodes: senders and receivers are below it.
+        reach: no offset is larger; 0 where that is not known.
     """
     pair = target * max(num_nodes, 1) + source  # at most N^2, exact in int64 up to three billion atoms
     if offset is None or offset.shape[0] == 0:

@@ -76,7 +76,11 @@ class E2FormerV2EnergyHead(_Head):
         return self._wrap(energy=energy, atom_energy=atom_energy)
 
     def prepare_for_inference(self, data: AtomicData, settings: InferenceSettings) -> E2FormerV2EnergyHead:
-        """Refuse derivatives that this head does not compute."""
+        """Refuse derivatives that this head does not compute.
+
+        Raises:
+            ValueError: the settings ask for some.
+        """
         for kind in ("forces", "stress", "hessian"):
             wanted = getattr(settings, f"predict_untrained_{kind}")
             if wanted:
@@ -218,7 +222,17 @@ def _forces_and_stress(
 
     :math:`W = \sum_i g_i \otimes r_i + h^T \partial E/\partial h` with :math:`g_i = \partial E/\partial r_i` and the
     cell's rows in h: the derivative by a symmetric strain of positions and cell together (docs/network.md, equation
-    9.3). ``parallel``: the gradients are this worker's part.
+    9.3).
+
+    Args:
+        data: the batch.
+        energy: [B], eV.
+        create_graph: they are differentiated again.
+        with_stress: the stress is wanted, too.
+        parallel: the gradients are this worker's part.
+
+    Returns:
+        ``forces`` [N, 3], eV/Å, and ``stress`` [B, 9], eV/Å^3.
     """
     pos, cell = data["pos"], data["cell"]
     inputs = [pos, cell] if with_stress else [pos]

@@ -57,9 +57,13 @@ _MIN_HEIGHT = 1e-3
 
 
 class Candidates(NamedTuple):
-    """Edges to be measured: source [E], target [E], offset [E, 3] or None, all int64.
+    """Edges to be measured.
 
-    ordered: whether they come by target, then source, then offset.
+    Args:
+        source: [E] int64.
+        target: [E] int64.
+        offset: [E, 3] int64, or None.
+        ordered: whether they come by target, then source, then offset.
     """
 
     source: Tensor
@@ -72,9 +76,15 @@ class Candidates(NamedTuple):
 class Systems:
     """A batch as the builders take it: tensors on its device, and what the host knows of it.
 
-    pos: [N, 3] Å float64. batch: [N], natoms: [B] int64. given_cell: [B, 3, 3] Å, pbc: [B, 3], counts: atoms of each
-    system, spread: [B, 3] Å, extent of the positions along x, y and z (NaN or infinite where a position is). finite:
-    whether all positions are finite.
+    Args:
+        pos: [N, 3] Å float64.
+        batch: [N] int64.
+        natoms: [B] int64.
+        given_cell: [B, 3, 3] Å.
+        pbc: [B, 3].
+        counts: atoms of each system.
+        spread: [B, 3] Å, extent of the positions along x, y and z (NaN or infinite where a position is).
+        finite: whether all positions are finite.
     """
 
     pos: Tensor
@@ -88,7 +98,11 @@ class Systems:
 
     @cached_property
     def cell(self) -> np.ndarray:
-        """Completed, invertible cells [B, 3, 3] Å. Raises ValueError for a singular cell or one that is not finite."""
+        """Completed, invertible cells [B, 3, 3] Å.
+
+        Raises:
+            ValueError: a cell is singular or not finite.
+        """
         return _complete_cells(self.given_cell, self.pbc)
 
     @cached_property
@@ -114,10 +128,14 @@ class Systems:
 
 
 def read_systems(pos: Tensor, cell: Tensor, pbc: Tensor, batch: Tensor, natoms: Tensor) -> Systems:
-    """What the host must know of a batch, read from the device in one synchronisation.
+    """What the host must know of a batch, read from the device in one synchronisation. Nothing is checked yet.
 
-    pos: [N, 3] Å float64, systems one after the other, wrapped or not. cell: [B, 3, 3] Å float64, rows are lattice
-    vectors. pbc: [B, 3] bool. batch: [N], natoms: [B] int64. Nothing is checked yet.
+    Args:
+        pos: [N, 3] Å float64, systems one after the other, wrapped or not.
+        cell: [B, 3, 3] Å float64, rows are lattice vectors.
+        pbc: [B, 3] bool.
+        batch: [N] int64.
+        natoms: [B] int64.
     """
     systems, one = natoms.shape[0], natoms.shape[0] == 1 and pos.shape[0] > 0
     if one:
@@ -151,7 +169,13 @@ def choose_builder(systems: Systems, cutoff: float, builder: str | None = None) 
     """The builder's name, or the one for a batch: vesin on the CPU; on CUDA all pairs of a small batch, otherwise
     fairchem's version 3, which falls back to version 2 without its library or where its fixed buffer does not suffice.
 
-    Raises ValueError for an unknown builder.
+    Args:
+        systems: the batch.
+        cutoff: Å.
+        builder: a name in `BUILDERS`; None: chosen here.
+
+    Raises:
+        ValueError: an unknown builder.
     """
     if builder is not None:
         if builder not in BUILDERS:
@@ -170,10 +194,17 @@ def choose_builder(systems: Systems, cutoff: float, builder: str | None = None) 
 def find_neighbors(systems: Systems, cutoff: float, builder: str) -> Candidates:
     """All pairs of atoms of the same system within ``cutoff``, once per periodic image, not yet exact.
 
-    cutoff: Å. builder: a name in `BUILDERS`.
-    Returns source, target and offset such that pos[source] + offset @ cell is within the cutoff of pos[target]; offset
-    is None when no direction is periodic in effect. Pairs beyond the cutoff may be included, none within is missing.
-    Raises ValueError for a singular cell, and before anything is searched for one with too many images (a wrong unit).
+    Args:
+        systems: the batch.
+        cutoff: Å.
+        builder: a name in `BUILDERS`.
+
+    Returns:
+        Source, target and offset such that pos[source] + offset @ cell is within the cutoff of pos[target]; offset is
+        None when no direction is periodic in effect. Pairs beyond the cutoff may be included, none within is missing.
+
+    Raises:
+        ValueError: a singular cell, or, before anything is searched, one with too many images (a wrong unit).
     """
     if systems.pos.shape[0] == 0:
         _, nothing = systems.cell, systems.batch.new_zeros(0, dtype=torch.int64)
@@ -219,8 +250,11 @@ def _enlarged(cutoff: float) -> float:
 class OpenPairs(NamedTuple):
     """Edges of systems whose edges do not leave the cell, exact and in order of target, then source.
 
-    source, target: [E]; row_ptr: [N + 1]; source_order: [E], which sorts the edges by source, or None where the list
-    is not symmetric; all int64.
+    Args:
+        source: [E] int64.
+        target: [E] int64.
+        row_ptr: [N + 1] int64.
+        source_order: [E] int64, which sorts the edges by source, or None where the list is not symmetric.
     """
 
     source: Tensor
@@ -234,10 +268,19 @@ def open_pairs(
 ) -> OpenPairs | None:
     """The finished edges of a small batch without images, in one synchronisation.
 
-    None where atoms coincide, where edges may leave the cell and where the batch is too large: memory is quadratic in
-    the atoms. Distances are those that the graph measures, of differences of float64 positions.
-    cutoff, lower, source_mask, max_neighbors: as for `e2former_fairchem.graph.build_graph`.
-    closest: atoms nearer than this (Å) coincide.
+    Distances are those that the graph measures, of differences of float64 positions.
+
+    Args:
+        systems: the batch.
+        cutoff: this, lower, source_mask and max_neighbors as for `e2former_fairchem.graph.build_graph`.
+        closest: atoms nearer than this (Å) coincide.
+        lower: see cutoff.
+        source_mask: see cutoff.
+        max_neighbors: see cutoff.
+
+    Returns:
+        None where atoms coincide, where edges may leave the cell and where the batch is too large: memory is quadratic
+        in the atoms.
     """
     atoms = systems.pos.shape[0]
     if not 0 < atoms**2 <= MAX_PAIRS or systems.may_cross(_enlarged(cutoff)).any():
@@ -304,7 +347,13 @@ def _crossed(extent: np.ndarray, height: np.ndarray, pbc: np.ndarray, cutoff: fl
     """Periodic directions along which an edge can leave the cell.
 
     An image shifted by n != 0 cells along k lies at least (1 - extent_k) * height_k away, measured along the normal, if
-    extent_k is the spread of the atoms in fractional coordinates. extent, height (Å) and pbc: [..., 3].
+    extent_k is the spread of the atoms in fractional coordinates.
+
+    Args:
+        extent: [..., 3].
+        height: [..., 3], Å.
+        pbc: [..., 3].
+        cutoff: Å.
     """
     return pbc & ((1.0 - extent) * height <= cutoff)
 

@@ -43,7 +43,15 @@ def active() -> bool:
 
 @dataclass(frozen=True)
 class Partition:
-    """Who owns which atom. owner: [N] worker. own: [n] int64, ascending, atoms of this worker. rank, workers: of it."""
+    """Who owns which atom.
+
+    Args:
+        owner: [N], the worker.
+        own: [n] int64, ascending, atoms of this worker.
+        rank: of this worker.
+        workers: how many there are.
+        group: fairchem's, for communication.
+    """
 
     owner: Tensor
     own: Tensor
@@ -52,9 +60,13 @@ class Partition:
     group: Any
 
     def halo(self, source: Tensor, target: Tensor) -> Halo:
-        """The halo of this worker for the graph of the whole batch. source, target: [E], every edge of every worker.
+        """The halo of this worker for the graph of the whole batch.
 
         Every worker finds by itself what the others need of it, so nothing is exchanged here.
+
+        Args:
+            source: [E], of every edge of every worker.
+            target: [E].
         """
         atoms, receiver, sender = self.owner.numel(), self.owner[target], self.owner[source]
         foreign = torch.unique(source[(receiver == self.rank) & (sender != self.rank)])
@@ -73,8 +85,14 @@ class Partition:
 class Halo:
     """Atoms that one graph sees on this worker: its own, then the foreign ones in order of their owner and index.
 
-    own: [n], present: [m], indices of the batch. row: [N], the row of each present atom (others: undefined).
-    send: [s] rows of own atoms that others need, by the worker that needs them. sent, received: rows to and from each.
+    Args:
+        own: [n], indices of the batch.
+        present: [m], indices of the batch.
+        row: [N], the row of each present atom (others: undefined).
+        send: [s], rows of own atoms that others need, by the worker that needs them.
+        sent: rows to each worker.
+        received: rows from each worker.
+        group: fairchem's, for communication.
     """
 
     own: Tensor
@@ -139,10 +157,14 @@ class _Sum(torch.autograd.Function):
 def partition_atoms(pos: Tensor) -> Partition:
     """Equal parts of the atoms for the workers of fairchem's group: by index, or as its configuration says, by space.
 
-    pos: [N, 3] Å, the same on every worker. The first N mod W workers own one atom more, as fairchem's own heads
-    expect; with fewer atoms than workers some own none. By space, atoms close on a space-filling curve stay together,
-    which makes the halos of large systems thin.
-    Raises ValueError for ``partition: spatial`` with ``mode: allgather``, whose heads need atoms in order.
+    The first N mod W workers own one atom more, as fairchem's own heads expect; with fewer atoms than workers some own
+    none. By space, atoms close on a space-filling curve stay together, which makes the halos of large systems thin.
+
+    Args:
+        pos: [N, 3] Å, the same on every worker.
+
+    Raises:
+        ValueError: ``partition: spatial`` with ``mode: allgather``, whose heads need atoms in order.
     """
     config, workers = gp_utils.get_gp_config(), gp_utils.get_gp_world_size()
     order = torch.arange(pos.shape[0], device=pos.device)
@@ -176,10 +198,17 @@ def all_atoms(values: Tensor, emb: Mapping[str, Tensor], data: AtomicData) -> Te
 
 
 def agree(data: AtomicData, refusal: str | None = None) -> None:
-    """Raise RuntimeError, on every worker, unless all of them hold the same batch and none refuses.
+    """Make sure that all workers hold the same batch and none refuses.
 
-    refusal: why this worker cannot go on, or None. Without this, workers with different batches would return a wrong
-    number, and one that stops alone would leave the others waiting.
+    Without this, workers with different batches would return a wrong number, and one that stops alone would leave the
+    others waiting.
+
+    Args:
+        data: the batch.
+        refusal: why this worker cannot go on, or None.
+
+    Raises:
+        RuntimeError: it is not so; on every worker.
     """
     device = data["pos"].device
     names = [name for name in ("atomic_numbers", "natoms", "charge", "spin", "pos", "cell", "pbc") if name in data]

@@ -38,9 +38,12 @@ _REMEDY = (
 class _Session:
     """The predict unit of the present group of workers in this process.
 
-    group: fairchem's. model: the backbone of the unit. fixed: what may not change between its calls, None when
-    everything is sent. validated: a calculator has just announced the structure of the next call. failed: an error
-    ended the loop in which the other workers wait.
+    Args:
+        group: fairchem's.
+        model: the backbone of the unit.
+        fixed: what may not change between its calls, None when everything is sent.
+        validated: a calculator has just announced the structure of the next call.
+        failed: an error ended the loop in which the other workers wait.
     """
 
     group: Any = None
@@ -82,7 +85,11 @@ class ParallelGuard:
     def refusal(self, model: Any) -> str | None:
         """Before every prediction: why this worker cannot make it, to be told to all workers. Marks it as announced.
 
-        Raises RuntimeError for a model outside the group, which no other worker would answer.
+        Args:
+            model: the backbone that is asked.
+
+        Raises:
+            RuntimeError: it is outside the group, and no other worker would answer.
         """
         validated, _session.validated = _session.validated, False
         if not _present():
@@ -104,8 +111,13 @@ class ParallelGuard:
     def announce(self, atoms: Atoms, task_name: str) -> None:
         """Called by a calculator before it predicts, in the process of worker 0.
 
-        Raises ValueError when the structure differs from the first one in more than positions and cell, and
-        RuntimeError after an error that ended the other workers.
+        Args:
+            atoms: the structure.
+            task_name: data set of the task.
+
+        Raises:
+            ValueError: the structure differs from the first one in more than positions and cell.
+            RuntimeError: an error has ended the other workers.
         """
         _session.validated = False  # an announcement that fails here must not open the way for a direct call
         if not _present() or not _current():

@@ -75,9 +75,14 @@ _LONG_SEGMENT = 1024
 def gather_rows(values: Tensor, index: Tensor, transpose: Transpose) -> Tensor:
     """``values[index]``, with a deterministic gradient.
 
-    values: [R, ...] floating point. index: [E] int64 in [0, R). transpose: called when a gradient is needed; returns
-    (order, pointer), the permutation [E] that sorts ``index`` (None if it is ascending) and its CSR pointer [R + 1].
-    Returns [E, ...].
+    Args:
+        values: [R, ...] floating point.
+        index: [E] int64 in [0, R).
+        transpose: called when a gradient is needed; returns (order, pointer), the permutation [E] that sorts ``index``
+            (None if it is ascending) and its CSR pointer [R + 1].
+
+    Returns:
+        [E, ...].
     """
     return _Gather.apply(values, index, transpose)
 
@@ -85,7 +90,13 @@ def gather_rows(values: Tensor, index: Tensor, transpose: Transpose) -> Tensor:
 def segment_sum(values: Tensor, index: Tensor, transpose: Transpose) -> Tensor:
     """Sum of the rows of ``values`` that share an index; the adjoint of `gather_rows`.
 
-    values: [E, ...] floating point. index: [E] int64 in [0, R). transpose: as for `gather_rows`. Returns [R, ...].
+    Args:
+        values: [E, ...] floating point.
+        index: [E] int64 in [0, R).
+        transpose: as for `gather_rows`.
+
+    Returns:
+        [R, ...].
     """
     return _Sum.apply(values, index, transpose)
 
@@ -95,8 +106,15 @@ def row_differences(
 ) -> Tensor:
     """``values[plus] - values[minus]``, with a deterministic gradient.
 
-    values: [R, ...] floating point. plus, minus: [E] int64 in [0, R). transpose_plus, transpose_minus: of each, as for
-    `gather_rows`. Returns [E, ...].
+    Args:
+        values: [R, ...] floating point.
+        plus: [E] int64 in [0, R).
+        minus: [E] int64 in [0, R).
+        transpose_plus: of plus, as for `gather_rows`.
+        transpose_minus: of minus.
+
+    Returns:
+        [E, ...].
     """
     return _Difference.apply(values, plus, minus, transpose_plus, transpose_minus)
 

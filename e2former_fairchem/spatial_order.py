@@ -28,17 +28,22 @@ _BITS = 10
 
 @dataclass(frozen=True)
 class SpatialOrder:
-    """A permutation of a graph's atoms. order: [N], the atom at each new place; place: [N], its inverse."""
+    """A permutation of a graph's atoms.
+
+    Args:
+        order: [N], the atom at each new place.
+        place: [N], its inverse.
+    """
 
     order: Tensor
     place: Tensor
 
     def atoms(self, values: Tensor) -> Tensor:
-        """Rows of atoms in the new order. values: [N, ...] without gradients."""
+        """Rows of atoms [N, ...], without gradients, in the new order."""
         return values.index_select(0, self.order)
 
     def back(self, values: Tensor) -> Tensor:
-        """Rows of atoms in the caller's order, differentiable. values: [N, ...]."""
+        """Rows of atoms [N, ...] in the caller's order, differentiable."""
         return values.index_select(0, self.place)
 
     def graph(self, graph: Graph) -> Graph:
@@ -69,7 +74,10 @@ class SpatialOrder:
 def spatial_order(pos: Tensor | None, batch: Tensor, graph: Graph) -> SpatialOrder | None:
     """The order along a Morton curve within each system, or None where the atoms' own order is as good.
 
-    pos: [N, 3], Å, or None where they are not known; batch: [N], ascending.
+    Args:
+        pos: [N, 3], Å, or None where they are not known.
+        batch: [N], ascending.
+        graph: of the atoms.
     """
     atoms = batch.shape[0]
     if pos is None or atoms < MIN_ATOMS or graph.num_edges == 0 or graph.halo is not None:

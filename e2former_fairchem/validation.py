@@ -58,7 +58,8 @@ def log_once(message: str) -> None:
 def read_other_spellings(info: dict[str, Any]) -> None:
     """Set charge and spin in a structure's info from the keys that other programs use, where it has those.
 
-    Raises ValueError: such a key is no integer, or says something else than another one.
+    Raises:
+        ValueError: such a key is no integer, or says something else than another one.
     """
     for key, others in (("charge", ("total_charge",)), ("spin", ("multiplicity", "spin_multiplicity"))):
         given = {name: whole_number(info, name) for name in others if name in info}
@@ -84,9 +85,15 @@ def plain(value: Any) -> Any:
 
 
 def check_keys(owner: str, unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Raise TypeError naming the first unknown key, the likely intended one and all allowed ones.
+    """Refuse keys that nobody knows.
 
-    owner: what the keys configure. unknown: keys that were not accepted. function: takes the allowed keys.
+    Args:
+        owner: what the keys configure.
+        unknown: keys that were not accepted.
+        function: takes the allowed keys.
+
+    Raises:
+        TypeError: names the first unknown key, the likely intended one and all allowed ones.
     """
     if not unknown:
         return
@@ -110,9 +117,14 @@ def check_batch(
     and benchmark inputs send it, and is said once in the log; so are elements that training never saw, and positions
     so far from the origin that their precision is too coarse.
 
-    seen: [max_num_elements + 1] int64, 0 for atomic numbers that training never saw; None does not ask. strict: refuse
-    them.
-    Raises ValueError naming the first offending atoms or structures.
+    Args:
+        data: the batch.
+        max_num_elements: largest atomic number.
+        seen: [max_num_elements + 1] int64, 0 for atomic numbers that training never saw; None does not ask.
+        strict: refuse those.
+
+    Raises:
+        ValueError: names the first offending atoms or structures.
     """
     charge, spin = (_per_system(data, key) for key in ("charge", "spin"))
     numbers, pos, cell = data["atomic_numbers"], data["pos"].detach(), data["cell"].detach()

@@ -30,7 +30,15 @@ def _count_lmdb(database: Path) -> int:
 
 
 def _count(key: str, database: Path) -> int:
-    """Structures of a database file. Raises ValueError where it is none, with the key and what was found."""
+    """Structures of a database file.
+
+    Args:
+        key: config key, for messages.
+        database: the file.
+
+    Raises:
+        ValueError: it is none.
+    """
     from ase.db import connect
 
     try:

@@ -33,7 +33,11 @@ class CheckedAseDBDataset(AseDBDataset):
         self._integers = [key for key in ("charge", "spin") if key in given]
 
     def get_atoms(self, idx: int) -> Atoms:
-        """Structure `idx`, with charge and spin as integers in its info."""
+        """Structure `idx`, with charge and spin as integers in its info.
+
+        Raises:
+            StructureError: it cannot be read, or is no structure for a network.
+        """
         try:
             atoms = super().get_atoms(idx)
         except Exception as err:  # a torn row ends in whatever lmdb, zlib, json or ASE raise

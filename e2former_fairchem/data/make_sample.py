@@ -152,6 +152,10 @@ def write_folder(frames: Sequence[Atoms], folder: str | Path) -> None:
 
     ASE writes the rows; they are then copied, without the times and random ids that ASE adds, into a compact file.
 
+    Args:
+        frames: with energies, forces, charge and spin.
+        folder: made where it is not there.
+
     Raises:
         FileExistsError: the folder already holds a data set.
         ValueError: there is nothing to write.

@@ -89,7 +89,11 @@ class PackedDataset(BaseDataset[AtomicData]):
 
 
 def read(folders: list[Path] | tuple[Path, ...]) -> dict[str, np.ndarray]:
-    """All files of the folders, by name, as one. Raises as `PackedDataset`."""
+    """All files of the folders, by name, as one.
+
+    Raises:
+        As `PackedDataset`.
+    """
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.npz"))]
     if not files:
         raise FileNotFoundError(f"src: expected a folder with .npz files, got {', '.join(map(str, folders))}")

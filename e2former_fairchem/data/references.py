@@ -25,10 +25,19 @@ def dense_table(table: Mapping[int, float], default: float = math.nan) -> list[f
 
 
 def read_element_references(location: str | Path, key: str = "references") -> list[float]:
-    """Energies by atomic number, eV, [119], from a JSON file: an object ``{"1": -13.6, ...}`` or a list by number.
+    """Element references from a JSON file.
 
-    Either may be the entry ``element_references`` of an object with more in it. Elements that are not there, or null,
-    are NaN. Raises FileNotFoundError and ValueError naming `key`, the config key or argument, and the file.
+    Args:
+        location: a file with an object ``{"1": -13.6, ...}`` or a list by atomic number, either of them also as the
+            entry ``element_references`` of an object with more in it; eV.
+        key: config key or argument, for messages.
+
+    Returns:
+        Energies by atomic number, eV, [119] (entry 0 unused); NaN for elements that are not there, or null.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
     """
     path = Path(location)
     if not path.is_file():
@@ -64,8 +73,10 @@ def read_element_references(location: str | Path, key: str = "references") -> li
 class FittedReferences:
     """Element references of a data set.
 
-    table: eV by atomic number, [119]; NaN for elements that do not occur. residuals: |E - sum of the references| over
-    the atoms of each structure, eV/atom. undetermined: symbols of elements whose energies the data fixes in sums only.
+    Args:
+        table: eV by atomic number, [119]; NaN for elements that do not occur.
+        residuals: |E - sum of the references| over the atoms of each structure, eV/atom.
+        undetermined: symbols of elements whose energies the data fixes in sums only.
     """
 
     table: np.ndarray

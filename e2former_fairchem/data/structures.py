@@ -37,7 +37,9 @@ def check_cell(atoms: Atoms) -> None:
     """Refuse a periodic direction without a lattice vector of its own: fairchem would put one of 1 Å there.
 
     Something that has no cell at all, like the stub of fairchem's batch server, passes.
-    Raises ValueError.
+
+    Raises:
+        ValueError: there is one.
     """
     pbc = np.asarray(getattr(atoms, "pbc", False))
     if not pbc.any():
@@ -58,7 +60,8 @@ def check_cell(atoms: Atoms) -> None:
 def check_structure(atoms: Atoms) -> None:
     """Refuse a structure without atoms, with coordinates that are not finite, or with a cell that `check_cell` refuses.
 
-    Raises ValueError.
+    Raises:
+        ValueError: it is one of these.
     """
     if len(atoms) == 0:
         raise ValueError("atoms: expected at least one, got none")

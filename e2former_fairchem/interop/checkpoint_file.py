@@ -48,8 +48,11 @@ def make_checkpoint(
 ) -> MLIPInferenceCheckpoint:
     """An inference checkpoint as fairchem's trainer writes it; the averaged (EMA) weights are the weights.
 
-    model_config: what ``hydra.utils.instantiate`` builds the model from. weights: its state dict. tasks: configurations
-    of fairchem's tasks. n_averaged: fairchem cannot load a checkpoint without this counter.
+    Args:
+        model_config: what ``hydra.utils.instantiate`` builds the model from.
+        weights: its state dict.
+        tasks: configurations of fairchem's tasks.
+        n_averaged: fairchem cannot load a checkpoint without this counter.
     """
     return MLIPInferenceCheckpoint(
         model_config=dict(model_config),
@@ -62,7 +65,11 @@ def make_checkpoint(
 def write_checkpoint(checkpoint: MLIPInferenceCheckpoint, destination: str | Path) -> Path:
     """Write a checkpoint, as safetensors where the destination ends in ``.safetensors``; complete or not at all.
 
-    Returns the absolute path.
+    Returns:
+        The absolute path.
+
+    Raises:
+        ValueError: the destination is a folder.
     """
     path = Path(destination).expanduser().absolute()
     if path.is_dir():
@@ -87,8 +94,17 @@ def write_checkpoint(checkpoint: MLIPInferenceCheckpoint, destination: str | Pat
 def export_safetensors(source: str | Path, destination: str | Path) -> Path:
     """Write the averaged weights, configuration and tasks of an inference checkpoint as safetensors.
 
-    source: a checkpoint of an E2Former-V2. It is unpickled, as fairchem does it: whoever exports trusts the file,
-    whoever imports need not. Raises FileNotFoundError and ValueError naming the file.
+    Args:
+        source: a checkpoint of an E2Former-V2. It is unpickled, as fairchem does it: whoever exports trusts the file,
+            whoever imports need not.
+        destination: the file to write.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        FileNotFoundError: there is no source.
+        ValueError: it is something else.
     """
     path = Path(destination)
     if path.suffix != SUFFIX:
@@ -99,8 +115,17 @@ def export_safetensors(source: str | Path, destination: str | Path) -> Path:
 def import_safetensors(source: str | Path, destination: str | Path) -> Path:
     """Write a fairchem inference checkpoint from a safetensors file of :func:`export_safetensors`; no code is run.
 
-    Raises FileNotFoundError, and ValueError naming the file: not such a file, a later version, or a configuration that
-    names classes of other packages, or of ours that read files.
+    Args:
+        source: the safetensors file.
+        destination: the checkpoint to write.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        FileNotFoundError: there is no source.
+        ValueError: not such a file, a later version, or a configuration that names classes of other packages, or of
+            ours that read files.
     """
     path = Path(source).expanduser()
     if Path(destination).suffix == SUFFIX:
@@ -125,7 +150,12 @@ def import_safetensors(source: str | Path, destination: str | Path) -> Path:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises FileNotFoundError and ValueError naming it."""
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"expected a safetensors file, got {path}, which does not exist")
     try:

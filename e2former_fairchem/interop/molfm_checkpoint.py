@@ -36,10 +36,16 @@ _NORMALIZATION = "fairchem.core.modules.normalization"
 class ConversionReport:
     """What a conversion did.
 
-    destination: the file written. head, release: what was read. task: name under which fairchem knows the model's
-    task. conserving: forces are the energy's gradient. parameters: numbers in the converted network. unused: keys of
-    the weights that are known and not needed. elements: symbols with an element reference; the energy of a structure
-    with another element is NaN. unit: eV of one unit of the network's output.
+    Args:
+        destination: the file written.
+        head: what was read.
+        release: of it.
+        task: name under which fairchem knows the model's task.
+        conserving: forces are the energy's gradient.
+        parameters: numbers in the converted network.
+        unused: keys of the weights that are known and not needed.
+        elements: symbols with an element reference; the energy of a structure with another element is NaN.
+        unit: eV of one unit of the network's output.
     """
 
     destination: Path
@@ -65,17 +71,27 @@ def convert_molfm_checkpoint(
 ) -> ConversionReport:
     """Write the authors' weights as a fairchem inference checkpoint.
 
-    source: a released torch file (its entry ``model`` is the state dict), read without running code from it, or the
-    state dict as ``.safetensors``. config: the flattened MolFM YAML, a file or its content. destination: the file to
-    write, a checkpoint, or the same as ``.safetensors`` where that is its suffix; complete or not at all.
-    head: data set whose heads to use; by default ``omol25``, or the only one there is. release: ``v1.5`` or ``v2``,
-    which compute different functions of the same weights (docs/network.md, section 14). task: name of fairchem's task,
-    ``omol`` by default (``oc20`` for the head of that name). references: element references, ``none`` or a JSON file,
-    instead of those of the head.
-
     The checkpoint predicts total energies: network + element references, in eV; forces in eV/Å.
-    Raises FileNotFoundError, ValueError for what cannot be read or is not implemented, and :class:`StateDictError`
-    naming every missing, misshapen and unknown key.
+
+    Args:
+        source: a released torch file (its entry ``model`` is the state dict), read without running code from it, or the
+            state dict as ``.safetensors``.
+        config: the flattened MolFM YAML, a file or its content.
+        destination: the file to write, a checkpoint, or the same as ``.safetensors`` where that is its suffix; complete
+            or not at all.
+        head: data set whose heads to use; by default ``omol25``, or the only one there is.
+        release: ``v1.5`` or ``v2``, which compute different functions of the same weights (docs/network.md, section
+            14).
+        task: name of fairchem's task, ``omol`` by default (``oc20`` for the head of that name).
+        references: element references, ``none`` or a JSON file, instead of those of the head.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: something cannot be read or is not implemented.
+        StateDictError: names every missing, misshapen and unknown key.
     """
     settings = read_molfm_config(config)
     parsed = parse_molfm_config(settings, release)
@@ -112,7 +128,9 @@ def convert_molfm_checkpoint(
 def read_molfm_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The flattened MolFM YAML, a file or its content, as a dictionary.
 
-    Raises FileNotFoundError and ValueError naming the file.
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
     """
     if isinstance(config, Mapping):
         return dict(config)
@@ -132,7 +150,10 @@ def read_molfm_weights(source: str | Path) -> dict[str, Tensor]:
     """The state dict of a released file: its entry ``model``, or all of a ``.safetensors`` file, on the CPU.
 
     Nothing but tensors and plain containers is unpickled (``weights_only=True``).
-    Raises FileNotFoundError and ValueError naming the file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
     """
     path = Path(source).expanduser()
     if not path.is_file():

@@ -25,9 +25,14 @@ _RENAMED = dict.fromkeys(("svp-enhance", "tzvpd-small", "tzvpd-forceatomfilter")
 
 @dataclass(frozen=True)
 class MolFMConfig:
-    """backbone: keyword arguments of the backbone. conserving: forces by autograd. force_head: ``linear``, ``painn``.
+    """The authors' configuration in our words.
 
-    datasets: names the checkpoint may have heads for. unit: eV (and eV/Å) of one unit of the network's output.
+    Args:
+        backbone: keyword arguments of the backbone.
+        conserving: forces by autograd.
+        force_head: ``linear``, ``painn``.
+        datasets: names the checkpoint may have heads for.
+        unit: eV (and eV/Å) of one unit of the network's output.
     """
 
     backbone: dict[str, Any]
@@ -38,7 +43,11 @@ class MolFMConfig:
 
 
 def parse_release(release: str) -> Release:
-    """``v2`` or ``v1.5`` -> the key that the backbone uses."""
+    """``v2`` or ``v1.5`` -> the key that the backbone uses.
+
+    Raises:
+        ValueError: another release.
+    """
     if release not in ("v2", "v1.5"):
         raise ValueError(f"release: expected 'v2' or 'v1.5', got {release!r}")
     return "v2" if release == "v2" else "v1_5"
@@ -84,9 +93,14 @@ def _orders(attn_type: str, num_layers: int) -> list[int]:
 
 
 def parse_molfm_config(config: Mapping[str, Any], release: str) -> MolFMConfig:
-    """Translate the flattened MolFM YAML (keys of its ``backbone_config`` may also stand in that section).
+    """Translate the flattened MolFM YAML.
 
-    Raises ValueError for a missing key, or a value whose network is not implemented here.
+    Args:
+        config: its keys; those of its ``backbone_config`` may also stand in that section.
+        release: ``v2`` or ``v1.5``.
+
+    Raises:
+        ValueError: a missing key, or a value whose network is not implemented here.
     """
     release_key = parse_release(release)
     flat = dict(config)

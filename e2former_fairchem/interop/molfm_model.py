@@ -22,7 +22,9 @@ HEADS = "e2former_fairchem.heads"
 def molfm_model_config(parsed: MolFMConfig, prefix: str | None = None) -> dict[str, Any]:
     """Keyword arguments of ``HydraModel`` for a MolFM configuration, all by full import path.
 
-    prefix: outputs are called ``{prefix}_energy`` and ``{prefix}_forces``, as in our own configs.
+    Args:
+        parsed: the configuration.
+        prefix: outputs are called ``{prefix}_energy`` and ``{prefix}_forces``, as in our own configs.
     """
     backbone = {
         "model": BACKBONE,
@@ -60,17 +62,23 @@ def _elements_seen(head: str) -> list[bool]:
 def build_from_molfm(
     config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, release: str, head: str = "omol25"
 ) -> HydraModel:
-    """A fairchem model that computes what the authors' network computes.
+    """A fairchem model that computes what the authors' network computes, in the default dtype of the moment.
 
-    config: the flattened MolFM YAML (``backbone_config``'s keys may be nested or not; ``AutoGradForce`` chooses
-    conserving forces, ``with_moe`` the direct force head, ``dataset_name_list`` the heads there are).
-    state_dict: the entry ``model`` of a released checkpoint. release: ``v2`` or ``v1.5``. head: data set whose heads
-    to use. Built in the default dtype of the moment.
+    Args:
+        config: the flattened MolFM YAML (``backbone_config``'s keys may be nested or not; ``AutoGradForce`` chooses
+            conserving forces, ``with_moe`` the direct force head, ``dataset_name_list`` the heads there are).
+        state_dict: the entry ``model`` of a released checkpoint.
+        release: ``v2`` or ``v1.5``.
+        head: data set whose heads to use.
 
-    Returns a ``HydraModel``; ``model(data)`` gives ``{"energy": {"energy": [B]}, "forces": {"forces": [N, 3]}}`` in
-    eV and eV/Å, without element references. Which elements the network has seen is known where the head's element
-    references tell. Raises ValueError for a configuration that is not implemented and
-    :class:`StateDictError` for keys that do not fit.
+    Returns:
+        A model; ``model(data)`` gives ``{"energy": {"energy": [B]}, "forces": {"forces": [N, 3]}}`` in eV and eV/Å,
+        without element references. Which elements the network has seen is known where the head's element references
+        tell.
+
+    Raises:
+        ValueError: a configuration that is not implemented.
+        StateDictError: keys that do not fit.
     """
     parsed = parse_molfm_config(config, release)
     if head not in parsed.datasets:

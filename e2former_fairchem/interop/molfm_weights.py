@@ -228,8 +228,19 @@ def translate_state_dict(
 ) -> dict[str, dict[str, Tensor]]:
     """Rename and regroup the authors' tensors.
 
-    Returns {"trunk": for E2FormerV2, "energy": for EnergyMLP, "force": for the force module; empty if conserving}.
-    Raises StateDictError naming every missing, misshapen and unknown key.
+    Args:
+        state_dict: of a released checkpoint.
+        config: of the network.
+        head: data set whose heads to use.
+        datasets: those that there may be heads for.
+        force_head: ``linear`` or ``painn``.
+        conserving: there is no force head.
+
+    Returns:
+        {"trunk": for E2FormerV2, "energy": for EnergyMLP, "force": for the force module; empty if conserving}.
+
+    Raises:
+        StateDictError: names every missing, misshapen and unknown key.
     """
     reader = _Reader(state_dict, config.max_num_elements + 1)
     channels = config.sphere_channels

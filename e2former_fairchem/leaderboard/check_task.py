@@ -88,6 +88,12 @@ def check_task(report: Report, file: Path, task: str, reference: Path | None) ->
     curve). Against the input pickle or another result file: the same keys, elements, and starting positions, up to
     POSITION_TOLERANCE.
 
+    Args:
+        report: where it is noted.
+        file: the result file.
+        task: its name.
+        reference: the input pickle or another result file, or None.
+
     Raises:
         ValueError, FileNotFoundError: the reference cannot be read.
     """

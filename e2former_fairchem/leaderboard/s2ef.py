@@ -142,7 +142,11 @@ class S2EFRunner(JournalledRunner):
         self._sizes: np.ndarray | None = None
 
     def sizes(self) -> Sequence[int]:
-        """Number of atoms of each structure, from metadata.npz where there is one, else by reading the data set."""
+        """Number of atoms of each structure, from metadata.npz where there is one, else by reading the data set.
+
+        Raises:
+            ValueError: the metadata.npz belongs to other rows.
+        """
         if self._sizes is None:
             try:
                 known = self.dataset.metadata_hasattr("natoms")

@@ -181,7 +181,11 @@ def assemble(results: Iterable[tuple[KeyPath, Any]]) -> dict[str, Any]:
 
 
 def leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Results of a nested tree with their paths: single points (`energy`) and relaxations (`final`)."""
+    """Results of a nested tree with their paths: single points (`energy`) and relaxations (`final`).
+
+    Raises:
+        ValueError: something else hangs in the tree.
+    """
     if isinstance(tree, dict) and ("energy" in tree or "final" in tree or "initial" in tree):
         yield path, tree
     elif isinstance(tree, dict) and tree:

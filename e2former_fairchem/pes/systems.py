@@ -80,7 +80,12 @@ OWN: dict[str, Callable[[], Atoms]] = {
 
 
 def _set_charge_and_spin(info: dict[str, Any], where: str) -> None:
-    """Set charge and spin of a structure, as integers in range. where: its place, for messages."""
+    """Set charge and spin of a structure, as integers in range.
+
+    Args:
+        info: of the structure.
+        where: its place, for messages.
+    """
     try:
         read_other_spellings(info)
         for key, (low, high), default in (("charge", CHARGE_RANGE, 0), ("spin", SPIN_RANGE, 1)):

@@ -22,7 +22,9 @@ def number(value: float | None) -> str:
 def rows(outcomes: Outcomes, brief: bool = False) -> list[tuple[str, ...]]:
     """One row for each metric; a system that was skipped or that raised has one row that says why.
 
-    brief: of the metrics that pass or have no limit only the first of each system.
+    Args:
+        outcomes: of a run.
+        brief: of the metrics that pass or have no limit only the first of each system.
     """
     found = []
     for check, systems in outcomes.items():

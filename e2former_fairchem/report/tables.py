@@ -25,7 +25,14 @@ from e2former_fairchem.report.text import short_names, wordy
 
 @dataclass
 class Table:
-    """A table of text. The first `left` columns are words, the others numbers; `groups`: headings above columns."""
+    """A table of text.
+
+    Args:
+        header: of the columns; none for no header.
+        rows: of cells.
+        left: so many first columns are words, the others numbers.
+        groups: headings above columns, and how many columns each is above.
+    """
 
     header: list[str]
     rows: list[list[str]]

@@ -18,7 +18,10 @@ from torch import Tensor
 class PathTable:
     """The paths up to lmax. Path rows are ordered (l3, m3, l1): all paths of one output row stand together.
 
-    paths: for every l3, the l1 of its paths, ascending. coupling: [P, 3, M], float64, b = x, y, z.
+    Args:
+        lmax: largest degree.
+        paths: for every l3, the l1 of its paths, ascending.
+        coupling: [P, 3, M], float64, b = x, y, z.
     """
 
     lmax: int

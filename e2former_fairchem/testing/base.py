@@ -13,7 +13,13 @@ from e2former_fairchem.testing.data import atomic_data
 
 
 class Prediction(NamedTuple):
-    """energy: [B], eV. forces: [N, 3], eV/Å. stress: [B, 9], eV/Å^3, or None."""
+    """What a potential says of a batch.
+
+    Args:
+        energy: [B], eV.
+        forces: [N, 3], eV/Å.
+        stress: [B, 9], eV/Å^3, or None.
+    """
 
     energy: Tensor
     forces: Tensor

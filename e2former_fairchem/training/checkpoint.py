@@ -140,7 +140,8 @@ def load_for_evaluation(
 def resume_without_record(unit: MLIPTrainEvalUnit) -> None:
     """Let a run of an earlier version, whose checkpoints hold no record of the elements seen, go on without one.
 
-    unit: after `load_state`, which only notes where the state lies.
+    Args:
+        unit: after `load_state`, which only notes where the state lies.
     """
     models = [model for model in (unit.model, unit.ema_model) if model is not None]
     backbones = [m for model in models for m in model.modules() if isinstance(m, E2FormerV2Backbone)]

@@ -93,7 +93,11 @@ class LabelCollater:
         )
 
     def tasks_of(self, data: AtomicData) -> list[Task]:
-        """The tasks of a structure's data set. Raises ValueError where it has none."""
+        """The tasks of a structure's data set.
+
+        Raises:
+            ValueError: it has none.
+        """
         name = data.dataset if isinstance(data.dataset, str) else data.dataset[0]
         if name not in self._tasks:
             raise ValueError(
@@ -203,9 +207,17 @@ def residual(data: AtomicData, task: Task) -> float:
 def check_residuals(
     found: Sequence[tuple[float, str]], name: str, source: Any, task: str, allowed: float | None
 ) -> None:
-    """Raise ValueError where the element references leave more of the energies than is allowed; see `check_labels`.
+    """Refuse data of which the element references leave more of the energies than is allowed; see `check_labels`.
 
-    found: residual (eV per atom) and name of each structure. name, source, task: of the data set, for the message.
+    Args:
+        found: residual (eV per atom) and name of each structure.
+        name: of the data set, as the next two for the message.
+        source: where it lies.
+        task: name of the task.
+        allowed: eV per atom; None allows everything.
+
+    Raises:
+        ValueError: more is left.
     """
     sizes = np.abs([value for value, _ in found])
     median, largest = float(np.median(sizes)), int(sizes.argmax())
@@ -240,7 +252,16 @@ def get_dataloader(
     """fairchem's `get_dataloader` after `check_labels`; every rank checks, so that all of them stop. Its workers stay.
 
     Structures that fairchem's sampler leaves out because they are larger than a batch are counted in a warning.
-    Raises ValueError as `check_labels` does, and for a limit that is no positive number.
+
+    Args:
+        dataset: of structures.
+        batch_sampler_fn: as for fairchem's.
+        collate_fn: knows the tasks.
+        num_workers: of the loader.
+        max_energy_residual: eV per atom; None does not ask.
+
+    Raises:
+        ValueError: as `check_labels`, and for a limit that is no positive number.
     """
     if max_energy_residual is not None:
         positive("max_energy_residual", max_energy_residual)
