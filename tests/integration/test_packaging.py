@@ -97,6 +97,8 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         "e2former_fairchem/data/sample/val_new/data.aselmdb",
         "e2former_fairchem/data/sample/val_new/metadata.npz",
         "e2former_fairchem/data/element_references/omol25.json",
+        "e2former_fairchem/data/element_references/tzvpd.json",
+        "e2former_fairchem/report/page.html",
     ):
         assert needed in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
