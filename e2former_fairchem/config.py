@@ -124,8 +124,11 @@ class E2FormerV2Config:
         _integer("max_num_elements", self.max_num_elements, 1)
         _integer("envelope_exponent", self.envelope_exponent, 1)
         if self.sphere_channels % self.num_heads:
+            fitting = [n for n in range(1, self.sphere_channels + 1) if self.sphere_channels % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - self.num_heads))
             raise ValueError(
-                f"sphere_channels: expected a multiple of num_heads = {self.num_heads}, got {self.sphere_channels}"
+                f"sphere_channels: expected a multiple of num_heads = {self.num_heads}, got {self.sphere_channels}; "
+                f"num_heads={nearest} divides it"
             )
         if self.num_heads * self.head_dim % 2:
             raise ValueError(f"num_heads * head_dim: expected an even number, got {self.num_heads} * {self.head_dim}")

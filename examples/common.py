@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def arguments(description: str, **integers: int) -> argparse.Namespace:
     if not Path(args.checkpoint).is_file():
         parser.error(f"checkpoint: expected a file, got {args.checkpoint} (fairchem -c configs/quickstart.yaml)")
     return args
+
+
+def new_folder(name: str) -> Path:
+    """The folder of this name, or with the first number behind it that is free: results of earlier runs stay."""
+    names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+    return next(folder for folder in map(Path, names) if not folder.exists())
 
 
 def predict_unit(checkpoint: str, dtype: torch.dtype = torch.float32, **settings) -> MLIPPredictUnit:

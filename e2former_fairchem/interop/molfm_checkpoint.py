@@ -16,7 +16,7 @@ from torch import Tensor
 
 from e2former_fairchem.data.references import NUM_ELEMENTS, read_element_references
 from e2former_fairchem.interop.checkpoint_file import make_checkpoint, read_tensors, write_checkpoint
-from e2former_fairchem.interop.molfm_config import MolFMConfig, parse_molfm_config
+from e2former_fairchem.interop.molfm_config import MolFMConfig, parse_molfm_config, parse_release
 from e2former_fairchem.interop.molfm_model import build_from_molfm, molfm_model_config
 from e2former_fairchem.interop.molfm_weights import unused_keys
 from e2former_fairchem.interop.references import element_references, elements_of
@@ -94,7 +94,11 @@ def convert_molfm_checkpoint(
         StateDictError: names every missing, misshapen and unknown key.
     """
     settings = read_molfm_config(config)
-    parsed = parse_molfm_config(settings, release)
+    parse_release(release)
+    try:
+        parsed = parse_molfm_config(settings, release)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"config: {err}" if isinstance(config, Mapping) else f"config: {config}: {err}") from err
     head = _choose_head(head, parsed)
     task = _choose_task(task, head)
     table = _choose_references(references, head)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -276,3 +277,34 @@ def test_slurm_job_is_what_fairchem_sends(
     assert config.job.device_type.name == "CUDA"
     assert config.runner.train_eval_unit.model.backbone.model == "e2former_fairchem.backbone.E2FormerV2Backbone"
     assert "${" not in OmegaConf.to_yaml(config.runner)
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TRAININGS = ("quickstart.yaml", "train/*.yaml", "baselines/*.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for pattern in TRAININGS for p in CONFIGS.glob(pattern)), ids=lambda p: p.stem
+)
+def test_checkpoints_have_a_key_of_their_own(path: Path) -> None:
+    """No one has to count callbacks."""
+    config = yaml.safe_load(path.read_text())
+    (found,) = [c for c in config["runner"]["callbacks"] if "checkpoint_every_n_steps" in c]
+    assert found["checkpoint_every_n_steps"] == "${e2former.integer:checkpoint_every,${checkpoint_every},1}"
+    assert config["checkpoint_every"] > 0
+
+
+def test_checkpoint_every_reaches_the_callback(repo: Path) -> None:
+    callbacks = compose(repo / "configs" / "quickstart.yaml", "checkpoint_every=50")["runner"]["callbacks"]
+    assert [c["checkpoint_every_n_steps"] for c in callbacks if "checkpoint_every_n_steps" in c] == [50]
+
+
+def test_hints_in_comments_hold() -> None:
+    """Other data go into another folder; a data set's comment names only keys that its file has, or a group."""
+    hints = [line for line in (CONFIGS / "quickstart.yaml").read_text().splitlines() if line.startswith("# ")]
+    hints = [line for line in hints if "data_train=" in line or "checkpoint=" in line]
+    assert len(hints) == 2 and all("job.run_dir=" in hint for hint in hints)
+    for path in (CONFIGS / "dataset").glob("*.yaml"):
+        text = path.read_text()
+        for key in re.findall(r"(\w+)=", " ".join(re.findall(r"^ *#(.*)$", text, flags=re.MULTILINE))):
+            assert key == "dataset" or re.search(rf"^ *{key}:", text, flags=re.MULTILINE), f"{path}: {key}="

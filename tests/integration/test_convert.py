@@ -148,6 +148,8 @@ def test_units_heads_and_references(one, tmp_path) -> None:
         ({"weights": "absent.pt"}, FileNotFoundError, "weights: expected a file.*absent.pt, which does not exist"),
         ({"config": "absent.yaml"}, FileNotFoundError, "config: expected the flattened MolFM YAML.*absent.yaml"),
         ({"config": "list.yaml"}, ValueError, "config: expected keys and values in .*list.yaml, got list"),
+        ({"config": "wrong.yaml"}, ValueError, r"config: wrong.yaml: MolFM configuration: missing keys \['num_layers'"),
+        ({"config": "section.yaml"}, ValueError, "config: section.yaml: "),
         ({"weights": "code.pt"}, ValueError, "weights: expected nothing but tensors.*code.pt"),
         ({"weights": "text.pt"}, ValueError, "weights: expected a file written by torch.save, got .*text.pt"),
         ({"weights": "other.pt"}, ValueError, "weights: expected an entry 'model'.*other.pt, got state_dict"),
@@ -163,6 +165,8 @@ def test_what_is_refused(change, error, message, one, tmp_path, monkeypatch) -> 
     monkeypatch.chdir(tmp_path)
     weights, config = release_files(one, tmp_path)
     Path("list.yaml").write_text("- 1\n")
+    Path("wrong.yaml").write_text("job: local\n")
+    Path("section.yaml").write_text("backbone_config: 3\n")
     Path("text.pt").write_text("no archive")
     torch.save({"model": one.state_dict, "args": argparse.Namespace(lr=1)}, "code.pt")
     torch.save({"state_dict": one.state_dict}, "other.pt")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from e2former_fairchem.data.make_sample import write_folder
 from e2former_fairchem.training.checkpoint import read_checkpoint
+from e2former_fairchem.training.report_callback import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -35,7 +35,11 @@ RUNS = {
         [rf"stress xx ({NUMBER}) eV/Å\^3.*differences ({NUMBER})", r"after 2 steps"],
         (),
     ),
-    "charge_and_spin": ([], [r"atom Cl charge -1 spin 1: +-?\d", r"ionisation energy: -?\d", r"atomisation"], ()),
+    "charge_and_spin": (
+        [],
+        [r"NO2 +charge -1 spin 1: +-?\d", r"singlet - triplet: [-+]\d.* \(\+0\.515\)", r"ionisation energy: [-+]\d"],
+        (),
+    ),
     "batched": (
         ["--number", "3", "--steps", "2"],
         [r"3 structures: \d+ ms in one batch", r"difference of an energy: 0\.00", r"relaxed 3 structures concurrently"],
@@ -126,23 +130,15 @@ def test_no_checkpoint(run, capfd) -> None:
     assert "expected a file, got absent.pt (fairchem -c configs/quickstart.yaml)" in capfd.readouterr().err
 
 
-def test_fine_tuning(launch, tiny, elsewhere, repo, monkeypatch) -> None:
-    """The example's own data and command line, started from a run with the quickstart's config."""
-    monkeypatch.syspath_prepend(str(repo / "examples"))
-    example = runpy.run_path(str(repo / "examples" / "fine_tuning.py"))
-    found = example["structures"](4)
-    write_folder(found[:3], elsewhere / "train")
-    write_folder(found[3:], elsewhere / "val")
-    data = ("dataset=folders", f"data_train={elsewhere / 'train'}", f"data_val={elsewhere / 'val'}")
-    launch(repo / "configs" / "quickstart.yaml", *tiny, *data, "epochs=1")
-    first = elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
-    _, config, *overrides = example["command"](str(first), elsewhere, epochs=1)
-    launch(Path(config), *overrides, *tiny)
-    before, after = (read_checkpoint(path) for path in (first, elsewhere / "run" / "inference_ckpt.pt"))
-    assert after.tasks_config == before.tasks_config, "same normalisers and element references"
-    apart = [
-        float((value - after.ema_state_dict[key]).abs().max())
-        for key, value in before.ema_state_dict.items()
-        if key != "n_averaged"
-    ]
-    assert 0 < max(apart) < 1e-2, "one step away from where it started"
+def test_fine_tuning(launch, run, tmp_path, write_checkpoint, monkeypatch) -> None:
+    """A second run has a folder of its own; the result is another potential than the one it started from."""
+    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
+    first = Path("runs/fine_tuning")
+    first.mkdir(parents=True)
+    small = write_checkpoint(tmp_path / "small.pt", num_layers=1, sphere_channels=8)
+    out = run("fine_tuning", str(small), "--structures", "10", "--epochs", "1")
+    assert re.search(rf"^forces on unseen structures: {NUMBER} -> {NUMBER} eV/Å$", out, re.MULTILINE)
+    assert not list(first.iterdir())
+    before, after = (read_checkpoint(path).ema_state_dict for path in (small, "runs/fine_tuning_2/inference_ckpt.pt"))
+    apart = [float((value - after[key]).abs().max()) for key, value in before.items() if "weight" in key]
+    assert 0 < max(apart) < 0.1, "a few steps away from where it started"

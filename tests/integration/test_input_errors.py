@@ -14,7 +14,7 @@ from e2former_fairchem.model import E2FormerV2
     [
         ({"sphere_chanels": 16}, TypeError, r"'sphere_chanels' \(did you mean 'sphere_channels'\?\); expected"),
         ({"mmax": 2}, TypeError, r"unknown key 'mmax'"),
-        ({"num_heads": 5}, ValueError, "sphere_channels: expected a multiple of num_heads = 5, got 16"),
+        ({"num_heads": 5}, ValueError, "sphere_channels: expected a multiple of num_heads = 5, got 16; num_heads=4 "),
         ({"lmax": 5}, ValueError, "lmax: expected an integer in 1..4, got 5"),
         ({"lmax": 0}, ValueError, "lmax: expected an integer in 1..4, got 0"),
         ({"radial_width": 0}, ValueError, "radial_width: expected an integer at least 1, got 0"),

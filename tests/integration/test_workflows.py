@@ -32,11 +32,17 @@ def test_docs_name_every_example_and_command(repo: Path) -> None:
         assert (repo / path).is_file()
 
 
-def test_the_documented_line_for_umas_yaml_composes(repo: Path, fake_omol25, elsewhere: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/workflows.md"])
+def test_the_documented_line_for_umas_yaml_composes(page: str, repo: Path, fake_omol25, elsewhere: Path) -> None:
     from fairchem.core._cli import get_hydra_config_from_yaml
 
-    text = (repo / "docs" / "workflows.md").read_text()
-    line = re.search(r"fairchem -c uma_sm_direct\.yaml ((?:.|\n)*?)\n\n", text).group(1).replace("\\\n", " ").split()
+    text = (repo / page).read_text()
+    line = (
+        re.search(r"fairchem -c uma_sm_direct\.yaml ((?:.|\n)*?)\n(?:\n|```)", text)
+        .group(1)
+        .replace("\\\n", " ")
+        .split()
+    )
     data = f"cluster.data_root_dir={Path(fake_omol25[0].split('=')[1]).parent}"
     host = repo / "tests" / "integration" / "host" / "uma_sm_direct.yaml"
     model = get_hydra_config_from_yaml(str(host), [data, *line]).runner.train_eval_unit.model
