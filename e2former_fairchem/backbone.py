@@ -29,7 +29,15 @@ from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
 from e2former_fairchem.parallel_guard import ParallelGuard
 from e2former_fairchem.training.values import number
-from e2former_fairchem.validation import check_batch, check_keys, log_once, plain, read_other_spellings, symbol
+from e2former_fairchem.validation import (
+    check_batch,
+    check_keys,
+    first_time,
+    log_once,
+    plain,
+    read_other_spellings,
+    symbol,
+)
 from e2former_fairchem.verlet import VerletList
 
 if TYPE_CHECKING:
@@ -302,6 +310,10 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
 
         Where there is a GPU nothing is compiled (kernels/benchmarks/results/md_compiled.json). Hessians differentiate
         twice, which neither a compiled backward pass nor the vmap over it supports: they run eagerly, row by row.
+
+        Blocks are not computed again in the backward pass, as fairchem's own default and its preset ``batch`` ask for
+        models that keep tensors of all edges: ours keep those of atoms (and on a CPU 64 MB of edges a layer at most),
+        and the settings say afterwards what runs.
         """
         if settings.predict_untrained_hessian:
             if settings.compile:
@@ -316,8 +328,15 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
                 "float16 rows and no CUDA graphs, and is eight times slower (measured)."
             )
             settings.compile = False
+        if settings.activation_checkpointing:
+            if first_time("activation_checkpointing of inference settings"):
+                logging.info(
+                    "e2former_v2: activation_checkpointing is switched off at inference: memory is that of atoms without, "
+                    "and every block would be computed twice."
+                )
+            settings.activation_checkpointing = False
         return {
-            "activation_checkpointing": bool(settings.activation_checkpointing),
+            "activation_checkpointing": False,
             "otf_graph": not settings.external_graph_gen,
         }
 

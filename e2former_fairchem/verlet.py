@@ -33,6 +33,8 @@ class VerletList:
     bounds the spectral one), and atoms that moved by $\Delta$ beside that map shorten it by at most $2 \Delta$. So the
     list serves while $2 \Delta \le (r_c + s)(1 - |F - 1|) - r_c$: half of the skin in a cell that stays.
 
+    Small systems without images, whose pairs are all measured at once, keep nothing.
+
     Attributes:
         skin: s, Å.
         searches: how often neighbours were searched.

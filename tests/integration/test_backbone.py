@@ -273,7 +273,7 @@ def test_weight_decay_groups(build) -> None:
 def test_inference_settings() -> None:
     settings = InferenceSettings(activation_checkpointing=True, external_graph_gen=True, compile=True)
     assert E2FormerV2Backbone.build_inference_settings(settings) == {
-        "activation_checkpointing": True,
+        "activation_checkpointing": False,
         "otf_graph": False,
     }
     assert settings.compile and not settings.hessian_vmap

@@ -17,6 +17,7 @@ from fairchem.core.units.mlip_unit.mlip_unit import initialize_finetuning_model
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 from fairchem.core.units.mlip_unit.utils import load_inference_model
 
+from e2former_fairchem import validation
 from e2former_fairchem.backbone import E2FormerV2Backbone
 
 OURS = "e2former_fairchem.heads"
@@ -78,14 +79,17 @@ def test_hessian_on_request(checkpoint, batch_of, structures, caplog) -> None:
     assert "compile is switched off" in caplog.text and not unit.inference_settings.compile
 
 
-def test_activation_checkpointing_changes_nothing(checkpoint, single_precision_batch) -> None:
-    results = []
-    for flag in (True, False):
-        settings = InferenceSettings(activation_checkpointing=flag)
-        unit = MLIPPredictUnit(str(checkpoint), "cpu", inference_settings=settings)
-        assert unit.model.module.backbone.config.activation_checkpointing is flag
-        results.append(unit.predict(single_precision_batch.clone()))
-    torch.testing.assert_close(results[0]["forces"], results[1]["forces"], rtol=1e-6, atol=1e-6)
+def test_blocks_are_computed_once(write_checkpoint, tmp_path, caplog, monkeypatch) -> None:
+    """fairchem's default and its preset `batch` ask for twice, which models need that keep edges; so may a checkpoint."""
+    monkeypatch.setattr(validation, "_logged", set())
+    path = write_checkpoint(tmp_path / "trained.pt", activation_checkpointing=True)
+    with caplog.at_level(logging.INFO):
+        for settings in (InferenceSettings(), inference_settings_batch()):
+            assert settings.activation_checkpointing
+            unit = MLIPPredictUnit(str(path), "cpu", inference_settings=settings)
+            assert not unit.inference_settings.activation_checkpointing
+            assert not unit.model.module.backbone.config.activation_checkpointing
+    assert caplog.text.count("activation_checkpointing is switched off at inference") == 1
 
 
 def test_energy_head_refuses_derivatives(write_checkpoint, tmp_path, single_precision_batch) -> None:
