@@ -331,8 +331,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         if settings.activation_checkpointing:
             if first_time("activation_checkpointing of inference settings"):
                 logging.info(
-                    "e2former_v2: activation_checkpointing is switched off at inference: memory is that of atoms without, "
-                    "and every block would be computed twice."
+                    "e2former_v2: activation_checkpointing is switched off at inference: memory is that of atoms "
+                    "without, and every block would be computed twice."
                 )
             settings.activation_checkpointing = False
         return {

@@ -80,7 +80,7 @@ def test_hessian_on_request(checkpoint, batch_of, structures, caplog) -> None:
 
 
 def test_blocks_are_computed_once(write_checkpoint, tmp_path, caplog, monkeypatch) -> None:
-    """fairchem's default and its preset `batch` ask for twice, which models need that keep edges; so may a checkpoint."""
+    """fairchem's default and its preset `batch` ask for twice, for models that keep edges; so may a checkpoint."""
     monkeypatch.setattr(validation, "_logged", set())
     path = write_checkpoint(tmp_path / "trained.pt", activation_checkpointing=True)
     with caplog.at_level(logging.INFO):
