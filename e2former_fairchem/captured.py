@@ -20,7 +20,7 @@ from torch import Tensor
 
 from e2former_fairchem.graph import Graph
 from e2former_fairchem.segments import Transposed
-from e2former_kernels.common.plan import SeveralRuns
+from e2former_kernels.common.runs import SeveralRuns
 from e2former_kernels.compat import foreach_copy_
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_kernels.common.backend import EXACT, Mode, resolve_backend
-from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
-from e2former_kernels.common.plan import EdgeList
+from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.radial.reference import EdgeGeometry, edge_geometry
 
 if TYPE_CHECKING:
     from e2former_fairchem.frozen import Frozen

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_table import RadialTable, build_radial_table
+from e2former_kernels.radial.reference import RadialWeights
+from e2former_kernels.radial.table import RadialTable, build_radial_table
 
 if TYPE_CHECKING:
     from e2former_fairchem.captured import Replays

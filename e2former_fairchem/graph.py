@@ -17,7 +17,7 @@ from torch import Tensor
 
 from e2former_fairchem.neighbors import Candidates, Systems, choose_builder, find_neighbors, open_pairs, read_systems
 from e2former_fairchem.segments import Transpose, Transposed, gather_rows, row_differences
-from e2former_kernels.common.plan import EdgeList
+from e2former_kernels.common.runs import EdgeList
 
 if TYPE_CHECKING:
     from e2former_fairchem.parallel import Halo, Partition

@@ -18,10 +18,7 @@ from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.so3 import path_table
-from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.grouped_linear import float32_products, grouped_linear
-from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_table import RadialTable
+from e2former_kernels.common.backend import Mode, float32_products
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
@@ -29,6 +26,9 @@ from e2former_kernels.equivariant_attention import (
     equivariant_attention,
     equivariant_attention_reference,
 )
+from e2former_kernels.linear import grouped_linear
+from e2former_kernels.radial.reference import RadialWeights
+from e2former_kernels.radial.table import RadialTable
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
@@ -145,7 +145,7 @@ class EquivariantAttention(nn.Module):
             paths = path_table(lmax, config.reflection_equivariant)
             tables = eaas_tables(paths)
             dtype = torch.get_default_dtype()
-            self.row_paths, self.num_recursions = tables.row_paths, len(tables.recursion)
+            self.row_paths, self.lists, self.num_recursions = tables.row_paths, tables.lists, len(tables.recursion)
             self.register_buffer("coupling", tables.coupling.to(dtype), persistent=False)
             self.register_buffer("aligned_index", tables.aligned_index, persistent=False)
             self.register_buffer("aligned_value", tables.aligned_value.to(dtype), persistent=False)
@@ -161,7 +161,7 @@ class EquivariantAttention(nn.Module):
     def tables(self) -> EAASTables:
         """The axis-aligned frame's constants, in the module's dtype and on its device."""
         recursion = tuple(getattr(self, f"recursion{n}") for n in range(self.num_recursions))
-        return EAASTables(self.coupling, self.aligned_index, self.aligned_value, recursion, self.row_paths)
+        return EAASTables(self.coupling, self.aligned_index, self.aligned_value, recursion, self.row_paths, self.lists)
 
     def radial_and_splines(self, execution: Execution) -> tuple[RadialWeights, RadialTable | None]:
         """Weights of the radial network, and its splines where there are some."""

@@ -9,6 +9,7 @@ from e3nn import o3
 
 from e2former_fairchem.so3 import PathTable
 from e2former_kernels.eaas import EAASTables
+from e2former_kernels.eaas.structure import lists_of
 
 
 def eaas_tables(table: PathTable) -> EAASTables:
@@ -21,4 +22,6 @@ def eaas_tables(table: PathTable) -> EAASTables:
         (o3.wigner_3j(1, l - 1, l, dtype=torch.float64) * math.sqrt(2 * l + 1)).reshape(-1, 2 * l + 1).T.contiguous()
         for l in range(2, table.lmax + 1)
     )
-    return EAASTables(table.coupling, index, along.gather(1, index.unsqueeze(1)).squeeze(1), recursion, table.row_paths)
+    value = along.gather(1, index.unsqueeze(1)).squeeze(1)
+    lists = lists_of(table.coupling, recursion, table.row_paths)
+    return EAASTables(table.coupling, index, value, recursion, table.row_paths, lists)

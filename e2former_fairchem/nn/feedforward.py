@@ -13,7 +13,7 @@ from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_re
 
 if TYPE_CHECKING:
     from e2former_kernels.feedforward.half import HalfWeights
-    from e2former_kernels.feedforward.passes import Weights
+    from e2former_kernels.feedforward.op import Weights
 
 
 class GatedFeedForward(nn.Module):
@@ -47,7 +47,7 @@ class GatedFeedForward(nn.Module):
         if execution.frozen is None:
             return None
         from e2former_kernels.feedforward.half import half_weights
-        from e2former_kernels.feedforward.passes import Weights, of_rows
+        from e2former_kernels.feedforward.op import Weights, of_rows
 
         def make() -> HalfWeights | Weights:
             weights = Weights(*self.weights(norm))

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.execution import REFERENCE, Execution
-from e2former_kernels.common.degrees import so3_linear_reference
-from e2former_kernels.common.grouped_linear import so3_linear, so3_rows
+from e2former_kernels.linear import so3_linear, so3_linear_reference, so3_rows
 
 
 def kaiming_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:

@@ -14,7 +14,7 @@ from e2former_kernels.query_key import QueryKeyWeights, query_key, query_key_ref
 
 if TYPE_CHECKING:
     from e2former_kernels.query_key.half import HalfWeights
-    from e2former_kernels.query_key.passes import RowWeights
+    from e2former_kernels.query_key.op import RowWeights
 
 
 class QueryKey(nn.Module):
@@ -61,7 +61,7 @@ class QueryKey(nn.Module):
         if execution.frozen is None:
             return None
         from e2former_kernels.query_key.half import half_weights
-        from e2former_kernels.query_key.passes import row_weights
+        from e2former_kernels.query_key.op import row_weights
 
         if execution.half:
             return execution.made(self, "half", lambda: half_weights(self.weights()))

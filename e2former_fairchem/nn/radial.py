@@ -1,4 +1,4 @@
-"""Radial networks as modules: parameters here, arithmetic in ``e2former_kernels.common.radial``."""
+"""Radial networks as modules: parameters here, arithmetic in ``e2former_kernels.radial.reference``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.execution import REFERENCE, Execution
-from e2former_kernels.common.radial import RadialWeights
+from e2former_kernels.radial.reference import RadialWeights
 
 
 class RadialMLP(nn.Module):

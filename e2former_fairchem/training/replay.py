@@ -33,7 +33,7 @@ from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.padding import PaddedBatch, Sizes, counted, padded_graph
 from e2former_fairchem.validation import log_once
 from e2former_kernels.common.backend import resolve_backend
-from e2former_kernels.common.plan import SeveralRuns
+from e2former_kernels.common.runs import SeveralRuns
 from e2former_kernels.compat import foreach_copy_
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from torch import Tensor
 from workload import TINY, Network, System
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_table import RadialTable, build_radial_table
 from e2former_kernels.equivariant_attention import DotWeights, equivariant_attention, equivariant_attention_reference
+from e2former_kernels.radial.reference import RadialWeights
+from e2former_kernels.radial.table import RadialTable, build_radial_table
 
 
 def _leaf(tensor: Tensor | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.tiles import row_tiles
 from e2former_kernels.eaas import axis_aligned_contraction, dense_contraction_reference
 from e2former_kernels.equivariant_attention import AttentionSpec
-from e2former_kernels.equivariant_attention.contract import launch_contract
+from e2former_kernels.equivariant_attention.kernels_value import launch_contract
 from e2former_kernels.equivariant_attention.reference import aggregate
 
 LMAX = 2
@@ -108,6 +108,7 @@ class ConvolutionCase:
             tables.aligned_value.float().to(device),
             tuple(m.float().to(device) for m in tables.recursion),
             tables.row_paths,
+            tables.lists,
         )
         torch.manual_seed(1)
         self.value = torch.randn(self.atoms, 9, self.channels, device=device)

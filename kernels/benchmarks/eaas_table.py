@@ -1,43 +1,36 @@
-"""The EAAS layer's kernels against each other and against a copy of the same bytes.
+"""The EAAS layer's kernels against a copy of the same bytes.
 
 python kernels/benchmarks/eaas_table.py [--atoms 1024 6144 24576 98304] [--lmax 2] [--channels 256]
-    [--tiles 256,160 ...] [--precision highest]
+    [--tiles 256,160 ...]
 
-Rows ``PASS/FORM/ATOMS``. PASS: ``forward`` T(r) v; ``transposed`` T(r)^T g; ``slope``, the gradient by the position;
-``backward``, both gradients, as an evaluation of forces wants them. FORM: ``dense`` (T(r) in registers, one matrix
-product), ``aligned`` (rotate, pick and scale, rotate back), ``sparse`` (the nonzeros); of the slope ``product``
-(matrix products by way of [N, P, M]) and ``rows`` (one pass); of ``backward`` the two joined by +, or ``fused``.
---tiles: pairs TILE,HELD of ``e2former_kernels/eaas/launch.py`` to try for the kernels that have such tiles; their rows
-end in @TILE,HELD where more than one is given.
+Rows ``PASS/ATOMS``. PASS: ``forward`` T(r) v; ``transposed`` T(r)^T g; ``slope``, the gradient by the position;
+``backward``, both gradients in one pass, as an evaluation of forces wants them. --tiles: pairs TILE,HELD of
+``e2former_kernels/eaas/op.py`` to try; their rows end in @TILE,HELD where more than one is given. Records before
+November 28, 2026 have rows of other forms too: T(r) by a matrix product, sums over its nonzeros.
 
 ms, graph_ms as in op_table.py. floor_ms: the inputs read and the outputs written once at the measured copy rate (GBs
 refer to the same bytes), ``of_copy`` = floor_ms / time: above one where the tensors stay in the L2 cache from call to
-call, as some 1,000 atoms' do. A form whose result differs from the dense contraction in float64, looked at for the
+call, as some 1,000 atoms' do. A pass whose result differs from the dense contraction in float64, looked at for the
 first and the last atoms, is an error instead of a time; the first sit at the origin and on the polar axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from floor import Work
-from op_table import TOLERANCE, difference, timed
+from op_table import difference, timed
 from torch import Tensor
 from workload import Results, attempt, ceilings, common_arguments, free, table, water_cluster
 
 from e2former_fairchem.nn.axis_aligned import eaas_tables
 from e2former_fairchem.so3 import path_table
-from e2former_kernels.eaas import dense_contraction_reference, launch
-from e2former_kernels.eaas.launch import Form
-from e2former_kernels.eaas.op import _Contract
+from e2former_kernels.eaas import dense_contraction_reference
+from e2former_kernels.eaas import op as layer
 
 #: Atoms at both ends that are compared.
 LOOK = 32
-#: Largest relative errors, three times what an H100 gave (``results/eaas.json``): of forms without a matrix product,
-#: and of those with one, in TF32.
+#: Largest relative error, three times what an H100 gave (``results/eaas.json``).
 STRICT = 5e-7
-PRODUCT = TOLERANCE | {"high": 2.4e-3}
 SINGULAR = [[0.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, -2.0, 0.0], [1e-9, -1.0, 0.0], [1e-22, 1e-3, 1e-22]]
 PASSES = ("forward", "transposed", "slope", "backward")
 
@@ -49,7 +42,7 @@ class EAASCase:
         exact = eaas_tables(path_table(lmax))
         self.tables = type(exact)(
             exact.coupling.float().to(device), exact.aligned_index.to(device), exact.aligned_value.float().to(device),
-            tuple(m.float().to(device) for m in exact.recursion), exact.row_paths,
+            tuple(m.float().to(device) for m in exact.recursion), exact.row_paths, exact.lists,
         )  # fmt: skip
         pos = torch.tensor(water_cluster(atoms // 3)[0], dtype=torch.float32)
         pos = pos - pos.mean(0)
@@ -69,36 +62,14 @@ class EAASCase:
             return Work(3 * once * self.atoms, 0, (streamed + 4 * self.channels * rows + 12) * self.atoms)
         return Work((2 if name == "slope" else 1) * once * self.atoms, 0, streamed * self.atoms)
 
-    def forms(self, name: str) -> dict[str, Callable[[], list[Tensor]]]:
-        """All forms of a pass, by name."""
+    def run(self, name: str) -> list[Tensor]:
+        """A pass."""
         t, pos, value, grad = self.tables, self.pos, self.value, self.grad
-        kernels = ("dense", "aligned", "sparse")
-        if name == "slope":
-            return {
-                "product": lambda: [launch.slope_product(t, grad, value)],
-                "rows": lambda: [launch.slope(t, grad, value)],
-            }
         if name == "backward":
-            pairs = ("dense", "product"), ("dense", "rows"), ("aligned", "rows"), ("sparse", "rows")
-            forms = {f"{k}+{s}": self._backward(Form(k, s)) for k, s in pairs}
-            return forms | {"fused": self._backward(Form("sparse", "fused"))}
-        x, back = (grad, True) if name == "transposed" else (value, False)
-        return {k: (lambda kernel=k: [launch.contract(Form(kernel), t, pos, x, back)]) for k in kernels}
-
-    def _backward(self, form: Form) -> Callable[[], list[Tensor]]:
-        """What autograd runs for a first derivative, without its bookkeeping."""
-
-        class Context:
-            saved_tensors = self.value, self.pos
-            tables, transpose, needs_input_grad = self.tables, False, (True, True)
-
-        Context.form = form
-
-        def run() -> list[Tensor]:
-            with torch.no_grad():
-                return list(_Contract.backward(Context, self.grad)[:2])
-
-        return run
+            return list(layer.pullback(t, pos, grad, value))
+        if name == "slope":
+            return [layer.slope(t, grad, value)]
+        return [layer.contract(t, pos, *((grad, True) if name == "transposed" else (value, False)))]
 
     def exact(self, name: str, at: slice) -> list[Tensor]:
         """The pass in float64 from the dense contraction, for some atoms."""
@@ -116,15 +87,12 @@ def check(case: EAASCase, name: str, found: list[Tensor]) -> float:
     return max(difference([x[at] for x in found], case.exact(name, at)) for at in ends)
 
 
-def row_of(case: EAASCase, name: str, form: str, args, limits: dict) -> dict:
-    """Check and time of one form."""
-    call = case.forms(name)[form]
-    product = "dense" in form or "product" in form
-    tolerance = PRODUCT[args.precision] if product else STRICT
-    error = check(case, name, call())
-    if not error < tolerance:
+def row_of(case: EAASCase, name: str, args, limits: dict) -> dict:
+    """Check and time of one pass."""
+    error = check(case, name, case.run(name))
+    if not error < STRICT:
         return {"error": f"relative difference {error:.2e}, not timed"}
-    row = timed(call, args, case.work(name), limits) | {"difference": error, "allowed": tolerance}
+    row = timed(lambda: case.run(name), args, case.work(name), limits) | {"difference": error, "allowed": STRICT}
     if "floor_ms" in row:
         row["of_copy"] = row["floor_ms"] / row.get("graph_ms", row["ms"])
     return row
@@ -136,7 +104,7 @@ def main() -> None:
     parser.add_argument("--lmax", type=int, default=2)
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--passes", nargs="*", default=list(PASSES), choices=PASSES)
-    parser.add_argument("--tiles", nargs="*", default=[f"{launch.TILE},{launch.HELD}"], help="pairs TILE,HELD")
+    parser.add_argument("--tiles", nargs="*", default=[f"{layer.TILE},{layer.HELD}"], help="pairs TILE,HELD")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-graphs", action="store_true", help="eager times only")
     args = parser.parse_args()
@@ -144,20 +112,18 @@ def main() -> None:
     results = Results(args.name, args.output)
     limits = ceilings(args.device)
     results.add("ceilings", limits)
-    before = launch.TILE, launch.HELD
+    before = layer.TILE, layer.HELD
     for atoms in args.atoms:
         case = EAASCase(atoms, args.lmax, 4 if args.tiny else args.channels, args.device)
         for name in args.passes:
-            for form in case.forms(name):
-                tiles = args.tiles if form not in ("dense", "product", "dense+product") else args.tiles[:1]
-                for tile in tiles:
-                    launch.TILE, launch.HELD = map(int, tile.split(","))
-                    suffix = f"@{tile}" if len(tiles) > 1 else ""
-                    row = attempt(lambda n=name, f=form, c=case: row_of(c, n, f, args, limits))
-                    results.add(f"{name}/{form}{suffix}/{atoms}", row)
+            for tile in args.tiles:
+                layer.TILE, layer.HELD = map(int, tile.split(","))
+                suffix = f"@{tile}" if len(args.tiles) > 1 else ""
+                row = attempt(lambda n=name, c=case: row_of(c, n, args, limits))
+                results.add(f"{name}/{atoms}{suffix}", row)
         del case
         free()
-    launch.TILE, launch.HELD = before
+    layer.TILE, layer.HELD = before
     print(table(results, ("ms", "graph_ms", "floor_ms", "of_copy", "GBs", "difference")))
 
 

@@ -31,9 +31,9 @@ from torch import Tensor
 from workload import GIB, TINY, Network, Results, System, attempt, common_arguments, free, measure, table
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_table import RadialTable, build_radial_table
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+from e2former_kernels.radial.reference import RadialWeights
+from e2former_kernels.radial.table import RadialTable, build_radial_table
 
 #: Å. A corner atom of the water cluster has a hundred others within 13 Å.
 CUTOFF = 16.0

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from workload import PAPER, Network, System
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.radial_table import build_radial_table
 from e2former_kernels.equivariant_attention import equivariant_attention, fused
+from e2former_kernels.radial.table import build_radial_table
 
 #: Constant of fused.py: the kernel whose time it changes, and what to try.
 TRIALS = {

@@ -60,7 +60,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "torch:_C._will_engine_execute_node",
         "`needs_input_grad` is true for every weight that requires gradients, also while forces alone are asked for",
-        "choosing the derivatives to compute (common/chunked.py, step.py, registered.py)",
+        "choosing the derivatives to compute (common/runs.py, step.py, registered.py)",
     ),
     PrivateName(
         "torch:_C._current_graph_task_id",
@@ -101,7 +101,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "torch:_foreach_add_",
         "one launch for a list of tensors; torch's optimisers use it, no public name does the same",
-        "training on forces (common/step.py, radial_second.py)",
+        "training on forces (common/step.py, radial/network.py)",
     ),
     PrivateName(
         "torch:_foreach_copy_",

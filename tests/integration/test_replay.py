@@ -29,7 +29,7 @@ from e2former_fairchem.training.recorders import LossRecorder
 from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.schedule import warmup_cosine
 from e2former_fairchem.training.unit import TrainEvalUnit
-from e2former_kernels.common.plan import EdgeList, SeveralRuns
+from e2former_kernels.common.runs import EdgeList, SeveralRuns
 
 GRADIENT = {"efs": {"module": "e2former_fairchem.heads.E2FormerV2GradientHead", "prefix": "omol"}}
 DIRECT = {

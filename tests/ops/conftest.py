@@ -15,8 +15,8 @@ if not torch.cuda.is_available():  # before triton is first imported, which is w
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.radial import RadialWeights
 from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights
+from e2former_kernels.radial.reference import RadialWeights
 
 ELEMENTS = 4
 PATHS = {1: 4, 2: 9, 3: 16, 4: 25}  # rows of a made-up coupling: the kernels know nothing of its structure
@@ -328,7 +328,7 @@ def query_key_operation(
 
 
 def grouped_operation(make: Make, size: int = 7, compiled: bool = False) -> Operation:
-    from e2former_kernels.common.grouped_linear import grouped_linear
+    from e2former_kernels.linear import grouped_linear
 
     rows, inputs = (1, 3, 5), (2, 4, 3)
     widths = [r * i for r, i in zip(rows, inputs, strict=True)]
@@ -348,7 +348,7 @@ def grouped_operation(make: Make, size: int = 7, compiled: bool = False) -> Oper
 
 
 def so3_operation(make: Make, size: int = 7, compiled: bool = False, channels: int = 6) -> Operation:
-    from e2former_kernels.common.grouped_linear import so3_linear
+    from e2former_kernels.linear import so3_linear
 
     def reference(t: dict[str, Tensor]) -> Tensor:
         degree = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2], device=t["x"].device)

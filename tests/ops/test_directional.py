@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.common.runs import Plan
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
@@ -95,13 +95,14 @@ def test_numbers_of_edges(make, recomputed, score: str, edges: int) -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_several_blocks_of_columns(make, find_leaves, monkeypatch, score: str) -> None:
     """A degree's columns split over programs, as in wide networks."""
-    from e2former_kernels.common import radial_second
-    from e2former_kernels.equivariant_attention import directional_gate, second_directional
+    from e2former_kernels.equivariant_attention import gate
+    from e2former_kernels.radial import network
 
-    for module in (directional_gate, second_directional):
-        monkeypatch.setattr(module, "TILE", (2, 8))
-    monkeypatch.setattr(radial_second, "TILE_NUMBERS", 16)
-    monkeypatch.setattr(radial_second, "MAX_PROGRAMS", 3)
+    for name in ("TILE", "PAIR_TILE"):
+        monkeypatch.setattr(gate, name, (2, 8))
+    for module in (gate, network):
+        monkeypatch.setattr(module, "TILE_NUMBERS", 16)
+        monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
     arguments = make.attention(score, heads=6, per_head=1, edges=9)
     weights_fixed = freeze(arguments)
     reference = equivariant_attention_reference(*weights_fixed, recompute=False)
@@ -202,7 +203,7 @@ def test_without_layer_norms(make, find_leaves, score: str) -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_hessian(make, recomputed, monkeypatch, score: str) -> None:
     """Forces differentiated again by vectors and by the atoms' tensors, each alone too; frozen weights have no part."""
-    from e2former_kernels.common.radial_second import RadialGradients
+    from e2former_kernels.radial.network import RadialGradients
 
     inner = RadialGradients.backward
     monkeypatch.setattr(
@@ -253,8 +254,8 @@ def test_third_derivative_is_recomputed(make, recomputed, score: str) -> None:
 @pytest.mark.parametrize("unit", [True, False])
 def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
     """The kernel's harmonics and their derivative against PyTorch."""
-    from e2former_kernels.equivariant_attention import directional_kernel as kernel
-    from e2former_kernels.equivariant_attention.directional_gate import harmonic_scales
+    from e2former_kernels.equivariant_attention import kernels_gate as kernel
+    from e2former_kernels.equivariant_attention.gate import harmonic_scales
 
     if device == "cuda":
         make.device, make.dtype = device, torch.float32
@@ -277,8 +278,8 @@ def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
 @pytest.mark.parametrize("unit", [True, False])
 def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> None:
     """The harmonics' change along a change of the vectors, and the gradient of both, against PyTorch."""
-    from e2former_kernels.equivariant_attention import second_directional_harmonics_kernel as kernel
-    from e2former_kernels.equivariant_attention.directional_gate import harmonic_scales
+    from e2former_kernels.equivariant_attention import kernels_gate as kernel
+    from e2former_kernels.equivariant_attention.gate import harmonic_scales
 
     def harmonics(vec: Tensor) -> Tensor:
         y = solid_harmonics(vec / vec.norm(dim=-1, keepdim=True) if unit else vec, lmax)

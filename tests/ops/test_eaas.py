@@ -16,8 +16,6 @@ from e2former_kernels.eaas import (
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
 )
-KERNELS = ("dense", "aligned", "sparse")
-FORMS = [("dense", "product"), ("aligned", "product"), ("sparse", "rows")]
 
 
 def tables(lmax: int, reflection_equivariant: bool = False) -> EAASTables:
@@ -32,18 +30,6 @@ def tables_on(device: str, lmax: int, dtype: torch.dtype = torch.float64) -> EAA
     recursion = tuple(t.to(device, dtype) for t in given.recursion)
     moved = {"coupling": given.coupling.to(device, dtype), "aligned_value": given.aligned_value.to(device, dtype)}
     return given._replace(aligned_index=given.aligned_index.to(device), recursion=recursion, **moved)
-
-
-@pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch):
-    """Take another form of the layer for this test."""
-
-    def take(kernel: str, slope: str) -> None:
-        from e2former_kernels.eaas import op
-
-        monkeypatch.setattr(op, "FORM", op.Form(kernel, slope))
-
-    return take
 
 
 @pytest.fixture
@@ -67,14 +53,10 @@ def test_frame_and_dense_agree(make, compare, positions, lmax: int, reflection_e
 
 
 @interpreted
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("reflection_equivariant", [False, True])
 @pytest.mark.parametrize("lmax", [1, 2, 3, 4])
-def test_kernels_and_dense_agree(
-    make, compare, choose, positions, lmax: int, reflection_equivariant: bool, form: tuple[str, str]
-) -> None:
+def test_kernels_and_dense_agree(make, compare, positions, lmax: int, reflection_equivariant: bool) -> None:
     """Value, gradients (the transpose, the slope in the position) and second derivatives."""
-    choose(*form)
     constants = tables(lmax, reflection_equivariant)
     value = make(len(positions), (lmax + 1) ** 2, 3)
     dense = dense_contraction_reference(value, positions, constants)
@@ -82,9 +64,7 @@ def test_kernels_and_dense_agree(
 
 
 @interpreted
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
-def test_gradgradcheck_at_singular_directions(make, choose, positions, form: tuple[str, str]) -> None:
-    choose(*form)
+def test_gradgradcheck_at_singular_directions(make, positions) -> None:
     constants = tables(2)
     value = make(len(positions), 9, 2)
     function = lambda v, r: axis_aligned_contraction(v, r, constants)  # noqa: E731
@@ -92,11 +72,9 @@ def test_gradgradcheck_at_singular_directions(make, choose, positions, form: tup
 
 
 @interpreted
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("nodes, channels", [(0, 5), (1, 1), (9, 24), (17, 37), (3, 300)])
-def test_sizes_and_strides(make, compare, choose, nodes: int, channels: int, form: tuple[str, str]) -> None:
+def test_sizes_and_strides(make, compare, nodes: int, channels: int) -> None:
     """No atoms, channels that are no power of two or take several programs, inputs that are views."""
-    choose(*form)
     constants = tables(2)
     base, pos = make(9, nodes, channels), make(3, nodes)
     value, position = base.transpose(0, 1), pos.T
@@ -106,11 +84,10 @@ def test_sizes_and_strides(make, compare, choose, nodes: int, channels: int, for
 
 @interpreted
 @pytest.mark.parametrize("lmax, nodes, channels", [(1, 10, 5), (2, 10, 300), (3, 9, 1), (4, 10, 3), (2, 0, 4)])
-def test_fused_gradients(make, choose, positions, lmax: int, nodes: int, channels: int) -> None:
+def test_fused_gradients(make, positions, lmax: int, nodes: int, channels: int) -> None:
     """Where nothing differentiates through the gradients, one pass makes both."""
     constants = tables(lmax)
     value, position = make(nodes, (lmax + 1) ** 2, channels), positions[:nodes]
-    choose("sparse", "fused")
     outputs = [f(value, position, constants) for f in (axis_aligned_contraction, dense_contraction_reference)]
     cotangent = torch.randn_like(outputs[0])
     found, expected = (torch.autograd.grad(out, [value, positions], cotangent) for out in outputs)
@@ -153,10 +130,8 @@ def test_errors_in_float32(device: str, positions: torch.Tensor, lmax: int) -> N
         assert error <= 2 * budget + 1e-6, (name, error, budget)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_tiny_positions_in_float32(choose, kernel: str, device: str) -> None:
+def test_tiny_positions_in_float32(device: str) -> None:
     """Squares of such numbers vanish or lose their digits in float32: the frame stays a rotation."""
-    choose(kernel, "product")
     constants = tables_on(device, 2)
     position = torch.tensor([[1e-22, 1e-3, 1e-22], [3e-23, 4e-23, 0], [1e-30, -1.0, 1e-20]]).to(device)
     value = torch.randn(3, 9, 4).to(device)
@@ -164,16 +139,6 @@ def test_tiny_positions_in_float32(choose, kernel: str, device: str) -> None:
     exact = dense_contraction_reference(value.double(), position.double(), constants)
     error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
     assert error.max() < 2e-6, error
-
-
-@interpreted
-def test_constants_follow_the_coefficients(choose, positions, make) -> None:
-    """Read once from a tensor, and again when it has changed."""
-    choose("sparse", "rows")
-    constants, value = tables(1), make(len(positions), 4, 2)
-    first = axis_aligned_contraction(value, positions, constants)
-    constants.coupling.mul_(2)
-    torch.testing.assert_close(axis_aligned_contraction(value, positions, constants), 2 * first)
 
 
 @interpreted

@@ -219,8 +219,8 @@ def _single(arguments):
 @pytest.mark.gpu
 def test_gpu_one_atom_or_edge(make) -> None:
     """Triton makes constants of arguments that are 1: one atom, one edge, and the runs that leave one over."""
-    from e2former_kernels.common.radial_table import build_radial_table
     from e2former_kernels.query_key import QueryKeyWeights, query_key
+    from e2former_kernels.radial.table import build_radial_table
 
     make.device, make.dtype = "cuda", torch.float32
     arguments = list(make.attention(nodes=2, edges=1, heads=32, per_head=2))

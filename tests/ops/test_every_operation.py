@@ -265,10 +265,10 @@ def test_errors_in_half_precision(operation, name: str) -> None:
 @pytest.mark.parametrize("name", ["attention", "edge_degree", "norm", "feedforward", "query_key"])
 def test_frozen_weights_cost_nothing(operation, monkeypatch, name: str) -> None:
     """In forces and their derivatives nothing of the weights' gradients is computed."""
-    from e2former_kernels.common.radial_second import RadialGradients
-    from e2former_kernels.common.run_sums import RunSums
-    from e2former_kernels.feedforward import passes
+    from e2former_kernels.common.sums import RunSums
+    from e2former_kernels.feedforward import op as passes
     from e2former_kernels.norm import op
+    from e2former_kernels.radial.network import RadialGradients
 
     by_weights = []
 

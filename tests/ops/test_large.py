@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_table import build_radial_table
+from e2former_kernels.radial.reference import RadialWeights
+from e2former_kernels.radial.table import build_radial_table
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import Mode, triton_installed
-from e2former_kernels.common.grouped_linear import so3_linear
 from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
+from e2former_kernels.linear import so3_linear
 from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 from e2former_kernels.query_key import QueryKeyWeights, query_key, query_key_reference
 
@@ -79,9 +79,9 @@ def query_key_case(make):
 @pytest.fixture
 def short_runs(monkeypatch) -> None:
     """Three nodes at a time, and several of them in one program of the sums."""
-    import e2former_kernels.feedforward.passes as feedforward
-    import e2former_kernels.norm.passes as norm
-    import e2former_kernels.query_key.passes as qk
+    import e2former_kernels.feedforward.op as feedforward
+    import e2former_kernels.norm.op as norm
+    import e2former_kernels.query_key.op as qk
     from e2former_kernels.common.step import node_runs
 
     monkeypatch.setattr(feedforward, "node_runs", lambda number: node_runs(number, 3))
@@ -96,7 +96,7 @@ def short_runs(monkeypatch) -> None:
 @pytest.mark.parametrize("case", [norm_case, feedforward_case, query_key_case])
 def test_training_on_forces(make, monkeypatch, request, case, short: bool) -> None:
     """First derivatives by the nodes' tensors alone, second ones by everything: none of it goes through autograd."""
-    from e2former_kernels.common.chunked import Plan
+    from e2former_kernels.common.runs import Plan
 
     if short:
         request.getfixturevalue("short_runs")

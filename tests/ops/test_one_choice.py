@@ -20,9 +20,9 @@ QUESTIONS = {
 }
 #: What a file may ask all the same, and why that decides nothing about how an evaluation runs.
 ALLOWED = {
-    ("kernels/e2former_kernels/common/again.py", "requires_grad"): "of an input: autograd keeps no other",
+    ("kernels/e2former_kernels/common/step.py", "requires_grad"): "of an input: autograd keeps no other",
     (
-        "kernels/e2former_kernels/common/chunked.py",
+        "kernels/e2former_kernels/common/runs.py",
         "requires_grad",
     ): "of what a recomputation made",
     ("kernels/e2former_kernels/common/step.py", "is_autocast_enabled"): "to switch it off, without a context's time",

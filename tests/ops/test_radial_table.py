@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import Mode, triton_installed
-from e2former_kernels.common.radial import RadialWeights, gaussian_basis, radial_network
-from e2former_kernels.common.radial_table import build_radial_table, hermite
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+from e2former_kernels.radial.reference import RadialWeights, gaussian_basis, radial_network
+from e2former_kernels.radial.table import build_radial_table, hermite
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from e2former_kernels.common.backend import Mode, triton_installed
-from e2former_kernels.common.radial import RadialWeights
+from e2former_kernels.radial.reference import RadialWeights
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
@@ -129,9 +129,9 @@ def test_compiled_whole(operation, name: str) -> None:
 @pytest.mark.parametrize("option", ["bell", "runs", "sum", "splines", "splines_of_embedding"])
 def test_compiled_options(make, option: str) -> None:
     """Every argument beside the tensors arrives where the operation runs."""
-    from e2former_kernels.common.radial_table import build_radial_table
     from e2former_kernels.edge_degree import edge_degree_embedding
     from e2former_kernels.equivariant_attention import equivariant_attention
+    from e2former_kernels.radial.table import build_radial_table
 
     kinds = {"order": 0, "bell": (0.3, 2.5), "norm": "softplus", "envelope_exponent": 3, "inverse_distance": "v2"}
     kinds = {"bell": kinds}

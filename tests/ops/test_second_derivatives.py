@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.radial import gaussian_basis, radial_hidden, radial_network
 from e2former_kernels.common.tiles import RowTiles
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+from e2former_kernels.radial.reference import gaussian_basis, radial_hidden, radial_network
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
@@ -156,8 +156,8 @@ def test_missing_cotangents(make, check, used: list[int]) -> None:
 @interpreted
 def test_several_tiles(make, check, monkeypatch) -> None:
     """Heads and edges split over programs, as in wide networks and large graphs."""
-    from e2former_kernels.common import radial_second
     from e2former_kernels.equivariant_attention import second
+    from e2former_kernels.radial import network as radial_second
 
     for name, value in (("WEIGHTS_TILE", (2, 1)), ("PAIR_TILE", (2, 1)), ("WEIGHTS_NUMBERS", 16)):
         monkeypatch.setattr(second, name, value)
@@ -170,7 +170,7 @@ def test_several_tiles(make, check, monkeypatch) -> None:
 @interpreted
 def test_only_what_is_asked_for(make, called, monkeypatch) -> None:
     """Frozen weights are not differentiated; each input alone gets what it gets among all."""
-    from e2former_kernels.common.radial_second import RadialGradients
+    from e2former_kernels.radial.network import RadialGradients
 
     arguments = make.attention()
     for t in arguments[10]:
@@ -216,7 +216,7 @@ def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves) -
 )
 def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: bool, edges: int) -> None:
     """Value and tangent of the networks, and the gradients of both, against autograd."""
-    from e2former_kernels.common.radial_second import RadialGradients
+    from e2former_kernels.radial.network import RadialGradients
 
     weights = make.radial(groups, 6, 4, 5, norms)
     species = torch.randint(0, 4, (2, edges))
@@ -275,7 +275,7 @@ def test_edge_degree(
 
 @interpreted
 def test_edge_degree_with_frozen_weights(make, monkeypatch) -> None:
-    from e2former_kernels.common.radial_second import RadialGradients
+    from e2former_kernels.radial.network import RadialGradients
 
     vec, *graph = make.edges(4, 7)
     radial = type(make.radial(1, 1, 1, 1))(*(t.detach() for t in make.radial(3, 6, 4, 5)))

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from e2former_kernels.common.backend import Mode, triton_installed
-from e2former_kernels.common.column_sums import column_sums
-from e2former_kernels.common.grouped_linear import grouped_linear, so3_linear
+from e2former_kernels.common.sums import column_sums
+from e2former_kernels.linear import grouped_linear, so3_linear
 from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 
 interpreted = pytest.mark.skipif(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,17 @@ EXACT = Mode()
 def triton_installed() -> bool:
     """Whether the ``triton`` package can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def operation(module: str, name: str) -> Callable:
+    """The operation ``name`` of ``module``; where the triton package is missing, what says so when it is called."""
+    if triton_installed():
+        return getattr(importlib.import_module(module), name)
+
+    def missing(*args, **kwargs):
+        raise RuntimeError(f"{name}: the triton package is not installed")
+
+    return missing
 
 
 def interpreting() -> bool:
@@ -87,3 +100,16 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     chosen = "triton" if device.type == "cuda" and problem is None else "reference"
     _say(chosen, device.type)
     return chosen
+
+
+@contextlib.contextmanager
+def float32_products(around: str) -> Iterator[None]:
+    """Products inside are not rounded to TF32. around: the precision outside, which returns; ``highest``: no change."""
+    if around == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(around)

@@ -1,9 +1,11 @@
-"""Cutoff envelopes."""
+"""Cutoff envelopes: value, first and second derivative, in PyTorch and for Triton kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from e2former_kernels.common.tiles import tl, triton
 
 
 def polynomial_envelope(distance: Tensor, cutoff: float, exponent: int) -> Tensor:
@@ -61,3 +63,70 @@ def bell_envelope(distance: Tensor, lower: float, upper: float) -> Tensor:
     t = (2.0 * distance - (lower + upper)) / (upper - lower)
     gap = (1.0 - t * t).clamp(min=0.0)
     return gap * gap
+
+
+def envelope(distance: Tensor, cutoff: float, exponent: int, bell: tuple[float, float] | None = None) -> Tensor:
+    """:func:`polynomial_envelope`, or :func:`bell_envelope` between two radii, Å, where they are given."""
+    return polynomial_envelope(distance, cutoff, exponent) if bell is None else bell_envelope(distance, *bell)
+
+
+def envelope_constants(cutoff: float, exponent: int, bell: tuple[float, float] | None) -> dict[str, float | int | bool]:
+    """The same choice as arguments of the kernels that call :func:`envelope_of` and :func:`envelope_bend`."""
+    lower, upper = (0.0, cutoff) if bell is None else bell
+    return {"lower": float(lower), "upper": float(upper), "P": exponent, "BELL": bell is not None}
+
+
+@triton.jit
+def polynomial(d, cutoff, P: tl.constexpr):
+    """Value and derivative by the distance of :func:`polynomial_envelope`."""
+    rho = d / cutoff
+    series = 0.0 * rho + P * (P + 1) / 2
+    slope = 0.0 * rho
+    for n in tl.static_range(P - 1):
+        slope = slope * rho + series
+        series = series * rho + (P - 1 - n) * (P - n) / 2
+    gap = tl.maximum(1.0 - rho, 0.0)
+    return gap * gap * gap * series, gap * gap * (gap * slope - 3.0 * series) / cutoff
+
+
+@triton.jit
+def polynomial_bend(d, cutoff, P: tl.constexpr):
+    """Second derivative of :func:`polynomial` by the distance."""
+    rho = d / cutoff
+    gap = tl.maximum(1.0 - rho, 0.0)
+    if P == 1:
+        bend = 2.0 * gap
+    else:
+        bend = gap * (2.0 * rho - (P - 1) * gap)
+        for _n in tl.static_range(P - 2):
+            bend *= rho
+    return bend * (0.5 * P * (P + 1) * (P + 2)) / (cutoff * cutoff)
+
+
+@triton.jit
+def _bell(d, lower, upper):
+    t = (2.0 * d - (lower + upper)) / (upper - lower)
+    gap = tl.maximum(1.0 - t * t, 0.0)
+    return gap * gap, -8.0 * gap * t / (upper - lower)
+
+
+@triton.jit
+def envelope_of(d, lower, upper, P: tl.constexpr, BELL: tl.constexpr):
+    """The envelope and its derivative."""
+    if BELL:
+        u, du = _bell(d, lower, upper)
+    else:
+        u, du = polynomial(d, upper, P)
+    return u, du
+
+
+@triton.jit
+def envelope_bend(d, lower, upper, P: tl.constexpr, BELL: tl.constexpr):
+    """Second derivative of the envelope by the distance."""
+    if BELL:
+        t = (2.0 * d - (lower + upper)) / (upper - lower)
+        gap = 1.0 - t * t
+        bend = tl.where(gap > 0.0, (2.0 * t * t - gap) * (16.0 / ((upper - lower) * (upper - lower))), 0.0)
+    else:
+        bend = polynomial_bend(d, upper, P)
+    return bend

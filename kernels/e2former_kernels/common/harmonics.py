@@ -1,4 +1,4 @@
-"""Real spherical and solid harmonics in e3nn's order, for any degree, in plain PyTorch.
+"""Real spherical and solid harmonics in e3nn's order, for any degree: in PyTorch, and in steps for Triton kernels.
 
 The polar axis is y: degree l has rows m = -l..l, and (z, x) play the part that (x, y) play in most textbooks,
 so that degree one reads (x, y, z). "Component" normalisation: the squares of one degree sum to 2l+1 on the sphere.
@@ -10,6 +10,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from e2former_kernels.common.tiles import triton
 
 
 def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
@@ -55,3 +57,15 @@ def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
             scale = (2 * degree + 1) * math.factorial(degree - a) / math.factorial(degree + a) * (1 if m == 0 else 2)
             rows.append((math.sqrt(scale) * polar[degree, a]) * (sin[a] if m < 0 else cos[a]))
     return torch.stack(rows, -1)
+
+
+@triton.jit
+def next_order(c, s, x, z):
+    """c + i s = (z + i x)^m of the next order m."""
+    return c * z - s * x, s * z + c * x
+
+
+@triton.jit
+def next_order_slopes(c, s, cx, cz, sx, sz, x, z):
+    """Derivatives of :func:`next_order`'s c and s by x and z (cx, cz, sx, sz), from those of this order m."""
+    return cx * z - sx * x - s, cz * z + c - sz * x, sx * z + cx * x + c, sz * z + s + cz * x

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.chunked import evaluate
+from e2former_kernels.common.runs import evaluate
 from e2former_kernels.common.step import Step
 from e2former_kernels.compat import is_fake, will_engine_execute_node, with_autograd
 

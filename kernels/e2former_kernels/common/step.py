@@ -1,17 +1,50 @@
-"""An operation with fused kernels for its value and first derivative, and recomputation for all further ones."""
+"""An operation with fused kernels for value, first and, where it has them, second derivative; recomputation beyond."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.chunked import TARGET, WHOLE, Plan, evaluate, plan_of, wanted_inputs
+from e2former_kernels.common.runs import TARGET, WHOLE, Plan, evaluate, plan_of, wanted_inputs
 from e2former_kernels.compat import current_graph_task_id, foreach_add_, will_engine_execute_node
+
+Again = tuple[Tensor, Callable[[], Tensor] | None]
+
+
+@contextlib.contextmanager
+def computed_again(*inputs: Again) -> Iterator[None]:
+    """Autograd nodes made inside keep no copy of the given tensors: they call for them when they run.
+
+    inputs: pairs of a contiguous tensor and a function that gives the same numbers again, from tensors that are kept
+    anyway. None instead of a function: the tensor is kept. The graph that the tensor belongs to is remembered, so
+    derivatives of every order are those of the tensor itself.
+    """
+    makers = [(t.data_ptr(), t.numel(), make) for t, make in inputs if make is not None and t.requires_grad]
+    if not makers or not torch.is_grad_enabled():
+        yield
+        return
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], Sequence[int]]:
+        for address, numbers, make in makers:
+            if tensor.data_ptr() == address and tensor.numel() == numbers and tensor.is_contiguous():
+                return make, tensor.shape
+        return tensor
+
+    def unpack(packed: Tensor | tuple[Callable[[], Tensor], Sequence[int]]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        make, shape = packed
+        with torch.no_grad():
+            return make().view(shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
 
 MAX_RUN_NODES = 8192  # nodes worked on at a time by operations on nodes
 
@@ -36,7 +69,7 @@ def node_plan(function: Callable[..., Tensor], nodes: Sequence[Tensor], weights:
 
 
 class Step(Protocol):
-    """What :func:`run_step` runs. plan: the same function for :func:`e2former_kernels.common.chunked.evaluate`.
+    """What :func:`run_step` runs. plan: the same function for :func:`e2former_kernels.common.runs.evaluate`.
 
     A step may also have ``second(cotangents, grad, tensors, wanted, again)``: its second derivative with fused kernels,
     without a graph. With L = sum over ``wanted`` of <cotangent, gradient of that tensor>, it returns dL by the inputs

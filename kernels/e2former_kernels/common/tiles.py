@@ -1,10 +1,19 @@
-"""Tile shapes of the Triton kernels."""
+"""Tile shapes of the Triton kernels, and Triton itself for files that must load where it is not installed."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from e2former_kernels.common.backend import interpreting
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # files with a formula's PyTorch form and its Triton form side by side: nobody calls these
+    triton, tl = SimpleNamespace(jit=lambda function: function), None
+
+__all__ = ["RowTiles", "ceil_div", "next_power", "row_tiles", "tl", "triton"]
 
 
 def next_power(n: int) -> int:

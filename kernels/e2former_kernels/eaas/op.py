@@ -1,77 +1,138 @@
-"""The EAAS layer's function in one pass over an atom's features, in three ways that can be timed against each other.
+"""The EAAS layer in one pass over an atom's features: rotate into a frame along the position, re-index, rotate back.
 
-``dense``: the tensor product with a node's own position is a matrix of at most a few hundred numbers, linear in the
-position; a program builds it in registers and multiplies. ``aligned``: a program rotates the rows into a frame along
-the position, picks and scales them, and rotates back. ``sparse``: a program adds up the matrix's nonzeros. No Wigner
-matrix is stored by any, and no direction is special. The function is bilinear, so all derivatives are the same kernel,
-its transpose and one sum over path rows and rows.
+The frame is made of two turns about y and a constant swap of axes, so no Wigner matrix is stored and no direction is
+special. The function is bilinear: all derivatives are the same kernel, its transpose and one sum over path rows and
+rows. The first derivatives by both arguments come from one pass over the path rows.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
-from e2former_kernels.common.backend import triton_problem
+from e2former_kernels.common.backend import interpreting, triton_problem
 from e2former_kernels.common.checks import check_same_device, check_shape
-from e2former_kernels.eaas import launch
-from e2former_kernels.eaas.launch import Form
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.eaas.kernels import aligned_kernel, pullback_kernel, slope_kernel
 from e2former_kernels.eaas.reference import EAASTables
 
-#: What :func:`axis_aligned_contraction` takes, by ``kernels/benchmarks/eaas_table.py``: on an H100 all forms of the
-#: product take the time of a copy, the sparse one with the least rounding, and both gradients in one pass save half.
-FORM = Form("sparse", "fused")
+#: Numbers of a row's tile: channels of one atom or, where there are fewer channels, of several.
+TILE = 256
+#: Numbers that a thread of a row kernel may hold; four channels (a load of 16 bytes) where that allows.
+HELD = 160
+#: Rows that one thread may hold at all.
+WIDEST = 100
+
+
+def row_tile(held: int, nodes: int, channels: int, tile: int) -> dict[str, int]:
+    """Atoms, channels and warps of a program that holds ``held`` rows at a time."""
+    block = min(next_power(channels), tile)
+    atoms = min(next_power(nodes), 8) if interpreting() else tile // block
+    each = 4
+    while each > 1 and held * each > HELD:
+        each //= 2
+    return {"BN": atoms, "BC": block, "num_warps": max(atoms * block // (32 * each), 1)}
+
+
+def fits(tables: EAASTables) -> bool:
+    """Whether :func:`pullback`'s rows fit into registers: up to lmax 3 (at lmax 4 the compiler spills them)."""
+    paths, _, rows = tables.coupling.shape
+    return paths + 2 * rows <= WIDEST
+
+
+def contract(tables: EAASTables, position: Tensor, x: Tensor, transpose: bool) -> Tensor:
+    """T(r) x for x: [N, M, C], or T(r)^T x for x: [N, P, C]."""
+    paths, _, rows = tables.coupling.shape
+    nodes, taken, channels = x.shape
+    given = rows if transpose else paths
+    out = x.new_empty(nodes, given, channels)
+    if not out.numel():
+        return out
+    tile, lists = row_tile(max(taken, given), nodes, channels, TILE), tables.lists
+    inner, outer = (lists.turn_rows, lists.swap_rows), (lists.turn_paths, lists.swap_paths)
+    if transpose:
+        inner, outer = outer, inner
+    aligned_kernel[triton.cdiv(nodes, tile["BN"]), triton.cdiv(channels, tile["BC"])](
+        position.contiguous(), x.contiguous(), out, nodes, channels, TURN_IN=inner[0], SWAP_IN=inner[1],
+        PICK=lists.pick_back if transpose else lists.pick, SWAP_OUT=outer[1], TURN_OUT=outer[0], ROWS=taken, OUT=given,
+        LMAX=len(tables.row_paths) - 1, **tile,
+    )  # fmt: skip
+    return out
+
+
+def slope(tables: EAASTables, paths: Tensor, rows: Tensor) -> Tensor:
+    """sum_{p,m,c} C[p,b,m] paths[n,p,c] rows[n,m,c] -> [N, 3]."""
+    nodes, count, channels = paths.shape
+    if not paths.numel():
+        return paths.new_zeros(nodes, 3)
+    out = paths.new_empty(nodes, 3)
+    tile = row_tile(count + rows.shape[1], nodes, channels, TILE)
+    slope_kernel[(triton.cdiv(nodes, tile["BN"]),)](
+        paths.contiguous(), rows.contiguous(), out, nodes, channels, TERMS=tables.lists.slope, PATHS=count,
+        ROWS=rows.shape[1], **tile,
+    )  # fmt: skip
+    return out
+
+
+def pullback(tables: EAASTables, position: Tensor, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of T(r) v by v and r, in one pass over the gradient's path rows."""
+    nodes, count, channels = grad.shape
+    if not grad.numel():
+        return torch.zeros_like(value), grad.new_zeros(nodes, 3)
+    out, found = value.new_empty(value.shape), grad.new_empty(nodes, 3)
+    tile = row_tile(count + 2 * value.shape[1], nodes, channels, TILE)
+    pullback_kernel[(triton.cdiv(nodes, tile["BN"]),)](
+        position.contiguous(), grad.contiguous(), value.contiguous(), out, found, nodes, channels,
+        TERMS=tables.lists.transposed, SLOPE_TERMS=tables.lists.slope, PATHS=count, ROWS=value.shape[1], **tile,
+    )  # fmt: skip
+    return out, found
 
 
 class _Contract(torch.autograd.Function):
     """(v, r) -> T(r) v, or T(r)^T v."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, position: Tensor, tables: EAASTables, transpose: bool, form: Form) -> Tensor:
-        ctx.tables, ctx.transpose, ctx.form = tables, transpose, form
+    def forward(ctx, x: Tensor, position: Tensor, tables: EAASTables, transpose: bool) -> Tensor:
+        ctx.tables, ctx.transpose = tables, transpose
         ctx.save_for_backward(x, position)
-        return launch.contract(form, tables, position, x, transpose)
+        return contract(tables, position, x, transpose)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, position = ctx.saved_tensors
-        tables, transpose, form = ctx.tables, ctx.transpose, ctx.form
+        tables, transpose = ctx.tables, ctx.transpose
         both = all(ctx.needs_input_grad[:2]) and not transpose and not torch.is_grad_enabled()
-        if both and form.slope == "fused" and launch.fits(tables):
-            return *launch.pullback(tables, position, grad, x), None, None, None
+        if both and fits(tables):
+            return *pullback(tables, position, grad, x), None, None
         grad_x = grad_position = None
         if ctx.needs_input_grad[0]:
-            grad_x = _Contract.apply(grad, position, tables, not transpose, form)
+            grad_x = _Contract.apply(grad, position, tables, not transpose)
         if ctx.needs_input_grad[1]:
-            pair = (x, grad) if transpose else (grad, x)
-            known = form.slope == "product"
-            grad_position = launch.slope_product(tables, *pair) if known else _Slope.apply(*pair, tables, form)
-        return grad_x, grad_position, None, None, None
+            grad_position = _Slope.apply(*((x, grad) if transpose else (grad, x)), tables)
+        return grad_x, grad_position, None, None
 
 
 class _Slope(torch.autograd.Function):
     """(path rows g, rows v) -> the vector s with w . s = g . T(w) v for every w."""
 
     @staticmethod
-    def forward(ctx, paths: Tensor, rows: Tensor, tables: EAASTables, form: Form) -> Tensor:
-        ctx.tables, ctx.form = tables, form
+    def forward(ctx, paths: Tensor, rows: Tensor, tables: EAASTables) -> Tensor:
+        ctx.tables = tables
         ctx.save_for_backward(paths, rows)
-        return launch.slope(tables, paths, rows)
+        return slope(tables, paths, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         paths, rows = ctx.saved_tensors
-        grad_paths = grad_rows = None
-        if ctx.needs_input_grad[0]:
-            grad_paths = _Contract.apply(rows, grad, ctx.tables, False, ctx.form)
-        if ctx.needs_input_grad[1]:
-            grad_rows = _Contract.apply(paths, grad, ctx.tables, True, ctx.form)
-        return grad_paths, grad_rows, None, None
+        grad_paths = _Contract.apply(rows, grad, ctx.tables, False) if ctx.needs_input_grad[0] else None
+        grad_rows = _Contract.apply(paths, grad, ctx.tables, True) if ctx.needs_input_grad[1] else None
+        return grad_paths, grad_rows, None
 
 
 @torch.compiler.disable()
 def axis_aligned_contraction(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
-    """The function of :func:`axis_aligned_contraction_reference` with a Triton kernel.
+    """The function of :func:`axis_aligned_contraction_reference` with Triton kernels.
 
     value: [N, (lmax+1)^2, C]; position: [N, 3], zero and the polar axis allowed. Returns [N, P, C]. Differentiable to
     any order. Raises ValueError or RuntimeError for arguments that do not fit or a device without Triton.
@@ -83,4 +144,4 @@ def axis_aligned_contraction(value: Tensor, position: Tensor, tables: EAASTables
     check_shape("position", position, "N, 3", (value.shape[0], 3))
     check_same_device("value", value, position=position, coupling=tables.coupling)
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return _Contract.apply(value.to(dtype), position.to(dtype), tables, False, FORM)
+    return _Contract.apply(value.to(dtype), position.to(dtype), tables, False)

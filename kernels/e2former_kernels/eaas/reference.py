@@ -13,11 +13,14 @@ respect to r is the contraction with the coefficients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from e2former_kernels.eaas.structure import Lists
 
 
 class EAASTables(NamedTuple):
@@ -29,6 +32,7 @@ class EAASTables(NamedTuple):
     recursion: lmax tensors; the l-th builds the Wigner matrix of degree l+2 from degrees 1 and l+1,
         [2l+5, 3 * (2l+3)], orthonormal rows.
     row_paths: for every l3, the number of paths n_l3.
+    lists: the same constants as the kernels take them.
     """
 
     coupling: Tensor
@@ -36,6 +40,7 @@ class EAASTables(NamedTuple):
     aligned_value: Tensor
     recursion: tuple[Tensor, ...]
     row_paths: tuple[int, ...]
+    lists: Lists
 
 
 def axis_rotation(direction: Tensor) -> Tensor:
@@ -64,23 +69,24 @@ def axis_rotation(direction: Tensor) -> Tensor:
     return rotation * turn.unsqueeze(-2)
 
 
-def wigner_blocks(rotation: Tensor, tables: EAASTables) -> list[Tensor]:
+def wigner_blocks(rotation: Tensor, recursion: Sequence[Tensor], lmax: int) -> list[Tensor]:
     """Wigner matrices of degrees 0..lmax in e3nn's basis, built up degree by degree from the rotation itself.
 
     D^l = K (D^1 x D^(l-1)) K^T (docs/network.md, equation 6.19).
 
     Args:
         rotation: [N, 3, 3].
-        tables: with K of every degree.
+        recursion: K of degree 2 and up.
+        lmax: highest degree.
 
     Returns:
         D^l, [N, 2l+1, 2l+1], for every l.
     """
     nodes = rotation.shape[0]
     blocks = [rotation.new_ones(nodes, 1, 1)]
-    if len(tables.row_paths) > 1:
+    if lmax > 0:
         blocks.append(rotation)
-    for step in tables.recursion:
+    for step in recursion:
         lower = blocks[-1]
         size = 3 * lower.shape[-1]
         kron = torch.einsum("nab,ncd->nacbd", rotation, lower).reshape(nodes, size, size)
@@ -95,7 +101,7 @@ def _frame(position: Tensor, tables: EAASTables) -> tuple[Tensor, list[Tensor]]:
     y[:, 1] = 1.0
     safe = torch.where(length > 0, length, torch.ones_like(length)).unsqueeze(-1)
     direction = torch.where((length > 0).unsqueeze(-1), position / safe, y)
-    return length, wigner_blocks(axis_rotation(direction), tables)
+    return length, wigner_blocks(axis_rotation(direction), tables.recursion, len(tables.row_paths) - 1)
 
 
 def _full_precision(function: Callable) -> Callable:

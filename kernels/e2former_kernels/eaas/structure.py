@@ -1,4 +1,4 @@
-"""The coefficients as lists of their nonzeros: compile-time constants of the row kernels."""
+"""The coefficients as lists of their nonzeros: compile-time constants of the kernels."""
 
 from __future__ import annotations
 
@@ -6,34 +6,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from e2former_kernels.eaas.reference import EAASTables, wigner_blocks
+from e2former_kernels.eaas.reference import wigner_blocks
 
 #: Smaller coefficients are rounding.
 SMALLEST = 1e-5
 
 
-class Nonzeros(NamedTuple):
-    """Entries of C[p, b, m] by row of a result.
+class Lists(NamedTuple):
+    """Constants of the kernels, each one flat tuple (:func:`flat`).
 
-    forward: P lists of (b, m, coefficient). transposed: M lists of (b, p, coefficient). slope: 3 P lists, at 3 p + b,
-    of (m, coefficient).
+    transposed: M lists of (b, p, coefficient), the nonzeros of C[p, b, m]. slope: 3 P lists, at 3 p + b, of
+    (m, coefficient). The others make the axis-aligned frame: turn about y, swap of x and y, turn, pick, and back.
+    turn_rows, turn_paths: by row m three numbers, the row -m it mixes with, |m|, and 1 where its sine has a plus.
+    swap_rows, swap_paths: rotation (x, y, z) -> (y, x, -z), lists of (row, coefficient). pick, pick_back: coupling with
+    the direction x and its transpose, lists of (row, coefficient).
     """
 
-    forward: tuple
     transposed: tuple
     slope: tuple
-
-
-class Frame(NamedTuple):
-    """The axis-aligned frame: turn about y, swap of x and y, turn, pick, and back.
-
-    turn_rows, turn_paths: by row m three numbers, the row -m it mixes with, |m|, and 1 where its sine has a plus.
-    swap_rows, swap_paths: rotation (x, y, z) -> (y, x, -z), lists of (row, coefficient).
-    pick, pick_back: coupling with the direction x and its transpose, lists of (row, coefficient).
-    """
-
     turn_rows: tuple
     swap_rows: tuple
     pick: tuple
@@ -57,25 +48,18 @@ def _by_row(matrix: Tensor) -> list[list[tuple]]:
     return [[(j, c) for j, c in enumerate(row) if abs(c) > SMALLEST] for row in matrix.tolist()]
 
 
-def nonzeros(coupling: Tensor) -> Nonzeros:
-    """coupling: [P, 3, M] on the CPU."""
-
-    def lists(array: Tensor) -> list[list[tuple]]:
-        return [[(b, *entry) for b, found in enumerate(_by_row(block)) for entry in found] for block in array]
-
-    transposed = coupling.permute(2, 1, 0)
-    return Nonzeros(flat(lists(coupling)), flat(lists(transposed)), flat(_by_row(coupling.flatten(0, 1))))
-
-
-def frame(tables: EAASTables) -> Frame:
-    """The frame's constants; tables on the CPU in float64."""
+def lists_of(coupling: Tensor, recursion: tuple[Tensor, ...], row_paths: tuple[int, ...]) -> Lists:
+    """The constants; arguments as in :class:`e2former_kernels.eaas.reference.EAASTables`, float64 on the CPU."""
     swap = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]], dtype=torch.float64)
-    blocks = [_by_row(block[0]) for block in wigner_blocks(swap[None], tables)]
-    along = tables.coupling[:, 0]
-    ones = (1,) * len(tables.row_paths)
-    return Frame(
-        _turns(ones), _swaps(blocks, ones), flat(_by_row(along)),
-        _swaps(blocks, tables.row_paths), _turns(tables.row_paths), flat(_by_row(along.T)),
+    blocks = [_by_row(block[0]) for block in wigner_blocks(swap[None], recursion, len(row_paths) - 1)]
+    along, ones = coupling[:, 0], (1,) * len(row_paths)
+    back = [
+        [(b, *entry) for b, found in enumerate(_by_row(block)) for entry in found]
+        for block in coupling.permute(2, 1, 0)
+    ]
+    return Lists(
+        flat(back), flat(_by_row(coupling.flatten(0, 1))), _turns(ones), _swaps(blocks, ones), flat(_by_row(along)),
+        _swaps(blocks, row_paths), _turns(row_paths), flat(_by_row(along.T)),
     )  # fmt: skip
 
 
@@ -97,26 +81,3 @@ def _swaps(blocks: list[list], copies: tuple[int, ...]) -> tuple:
         found += [[(start + j * count + k, c) for j, c in row] for row in block for k in range(count)]
         start += len(block) * count
     return flat(found)
-
-
-class _Cache:
-    """Constants by the tensor they came from: reading them waits for the GPU, so it is done once."""
-
-    def __init__(self, make) -> None:
-        self.make, self.found = make, WeakTensorKeyDictionary()
-
-    def __call__(self, tables: EAASTables):
-        coupling = tables.coupling
-        version = 0 if coupling.is_inference() else coupling._version
-        known = self.found.get(coupling)
-        if known is None or known[0] != version:
-            moved = tables._replace(
-                coupling=coupling.detach().double().cpu(),
-                recursion=tuple(k.detach().double().cpu() for k in tables.recursion),
-            )
-            known = self.found[coupling] = (version, self.make(moved))
-        return known[1]
-
-
-nonzeros_of = _Cache(lambda tables: nonzeros(tables.coupling))
-frame_of = _Cache(frame)

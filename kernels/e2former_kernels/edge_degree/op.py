@@ -3,6 +3,10 @@ r"""Edge-degree embedding with Triton kernels.
 The last linear layer of the radial networks is the same for all edges, so it leaves the sum: the edges add up
 harmonics times hidden features, and one matrix product per degree follows for every atom,
 :math:`x_{i l m} = W_l \sum_j y_{jlm} a_{jl} + b_l \sum_j y_{jlm}`, y = envelope times harmonics over the mean degree.
+
+Second derivative: the first one by vec is J^T grad, and L = <c, J^T grad> = <grad, J c> with J c the change of the
+output along the cotangent c. The sums :math:`\sum_e Y_{em} a_{e l(m) c}` change by those of Y' a + Y a' with Y' the
+change of the harmonics and a' that of the radial features.
 """
 
 from __future__ import annotations
@@ -17,20 +21,29 @@ from torch.nn import functional as F
 
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype
-from e2former_kernels.common.chunked import Plan
-from e2former_kernels.common.grouped_linear import so3_linear
-from e2former_kernels.common.plan import EdgeChunk, EdgeList, LazyPlan, run_size
-from e2former_kernels.common.radial import RadialWeights, check_radial
-from e2former_kernels.common.radial_kernel import RadialNetwork
-from e2former_kernels.common.radial_second import RadialGradients, add_gradients
-from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
+from e2former_kernels.common.runs import EdgeChunk, EdgeList, LazyPlan, Plan, run_size
 from e2former_kernels.common.step import run_step
-from e2former_kernels.edge_degree.harmonics_kernel import weighted_harmonics, weighted_harmonics_backward
+from e2former_kernels.edge_degree.harmonics import (
+    harmonics_second,
+    harmonics_tangent,
+    weighted_harmonics,
+    weighted_harmonics_backward,
+)
+from e2former_kernels.edge_degree.kernels import (
+    harmonic_dot,
+    harmonic_features,
+    harmonic_sum,
+    place_edges,
+    segment_sum,
+    spline_backward,
+    spline_sum,
+)
 from e2former_kernels.edge_degree.reference import PAD, edge_degree_plan, last_layer
-from e2former_kernels.edge_degree.second import second_derivative
-from e2former_kernels.edge_degree.spline import place_edges, spline_backward, spline_sum
-from e2former_kernels.edge_degree.sums import harmonic_dot, harmonic_features, harmonic_sum, segment_sum
+from e2former_kernels.linear.op import so3_linear
+from e2former_kernels.radial.network import RadialGradients, RadialNetwork, add_gradients
+from e2former_kernels.radial.reference import RadialWeights, check_radial
+from e2former_kernels.radial.table import RadialTable, check_table
 
 # Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
@@ -280,3 +293,52 @@ def edge_degree_embedding(
     # Gradients by the last layer are products of sums over edges: with TF32 they would lose more than products edge by
     # edge, whose roundings average out.
     return so3_linear(sums, last_layer(radial), exact_gradient=True, mode=mode).to(dtype)
+
+
+def second_derivative(
+    step: _Embedding,
+    cotangents: list[Tensor | None],
+    grad: Tensor,
+    tensors: list[Tensor],
+    wanted: list[int],
+    again: list[int],
+) -> list[Tensor] | None:
+    """``Step.second`` of the embedding (common/step.py); None where weights are among ``wanted``."""
+    if wanted != [0]:
+        return None
+    vec, vec_dot = tensors[0].contiguous(), cotangents[0].contiguous()
+    weights = any(n > 1 for n in again)
+    by_grad = torch.empty_like(grad) if 0 in again else None
+    by_vec = torch.empty_like(vec) if 1 in again else None
+    by_weights: RadialWeights | None = None
+    network = step.radial_gradients(tensors)
+    options = (step.lmax, step.cutoff, step.exponent)
+
+    def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
+        nonlocal by_weights
+        row_ptr = chunk.row_ptr
+        edges = vec[chunk.edges], vec_dot[chunk.edges]
+        distance, distance_dot, y, y_dot = harmonics_tangent(*edges, *options)
+        features, kept = network.forward(distance, *step.edges.elements(chunk), distance_dot)
+        if by_grad is not None:
+            sums = harmonic_sum(y_dot, features[0], row_ptr).add_(harmonic_sum(y, features[1], row_ptr))
+            by_grad[chunk.nodes] = step.join(sums, segment_sum(y_dot, row_ptr))
+        if again == [0]:
+            return
+        by_sum, by_total = step.split(grad[chunk.nodes])
+        by_features = torch.empty_like(features)
+        for harmonics, part in zip((y_dot, y), by_features, strict=True):
+            harmonic_features(harmonics, by_sum, row_ptr, part)
+        by_y = by_y_dot = y
+        if by_vec is not None:
+            by_y = harmonic_dot(features[1], by_sum, row_ptr)
+            by_y_dot = harmonic_dot(features[0], by_sum, row_ptr).add_(by_total.index_select(0, chunk.target))
+        by_distance, by_distance_dot, more = network.backward(by_features, kept, weights, by_vec is not None)
+        by_weights = add_gradients(by_weights, more)
+        if by_vec is not None:
+            harmonics_second(by_y, by_y_dot, by_distance, by_distance_dot, *edges, *options, out=by_vec[chunk.edges])
+
+    for chunk in step.training_chunks:
+        run(chunk)
+    found = [by_grad, by_vec, *(t for t in by_weights or () if t is not None)]
+    return [found[n] for n in again]

@@ -7,12 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_senders, check_shape
-from e2former_kernels.common.chunked import EDGE, WHOLE, Chunk, Plan, evaluate, make_chunks, plan_of
-from e2former_kernels.common.degrees import degree_of_row, so3_linear_reference
-from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import LazyPlan
-from e2former_kernels.common.radial import RadialWeights, radial_hidden
+from e2former_kernels.common.runs import EDGE, WHOLE, Chunk, LazyPlan, Plan, evaluate, make_chunks, plan_of
+from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
+from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_hidden
 
 AVERAGE_DEGREE = 23.01  # the authors' constant divisor
 CHUNK_NUMBERS = 1 << 24  # working memory of one chunk, in numbers: 64 MB in float32

@@ -1,7 +1,8 @@
 """Value and first derivative of the attention with fused kernels, run by run; nothing of edge size is kept between.
 
-For score ``qk``; ``directional.py`` adds the gates of the others. The second derivative of forces is in ``second.py``;
-everything beyond goes through :mod:`e2former_kernels.common.chunked`. With ``half`` the rows of atoms that edges gather
+:class:`FusedAttention` is for score ``qk``, :class:`DirectionalAttention` for the others: gate and head (``gate.py``)
+are the features of the same kernels, and their gradients go back the same way. The second derivative of forces is in
+``second.py``; everything beyond evaluates the reference in chunks. With ``half`` the rows of atoms that edges gather
 are taken to float16 first (``common/half.py``).
 """
 
@@ -16,18 +17,20 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.half import Rows, half_rows
-from e2former_kernels.common.plan import EdgeChunk, EdgeList
-from e2former_kernels.common.radial import RadialWeights
-from e2former_kernels.common.radial_kernel import RadialNetwork
-from e2former_kernels.common.radial_table import RadialTable
+from e2former_kernels.common.runs import EdgeChunk, EdgeList, Plan
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
-from e2former_kernels.equivariant_attention import attend_backward_kernel, attend_kernel, edge_kernel
-from e2former_kernels.equivariant_attention.contract import launch_contract
-from e2former_kernels.equivariant_attention.gate import RadialGate
-from e2former_kernels.equivariant_attention.second import second_derivative
+from e2former_kernels.equivariant_attention import kernels_geometry as edge_kernel
+from e2former_kernels.equivariant_attention import kernels_reverse as attend_backward_kernel
+from e2former_kernels.equivariant_attention import kernels_value as attend_kernel
+from e2former_kernels.equivariant_attention.gate import GateGradients, GateNetwork, NetworkKept, RadialGate
+from e2former_kernels.equivariant_attention.kernels_value import launch_contract
+from e2former_kernels.equivariant_attention.reference import DotWeights
+from e2former_kernels.equivariant_attention.second import geometry_launch, second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
+from e2former_kernels.radial.network import RadialNetwork
+from e2former_kernels.radial.reference import RadialWeights
+from e2former_kernels.radial.table import RadialTable
 
 # Pairs are for rows in float32 and in float16 (kernels/benchmarks/NOTES.md has the measured alternatives).
 # Heads, warps and edges at a time of one program of score_kernel.
@@ -101,7 +104,7 @@ class FusedAttention:
 
     directions: B of the kernels, 3 for the relative form of order 1, else 1. coupling: [P, 3 M] or None.
     training_chunks: runs of the gradients by weights and of the second derivative. radial: the structure of the radial
-    weights (which of them are there). plan: the same function for :mod:`e2former_kernels.common.chunked`. table:
+    weights (which of them are there). plan: the same function for :mod:`e2former_kernels.common.runs`. table:
     splines of the radial network, where its weights are frozen. half: value and first derivative gather rows in
     float16. trained: passes share the radial network. precision: ``input_precision`` of ``tl.dot``. cache: what a pass
     takes over from those before it.
@@ -150,16 +153,6 @@ class FusedAttention:
             self.cache["network"] = self._make_network(tensors)
         return self.cache["network"]
 
-    def _geometry(self, edges: int) -> tuple[tuple[int, ...], dict]:
-        spec = self.spec
-        lower, upper = spec.bell if spec.bell is not None else (0.0, spec.cutoff)
-        constants = {
-            "E": edges, "lower": float(lower), "upper": float(upper), "P": spec.envelope_exponent,
-            "BELL": spec.bell is not None, "V2": spec.inverse_distance == "v2", "ORDER": spec.order,
-            "B": self.directions, "BLOCK": 256,
-        }  # fmt: skip
-        return (triton.cdiv(edges, 256),), constants
-
     def _edges(self, chunk: EdgeChunk, vec: Tensor, table: RadialTable | None) -> Edges:
         vec, source, species = vec[chunk.edges].contiguous(), self.edges.source[chunk.edges], self.edges.species
         edges = vec.shape[0]
@@ -167,7 +160,7 @@ class FusedAttention:
         scale = vec.new_empty(edges, self.directions)
         row = position if table is None else torch.empty(edges, dtype=torch.int32, device=vec.device)
         if edges:
-            grid, constants = self._geometry(edges)
+            grid, constants = geometry_launch(self.spec, self.directions, edges, 256)
             edge_kernel.geometry_kernel[grid](
                 vec, position, envelope, scale, row, source, chunk.target, species, species[chunk.nodes],
                 source if table is None else table.pair_row, Z=0 if table is None else table.pair_row.shape[0],
@@ -374,7 +367,7 @@ class FusedAttention:
                     network, grad_features, middle, chunk, edges, tensors, beside
                 )
             if number:
-                grid, constants = self._geometry(number)
+                grid, constants = geometry_launch(self.spec, self.directions, number, 256)
                 edge_kernel.geometry_backward_kernel[grid](
                     edges.vec, grad_distance, grad_parts, grad_vec[chunk.edges], S=blocks, PARTS=table is not None,
                     **constants,
@@ -401,3 +394,44 @@ class FusedAttention:
     ) -> list[Tensor] | None:
         """See :class:`e2former_kernels.common.step.Step`; None where weights are among ``wanted``."""
         return second_derivative(self, cotangents, grad, tensors, wanted, again)
+
+
+_DOT = 4  # position of the receivers' projection among the tensors of the operation; the weights follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionalAttention(FusedAttention):
+    """The attention step of these scores; beside the value's tensors it has the receivers' projection.
+
+    weights_of: the radial weights and those of the gate, from all tensors.
+    """
+
+    weights_of: Callable[[list[Tensor]], tuple[RadialWeights, DotWeights]]
+    first_weight: ClassVar[int] = _DOT + 1
+
+    def _make_network(self, tensors: list[Tensor]) -> GateNetwork:
+        return GateNetwork(self.spec, *self.weights_of(tensors))
+
+    def _features(
+        self, network: GateNetwork, chunk: EdgeChunk, edges: Edges, tensors: list[Tensor]
+    ) -> tuple[Tensor, NetworkKept]:
+        return network.forward(chunk, edges, self.edges.elements(chunk), tensors[_DOT][chunk.nodes].contiguous())
+
+    def _by_features(
+        self,
+        network: GateNetwork,
+        grad: Tensor,
+        kept: NetworkKept,
+        chunk: EdgeChunk,
+        edges: Edges,
+        tensors: list[Tensor],
+        beside: dict[int, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        dot = tensors[_DOT]
+        if _DOT not in beside:
+            beside[_DOT] = dot.new_empty(dot.shape)
+        arguments = chunk, edges, self.edges.elements(chunk), dot[chunk.nodes].contiguous(), beside[_DOT][chunk.nodes]
+        return network.backward(grad, kept, *arguments)
+
+    def _gate(self, tensors: list[Tensor], changes: Sequence[Tensor] = ()) -> GateGradients:
+        return GateGradients(self.spec, *self.weights_of(tensors), tensors[_DOT], *changes)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.grouped_linear import apply_groups, apply_so3, so3_rows
 from e2former_kernels.common.half import (
     Rows,
     from_products,
@@ -24,10 +23,12 @@ from e2former_kernels.common.half import (
     row_bias,
     rows_from_products,
 )
-from e2former_kernels.common.plan import EdgeChunk
-from e2former_kernels.equivariant_attention.contract import contract_rows, launch_contract
+from e2former_kernels.common.runs import EdgeChunk
 from e2former_kernels.equivariant_attention.fused import FusedAttention, Given
-from e2former_kernels.norm.passes import launch_norm_rows, launch_norm_rows_reverse
+from e2former_kernels.equivariant_attention.kernels_value import contract_rows, launch_contract
+from e2former_kernels.linear import so3_rows
+from e2former_kernels.linear.op import apply_groups, apply_so3
+from e2former_kernels.norm.op import launch_norm_rows, launch_norm_rows_reverse
 from e2former_kernels.query_key.half import HalfWeights, query_key_products, query_key_reverse
 
 __all__ = ["BlockWeights", "HalfBlock", "attention_block"]

@@ -1,8 +1,8 @@
 """Equivariant attention with Triton kernels: no tensor with an edge dimension outlives a bounded run of edges.
 
-Value, first and second derivative have fused kernels (``fused.py``, ``second.py`` and, for the scores with a
-directional gate, ``directional.py``). Derivatives beyond, and second ones of gradients by weights, evaluate the
-reference chunk by chunk (:func:`e2former_kernels.equivariant_attention.reference.attention_plan`).
+Value, first and second derivative have fused kernels (``fused.py``, ``second.py``). Derivatives beyond, and second ones
+of gradients by weights, evaluate the reference chunk by chunk
+(:func:`e2former_kernels.equivariant_attention.reference.attention_plan`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.again import computed_again
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
-from e2former_kernels.common.plan import EdgeList, LazyPlan, run_size
-from e2former_kernels.common.radial import RadialWeights, check_radial
-from e2former_kernels.common.radial_table import RadialTable, check_table
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.common.step import run_step
-from e2former_kernels.equivariant_attention.directional import DirectionalAttention
-from e2former_kernels.equivariant_attention.fused import FusedAttention
+from e2former_kernels.common.runs import EdgeList, LazyPlan, run_size
+from e2former_kernels.common.step import computed_again, run_step
+from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
 from e2former_kernels.equivariant_attention.reference import (
     DotWeights,
     Form,
@@ -31,6 +27,8 @@ from e2former_kernels.equivariant_attention.reference import (
     check_value,
 )
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
+from e2former_kernels.radial.reference import RadialWeights, check_radial
+from e2former_kernels.radial.table import RadialTable, check_table
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
 # everything fits in one run (1.3 GB in float32, which a CUDA graph can replay) and where it does not (1.1 GB), in
@@ -290,9 +288,9 @@ def equivariant_attention(
     Arguments as there (form ``relative`` or ``sum``). source_order: [E] permutation that sorts the edges by source,
     stable; source_ptr: [N+1] its CSR pointer; made when None. max_run_edges: edges worked on at a time (default: a
     fixed amount of working memory, whatever the number of edges). table: splines of the radial network
-    (:func:`e2former_kernels.common.radial_table.build_radial_table`), for score ``qk`` and weights that need no
+    (:func:`e2former_kernels.radial.table.build_radial_table`), for score ``qk`` and weights that need no
     gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
-    value_again: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.again`). edges: these
+    value_again: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.step`). edges: these
     same edges with what earlier calls made of them. half: the rows of atoms that edges gather are float16 with a factor
     (``common/half.py``), for float32 inputs whose products may be rounded as TF32 does and weights without gradient.
 

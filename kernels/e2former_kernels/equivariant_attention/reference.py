@@ -20,22 +20,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_same_dtype, check_senders, check_shape
-from e2former_kernels.common.chunked import (
+from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.common.runs import (
     EDGE,
     SOURCE,
     TARGET,
     WHOLE,
     Chunk,
+    LazyPlan,
     Plan,
     evaluate,
     make_chunks,
     plan_of,
 )
-from e2former_kernels.common.geometry import EdgeGeometry, edge_geometry
-from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.plan import LazyPlan
-from e2former_kernels.common.radial import RadialWeights, radial_network
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
+from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
 
 Form = Literal["dense", "relative", "sum"]
 # Working memory of one chunk of the recomputing form, in numbers (not bytes): 64 MB in float32.
@@ -328,7 +327,7 @@ class Pieces(NamedTuple):
         return cls(*tensors[:middle], RadialWeights(*radial), dot_weights)
 
     def flat(self) -> list[tuple[str, Tensor]]:
-        """(kind, tensor) of every tensor there is; kinds as in :mod:`e2former_kernels.common.chunked`."""
+        """(kind, tensor) of every tensor there is; kinds as in :mod:`e2former_kernels.common.runs`."""
         kinds = itertools.chain((EDGE, TARGET, SOURCE, SOURCE, TARGET), itertools.repeat(WHOLE))
         return [(kind, t) for kind, t in zip(kinds, self.every(), strict=False) if t is not None]
 
@@ -381,7 +380,7 @@ def attention_plan(
     coupling: Tensor | None,
     max_chunk_edges: int | None = None,
 ) -> Plan:
-    """The attention in chunks, differentiable to any order (:func:`e2former_kernels.common.chunked.evaluate`).
+    """The attention in chunks, differentiable to any order (:func:`e2former_kernels.common.runs.evaluate`).
 
     Takes the tensors of ``pieces.flat()``; other arguments as in :func:`equivariant_attention_reference`.
     """

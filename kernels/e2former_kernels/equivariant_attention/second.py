@@ -6,7 +6,7 @@ grad. One pass gives value and change of everything (``_dot``: the change), one 
 
 Runs are longer than those of the first derivative (``op.SECOND_NUMBERS``), for fewer launches: some 2,800 numbers of
 working memory for an edge of a network with 128 heads and a radial network 128 wide; more with a directional gate
-(``second_directional.py``).
+(``gate.py``).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.plan import EdgeChunk
+from e2former_kernels.common.envelope import envelope_constants
+from e2former_kernels.common.runs import EdgeChunk
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
-from e2former_kernels.equivariant_attention import second_geometry_kernel as geometry_kernel
-from e2former_kernels.equivariant_attention import second_messages_kernel as messages_kernel
-from e2former_kernels.equivariant_attention import second_weights_kernel as weights_kernel
-from e2former_kernels.equivariant_attention.contract import launch_contract
+from e2former_kernels.equivariant_attention import kernels_geometry as geometry_kernel
+from e2former_kernels.equivariant_attention import kernels_second as kernel
+from e2former_kernels.equivariant_attention.kernels_value import launch_contract
 from e2former_kernels.equivariant_attention.spec import AttentionSpec, Norm
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Geometry(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A run's attention weights and their changes, and the receivers' softmax (``second_weights_kernel.py``)."""
+    """A run's attention weights and their changes, and the receivers' softmax (``kernels_second.py``)."""
 
     pair: Tensor  # [e, H]
     pair_dot: Tensor
@@ -66,14 +66,13 @@ class Scores(NamedTuple):
     best: Tensor  # int64
 
 
-def _geometry_launch(spec: AttentionSpec, directions: int, edges: int) -> tuple[tuple[int], dict]:
-    lower, upper = spec.bell if spec.bell is not None else (0.0, spec.cutoff)
+def geometry_launch(spec: AttentionSpec, directions: int, edges: int, block: int) -> tuple[tuple[int], dict]:
+    """Grid and constants of the kernels on single edges."""
     constants = {
-        "E": edges, "lower": float(lower), "upper": float(upper), "P": spec.envelope_exponent,
-        "BELL": spec.bell is not None, "V2": spec.inverse_distance == "v2", "ORDER": spec.order,
-        "B": directions, "BLOCK": 128,
+        "E": edges, "V2": spec.inverse_distance == "v2", "ORDER": spec.order, "B": directions, "BLOCK": block,
     }  # fmt: skip
-    return (triton.cdiv(edges, 128),), constants
+    constants |= envelope_constants(spec.cutoff, spec.envelope_exponent, spec.bell)
+    return (triton.cdiv(edges, block),), constants
 
 
 def _geometry(spec: AttentionSpec, directions: int, vec: Tensor, vec_dot: Tensor) -> Geometry:
@@ -81,7 +80,7 @@ def _geometry(spec: AttentionSpec, directions: int, vec: Tensor, vec_dot: Tensor
     numbers = [vec.new_empty(edges) for _ in range(4)]
     scale = [vec.new_empty(edges, directions) for _ in range(2)]
     if edges:
-        grid, constants = _geometry_launch(spec, directions, edges)
+        grid, constants = geometry_launch(spec, directions, edges, 128)
         geometry_kernel.geometry_tangent_kernel[grid](vec, vec_dot, *numbers, *scale, **constants)
     return Geometry(vec, vec_dot, *numbers, *scale)
 
@@ -103,7 +102,7 @@ def _scores(
     best = torch.empty(chunk.num_nodes if molfm else 1, heads, dtype=torch.int64, device=features.device)
     if chunk.num_nodes and heads:
         block = min(next_power(heads), WEIGHTS_TILE[0])
-        weights_kernel.weights_tangent_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
+        kernel.weights_tangent_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
             *(q[chunk.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
             chunk.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
             NORM=get_args(Norm).index(spec.norm), BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
@@ -128,7 +127,7 @@ def _pair_sum(
     heads, width = x[0].shape[1:]
     if ptr.numel() > 1 and heads * width:
         block = min(next_power(heads), PAIR_TILE[0])
-        messages_kernel.pair_sum_second_kernel[ptr.numel() - 1, triton.cdiv(heads, block)](
+        kernel.pair_sum_second_kernel[ptr.numel() - 1, triton.cdiv(heads, block)](
             scores.pair, x[0], scores.pair_dot, x[1], index, index if order is None else order, ptr,
             index if rows is None else rows, out, heads, width,
             BH=block, BS=next_power(width), ORDERED=order is not None, ACCUMULATE=rows is not None,
@@ -185,7 +184,7 @@ def second_derivative(
         outer = grad.new_empty(receivers, directions, rows, heads)
         if by_grad is not None:
             if receivers:
-                messages_kernel.aggregate_tangent_kernel[receivers, triton.cdiv(heads, tiles.heads)](
+                kernel.aggregate_tangent_kernel[receivers, triton.cdiv(heads, tiles.heads)](
                     *messages, *per_head, source, chunk.row_ptr, outer, rows, heads, B=directions, **_tiles(tiles)
                 )
             if step.coupling is None:
@@ -203,7 +202,7 @@ def second_derivative(
         sums = grad.new_empty(2, receivers, heads)
         scale_parts = grad.new_empty(blocks if by_scale else 1, number, 2 * directions)
         if receivers:
-            messages_kernel.message_second_kernel[receivers, blocks](
+            kernel.message_second_kernel[receivers, blocks](
                 *per_head, outer, *messages, source, chunk.row_ptr, *by_weight, scale_parts, *sums, number, rows,
                 heads, B=directions, SCALE=by_scale, **_tiles(message_tiles),
             )  # fmt: skip
@@ -212,7 +211,7 @@ def second_derivative(
         if number:
             padded = next_power(heads)
             block = max(WEIGHTS_NUMBERS // padded, 1)
-            weights_kernel.weights_second_kernel[(triton.cdiv(number, block),)](
+            kernel.weights_second_kernel[(triton.cdiv(number, block),)](
                 *by_weight, scores.pair, scores.pair_dot, *features, edges.envelope, edges.envelope_dot,
                 chunk.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
                 1.0 / math.sqrt(width), spec.softmax_constant,
@@ -225,7 +224,7 @@ def second_derivative(
             _pair_sum(scores, local, chunk.target, chunk.order, chunk.order_ptr, by_key, chunk.senders)
         if by_value is not None and chunk.order_ptr.numel() > 1:
             grid = chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)
-            messages_kernel.aggregate_transposed_second_kernel[grid](
+            kernel.aggregate_transposed_second_kernel[grid](
                 *messages, outer, chunk.target, chunk.order, chunk.order_ptr,
                 chunk.order if chunk.senders is None else chunk.senders, by_value, rows, heads,
                 B=directions, ACCUMULATE=chunk.senders is not None, **_tiles(sender_tiles),
@@ -235,7 +234,7 @@ def second_derivative(
         del scores, messages, by_weight, outer, features  # the last pass needs as much again
         by_distance, by_distance_dot, by_harmonics = gate.backward(by_features, kept, weights, by_vec is not None)
         if by_vec is not None and number:
-            grid, constants = _geometry_launch(spec, directions, number)
+            grid, constants = geometry_launch(spec, directions, number, 128)
             geometry_kernel.geometry_second_kernel[grid](
                 edges.vec, edges.vec_dot, by_distance, by_distance_dot, *by_envelope, scale_parts,
                 by_vec[chunk.edges], tiles=blocks, **constants,

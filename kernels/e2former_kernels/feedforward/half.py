@@ -11,14 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.grouped_linear import apply_so3, float32_products, so3_rows
+from e2former_kernels.common.backend import float32_products
 from e2former_kernels.common.half import Rows, from_products, half_rows, half_weight, new_rows, row_bias
 from e2former_kernels.common.step import node_runs
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.feedforward import half_kernel as kernel
-from e2former_kernels.feedforward.passes import Weights
-from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE
-from e2former_kernels.norm.passes import launch_norm_rows, launch_norm_rows_reverse
+from e2former_kernels.feedforward import kernels as kernel
+from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights
+from e2former_kernels.linear import so3_rows
+from e2former_kernels.linear.op import apply_so3
+from e2former_kernels.norm.op import launch_norm_rows, launch_norm_rows_reverse
 
 
 class HalfWeights(NamedTuple):

@@ -1,21 +1,176 @@
-"""Gated feed-forward network with Triton kernels: nothing is kept for the backward pass but its input."""
+r"""Gated feed-forward network with Triton kernels: nothing is kept for the backward pass but its input.
+
+With c the cotangent of the gradient by x, the second derivative is that of <c, gradient> = <grad, change along c>: a
+forward pass with the change :math:`\dot y` along :math:`\dot x` = c, which is the derivative by ``grad``, then one
+reverse pass over value and change. Without a change the same reverse pass gives the first derivative.
+"""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.checks import check_node_operation
-from e2former_kernels.common.chunked import Plan
 from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.step import node_plan, run_step
+from e2former_kernels.common.runs import Plan
+from e2former_kernels.common.step import node_plan, node_runs, run_step
+from e2former_kernels.common.sums import RunSums, degree_sums
+from e2former_kernels.common.tiles import ceil_div, next_power
 from e2former_kernels.feedforward.half import HalfWeights, half_gradient, half_value
-from e2former_kernels.feedforward.passes import Weights, gradients, of_rows, value
-from e2former_kernels.feedforward.reference import gated_feedforward_reference
+from e2former_kernels.feedforward.kernels import (
+    gate_backward_kernel,
+    gate_change_backward_kernel,
+    gate_change_kernel,
+    gate_kernel,
+)
+from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights, gated_feedforward_reference
+from e2former_kernels.linear import so3_rows
+from e2former_kernels.linear.op import add_so3_outer, apply_so3
+from e2former_kernels.norm.op import launch_norm, launch_norm_reverse, launch_norm_tangent
+
+
+class Gradients(NamedTuple):
+    """Gradients of <grad, value>, or of <grad, change> where there is one."""
+
+    by_x: Tensor
+    by_weights: Weights | None  # None in it: zeros
+    change: Tensor | None
+
+
+def _gate(kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:
+    _, rows, channels = y.shape
+    block = min(next_power(channels), 256)
+    kernel[y.shape[0], ceil_div(channels, block)](
+        *tensors, channels, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=round(rows**0.5), BC=block, num_warps=2,
+        **constants,
+    )  # fmt: skip
+
+
+def _first(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """y = W1 x + b1 and the gates of it. x: normalised."""
+    y = apply_so3(x, weights.weight1, False, torch.empty_like(x))
+    y[:, 0].add_(weights.bias1)
+    return y, torch.addmm(weights.gate_bias, y[:, 0], weights.gate_weight.t())
+
+
+def of_rows(weights: Weights) -> Weights:
+    """The weights as the passes take them: with the SO3 linears' for every row, [M, C, C]."""
+    return weights._replace(weight1=so3_rows(weights.weight1), weight2=so3_rows(weights.weight2))
+
+
+def value(x: Tensor, weights: Weights) -> Tensor:
+    """The network. x: [N, M, C], contiguous; weights: of rows."""
+    out = torch.empty_like(x)
+    if x.numel():
+        for run in node_runs(x.shape[0]):
+            y, gates = _first(launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None), weights)
+            _gate(gate_kernel, y, y, gates)
+            apply_so3(y, weights.weight2, False, out[run.nodes])
+        out[:, 0].add_(weights.bias2)
+    return out
+
+
+def gradients(
+    grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, by_weights: bool, residual: bool = False
+) -> Gradients:
+    """Gradients of <grad, value at x>, or of <grad, change along x_dot>, by x and, where asked for, the weights.
+
+    grad, x, x_dot: [N, M, C], contiguous; weights: of rows, the gradients of degrees. residual: of x + the network.
+    """
+    by_x = torch.empty_like(x)
+    change = None if x_dot is None else torch.empty_like(x)
+    sums = RunSums() if by_weights else None
+    for run in node_runs(x.shape[0]) if x.numel() else ():
+        nodes = run.nodes
+        if x_dot is None:
+            _first_derivative(grad[nodes], x[nodes], weights, by_x[nodes], sums, residual)
+        else:
+            _second_derivative(grad[nodes], x[nodes], x_dot[nodes], weights, by_x[nodes], change[nodes], sums)
+    if change is not None and residual:
+        change += x_dot
+    return Gradients(by_x, None if sums is None else _of_weights(sums), change)
+
+
+def _first_derivative(
+    grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: RunSums | None, residual: bool
+) -> None:
+    normal = launch_norm(x, weights.norm_weight, weights.norm_bias, None)
+    y, gates = _first(normal, weights)
+    if sums is not None:
+        z = torch.empty_like(y)
+        _gate(gate_change_kernel, y, y, y, gates, gates, z, TANGENT=False)
+        add_so3_outer(sums, "weight2", grad, z)
+    part = apply_so3(grad, weights.weight2, True, torch.empty_like(y))
+    _gate(gate_backward_kernel, y, part, y, gates)
+    torch.mm(gates, weights.gate_weight, out=part[:, 0])
+    if sums is not None:
+        sums.add_product("gate_weight", gates.t(), y[:, 0])
+        add_so3_outer(sums, "weight1", part, normal)
+    by_normal = apply_so3(part, weights.weight1, True, y)
+    norm = _of_norm(by_normal, None, x, None, weights, by_x, sums, grad if residual else None)
+    if sums is not None:
+        sums.add_columns(**norm, bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0])
+
+
+def _second_derivative(
+    grad: Tensor, x: Tensor, x_dot: Tensor, weights: Weights, by_x: Tensor, change: Tensor, sums: RunSums | None
+) -> None:
+    normal, normal_dot = launch_norm_tangent(x, x_dot, weights.norm_weight, weights.norm_bias)
+    y, gates = _first(normal, weights)
+    y_dot = apply_so3(normal_dot, weights.weight1, False, torch.empty_like(y))
+    gates_dot = y_dot[:, 0] @ weights.gate_weight.t()
+    z = torch.empty_like(y)
+    _gate(gate_change_kernel, y, y, y_dot, gates, gates_dot, z, TANGENT=True)
+    apply_so3(z, weights.weight2, False, change)
+    if sums is not None:
+        add_so3_outer(sums, "weight2", grad, z)
+    part = apply_so3(grad, weights.weight2, True, z)
+    _gate(gate_change_backward_kernel, y, part, y, y_dot, gates, gates_dot)
+    if sums is not None:
+        sums.add_product("gate_weight", gates.t(), y[:, 0])
+        sums.add_product("gate_weight", gates_dot.t(), y_dot[:, 0])
+    # part and y_dot hold the gradients by y_dot and y
+    torch.mm(gates_dot, weights.gate_weight, out=part[:, 0])
+    torch.mm(gates, weights.gate_weight, out=y_dot[:, 0])
+    if sums is not None:
+        add_so3_outer(sums, "weight1", y_dot, normal)
+        add_so3_outer(sums, "weight1", part, normal_dot)
+    by_normal = apply_so3(y_dot, weights.weight1, True, y)
+    by_normal_dot = apply_so3(part, weights.weight1, True, normal_dot)
+    norm = _of_norm(by_normal, by_normal_dot, x, x_dot, weights, by_x, sums)
+    if sums is not None:
+        sums.add_columns(**norm, gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
+
+
+def _of_norm(
+    grad: Tensor,
+    grad_dot: Tensor | None,
+    x: Tensor,
+    x_dot: Tensor | None,
+    weights: Weights,
+    by_x: Tensor,
+    sums: RunSums | None,
+    beside: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Writes the gradient by x, plus ``beside``; returns partial sums of that by the norm's weight, [programs, M C]."""
+    _, parts = launch_norm_reverse(
+        x, weights.norm_weight, grad, x_dot, grad_dot, sums is not None, by_x, parts=True, beside=beside
+    )  # fmt: skip
+    return {} if parts is None else {"norm_weight": parts.flatten(1)}
+
+
+def _of_weights(sums: RunSums) -> Weights:
+    found: dict[str, Tensor] = dict(sums)
+    if found:
+        channels = found["weight1"].shape[-1]
+        found["norm_weight"] = found["norm_weight"].view(-1, channels)
+        found |= {name: degree_sums(found[name]) for name in ("weight1", "weight2", "norm_weight")}
+    return Weights(*(found.get(name) for name in Weights._fields))
 
 
 @dataclass(frozen=True)

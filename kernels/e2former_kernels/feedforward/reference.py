@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.degrees import degree_of_row, so3_linear_reference
+from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
 from e2former_kernels.norm.reference import equivariant_rms_norm_reference
 
 # e3nn's ``normalize2mom`` estimates these second-moment constants from a fixed random sample. The authors' weights
 # were trained with the estimates, so the estimates, not the integrals, are the function.
 SILU_SCALE = 1.6791767923989418
 SIGMOID_SCALE = 1.8467055342154763
+
+
+class Weights(NamedTuple):
+    """In the order of the operation's arguments."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor
+    weight2: Tensor
+    bias2: Tensor
 
 
 def gated_feedforward_reference(

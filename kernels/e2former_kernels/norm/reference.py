@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.degrees import degree_of_row, scalar_row
+from e2former_kernels.linear.reference import degree_of_row, scalar_row
 
 NORM_EPS = 1e-5
 

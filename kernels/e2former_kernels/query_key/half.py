@@ -1,6 +1,6 @@
 r"""Queries and keys and their gradient by h with float16 products, for frozen weights where TF32 is allowed.
 
-The passes of ``passes.py`` without tangent and without weights. Products of size rows x 4 G are most of the operation's
+The passes of ``op.py`` without tangent and without weights. Products of size rows x 4 G are most of the operation's
 time and bound by memory; here they, and the rows of every other product, are float16 with a factor per row
 (``common/half.py``), which the kernels between the products read and write.
 """
@@ -13,14 +13,15 @@ import torch
 import triton
 from torch import Tensor
 
-from e2former_kernels.common.grouped_linear import apply_so3, so3_rows
 from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight, new_rows
 from e2former_kernels.common.step import node_runs
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.query_key import half_kernel as kernel
+from e2former_kernels.linear import so3_rows
+from e2former_kernels.linear.op import apply_so3
+from e2former_kernels.query_key import kernels as kernel
 from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 
-# Working memory of a run of nodes, in bytes: half of the nodes' within these limits (see ``passes.py``).
+# Working memory of a run of nodes, in bytes: half of the nodes' within these limits (see ``op.py``).
 LEAST_BYTES = 1 << 27
 MOST_BYTES = 1 << 29
 SMALLEST = 1e-37  # bound of a gradient that is zero

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_node_operation
-from e2former_kernels.common.degrees import degree_of_row, scalar_row
+from e2former_kernels.linear.reference import degree_of_row, scalar_row
 
 LAYER_NORM_EPS = 1e-5
 

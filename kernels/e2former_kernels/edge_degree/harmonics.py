@@ -1,0 +1,355 @@
+"""Weighted harmonics of edge vectors: value, reverse, tangent, and reverse of value and tangent."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from e2former_kernels.common.envelope import polynomial, polynomial_bend
+from e2former_kernels.common.harmonics import next_order, next_order_slopes
+from e2former_kernels.common.tiles import ceil_div
+from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
+
+
+@triton.jit
+def _direction(vec, e, inside):
+    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
+    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
+    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    return x / d, y / d, z / d, d
+
+
+@triton.jit
+def harmonics_kernel(vec, scales, distance, out, E, cutoff, L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """distance [E] and out [E, (L+1)^2]. scales: [L+1, L+1], the factor of each degree and order."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, d = _direction(vec, e, inside)
+    tl.store(distance + e, d, mask=inside)
+    u, _ = polynomial(d, cutoff, P)
+    to = out + e * ((L + 1) * (L + 1))
+    c = 0.0 * x + 1.0
+    s = 0.0 * x
+    top = 0.0 * x + 1.0
+    for m in tl.static_range(L + 1):
+        before = 0.0 * x
+        p = top
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
+                before = p
+                p = after
+            factor = u * p * tl.load(scales + l * (L + 1) + m)
+            tl.store(to + l * l + l + m, factor * c, mask=inside)
+            if m > 0:
+                tl.store(to + l * l + l - m, factor * s, mask=inside)
+        top = top * (2 * m + 1)
+        c, s = next_order(c, s, x, z)
+
+
+@triton.jit
+def harmonics_backward_kernel(
+    grad, grad_distance, vec, scales, out, E, cutoff, L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradient by vec from those by out [E, (L+1)^2] and by distance [E] of harmonics_kernel."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, d = _direction(vec, e, inside)
+    u, du = polynomial(d, cutoff, P)
+    at = grad + e * ((L + 1) * (L + 1))
+    c = 0.0 * x + 1.0
+    s = 0.0 * x
+    # derivatives of c and s by x and z; p depends on y alone
+    cx, cz, sx, sz = s, s, s, s
+    gx, gy, gz, total = s, s, s, s
+    top = c
+    for m in tl.static_range(L + 1):
+        before = 0.0 * x
+        p = top
+        slope_before = 0.0 * x
+        slope = 0.0 * x
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
+                slope_after = ((2 * l - 1) * (p + y * slope) - (l + m - 1) * slope_before) / (l - m)
+                before = p
+                p = after
+                slope_before = slope
+                slope = slope_after
+            scale = tl.load(scales + l * (L + 1) + m)
+            g = scale * tl.load(at + l * l + l + m, mask=inside, other=0.0)
+            gx += g * p * cx
+            gy += g * slope * c
+            gz += g * p * cz
+            total += g * p * c
+            if m > 0:
+                g = scale * tl.load(at + l * l + l - m, mask=inside, other=0.0)
+                gx += g * p * sx
+                gy += g * slope * s
+                gz += g * p * sz
+                total += g * p * s
+        top = top * (2 * m + 1)
+        cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
+        c, s = next_order(c, s, x, z)
+    along = gx * x + gy * y + gz * z
+    radial = du * total + tl.load(grad_distance + e, mask=inside, other=0.0)
+    tl.store(out + 3 * e, u * (gx - along * x) / d + radial * x, mask=inside)
+    tl.store(out + 3 * e + 1, u * (gy - along * y) / d + radial * y, mask=inside)
+    tl.store(out + 3 * e + 2, u * (gz - along * z) / d + radial * z, mask=inside)
+
+
+@functools.lru_cache(maxsize=8)
+def harmonic_scales(lmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Factor of each degree and order, [lmax+1, lmax+1]."""
+    table = torch.zeros(lmax + 1, lmax + 1, dtype=torch.float64)
+    for l in range(lmax + 1):
+        for m in range(l + 1):
+            square = (2 * l + 1) * math.factorial(l - m) / math.factorial(l + m) * (1 if m == 0 else 2)
+            table[l, m] = math.sqrt(square) / AVERAGE_DEGREE
+    with torch.inference_mode(False):
+        return table.to(device, dtype)
+
+
+def weighted_harmonics(vec: Tensor, lmax: int, cutoff: float, exponent: int) -> tuple[Tensor, Tensor]:
+    """Lengths [E] and u(d) Y / mean degree [E, (lmax+1)^2] of vec [E, 3], contiguous. No gradient."""
+    edges = vec.shape[0]
+    distance, out = vec.new_empty(edges), vec.new_empty(edges, (lmax + 1) ** 2)
+    if edges:
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        harmonics_kernel[(ceil_div(edges, 128),)](
+            vec, scales, distance, out, edges, float(cutoff), L=lmax, P=exponent, BLOCK=128
+        )
+    return distance, out
+
+
+def weighted_harmonics_backward(
+    grad: Tensor, grad_distance: Tensor, vec: Tensor, lmax: int, cutoff: float, exponent: int
+) -> Tensor:
+    """Gradient of :func:`weighted_harmonics` by vec, [E, 3]."""
+    out = torch.empty_like(vec)
+    if vec.shape[0]:
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        harmonics_backward_kernel[(ceil_div(vec.shape[0], 128),)](
+            grad.contiguous(), grad_distance.contiguous(), vec, scales, out, vec.shape[0], float(cutoff),
+            L=lmax, P=exponent, BLOCK=128,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _direction_tangent(vec, vec_dot, e, inside):
+    """Direction, its change, length and its change."""
+    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
+    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
+    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    x_dot = tl.load(vec_dot + 3 * e, mask=inside, other=0.0)
+    y_dot = tl.load(vec_dot + 3 * e + 1, mask=inside, other=0.0)
+    z_dot = tl.load(vec_dot + 3 * e + 2, mask=inside, other=0.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    x = x / d
+    y = y / d
+    z = z / d
+    d_dot = x * x_dot + y * y_dot + z * z_dot
+    x_dot = (x_dot - d_dot * x) / d
+    y_dot = (y_dot - d_dot * y) / d
+    z_dot = (z_dot - d_dot * z) / d
+    return x, y, z, x_dot, y_dot, z_dot, d, d_dot
+
+
+@triton.jit
+def harmonics_tangent_kernel(
+    vec, vec_dot, scales, distance, distance_dot, out, out_dot, E, cutoff,
+    L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """distance [E] and out [E, (L+1)^2], as harmonics_kernel, and their changes along vec_dot."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, x_dot, y_dot, z_dot, d, d_dot = _direction_tangent(vec, vec_dot, e, inside)
+    tl.store(distance + e, d, mask=inside)
+    tl.store(distance_dot + e, d_dot, mask=inside)
+    u, du = polynomial(d, cutoff, P)
+    u_dot = du * d_dot
+    at = e * ((L + 1) * (L + 1))
+    c = 0.0 * x + 1.0
+    s = 0.0 * x
+    c_dot, s_dot = s, s
+    top = c
+    for m in tl.static_range(L + 1):
+        before = 0.0 * x
+        before_dot = before
+        p = top
+        p_dot = before
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
+                after_dot = ((2 * l - 1) * (y_dot * p + y * p_dot) - (l + m - 1) * before_dot) / (l - m)
+                before = p
+                before_dot = p_dot
+                p = after
+                p_dot = after_dot
+            scale = tl.load(scales + l * (L + 1) + m)
+            factor = scale * u * p
+            factor_dot = scale * (u_dot * p + u * p_dot)
+            tl.store(out + at + l * l + l + m, factor * c, mask=inside)
+            tl.store(out_dot + at + l * l + l + m, factor_dot * c + factor * c_dot, mask=inside)
+            if m > 0:
+                tl.store(out + at + l * l + l - m, factor * s, mask=inside)
+                tl.store(out_dot + at + l * l + l - m, factor_dot * s + factor * s_dot, mask=inside)
+        top = top * (2 * m + 1)
+        turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
+        s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
+        c_dot = turned_dot
+        c, s = next_order(c, s, x, z)
+
+
+@triton.jit
+def harmonics_second_kernel(
+    grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, E, cutoff,
+    L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient by vec from those by everything that harmonics_tangent_kernel returns."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, x_dot, y_dot, z_dot, d, d_dot = _direction_tangent(vec, vec_dot, e, inside)
+    u, du = polynomial(d, cutoff, P)
+    at = e * ((L + 1) * (L + 1))
+    zero = 0.0 * x
+    c = zero + 1.0
+    s = zero
+    c_dot, s_dot = zero, zero
+    # derivatives of c and s by x and z; p depends on y alone
+    cx, cz, sx, sz = zero, zero, zero, zero
+    cx_dot, cz_dot, sx_dot, sz_dot = zero, zero, zero, zero
+    # t = <grad, Y> and its gradient; the same for grad_dot, with changes
+    gx, gy, gz, total = zero, zero, zero, zero
+    hx, hy, hz, other = zero, zero, zero, zero
+    hx_dot, hy_dot, hz_dot, other_dot = zero, zero, zero, zero
+    top = c
+    for m in tl.static_range(L + 1):
+        before = zero
+        before_dot = zero
+        slope_before = zero
+        slope_before_dot = zero
+        p = top
+        p_dot = zero
+        slope = zero
+        slope_dot = zero
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
+                after_dot = ((2 * l - 1) * (y_dot * p + y * p_dot) - (l + m - 1) * before_dot) / (l - m)
+                slope_after = ((2 * l - 1) * (p + y * slope) - (l + m - 1) * slope_before) / (l - m)
+                slope_after_dot = (2 * l - 1) * (p_dot + y_dot * slope + y * slope_dot)
+                slope_after_dot = (slope_after_dot - (l + m - 1) * slope_before_dot) / (l - m)
+                before = p
+                before_dot = p_dot
+                slope_before = slope
+                slope_before_dot = slope_dot
+                p = after
+                p_dot = after_dot
+                slope = slope_after
+                slope_dot = slope_after_dot
+            scale = tl.load(scales + l * (L + 1) + m)
+            g = scale * tl.load(grad + at + l * l + l + m, mask=inside, other=0.0)
+            h = scale * tl.load(grad_dot + at + l * l + l + m, mask=inside, other=0.0)
+            gx += g * p * cx
+            gy += g * slope * c
+            gz += g * p * cz
+            total += g * p * c
+            hx += h * p * cx
+            hy += h * slope * c
+            hz += h * p * cz
+            other += h * p * c
+            hx_dot += h * (p_dot * cx + p * cx_dot)
+            hy_dot += h * (slope_dot * c + slope * c_dot)
+            hz_dot += h * (p_dot * cz + p * cz_dot)
+            other_dot += h * (p_dot * c + p * c_dot)
+            if m > 0:
+                g = scale * tl.load(grad + at + l * l + l - m, mask=inside, other=0.0)
+                h = scale * tl.load(grad_dot + at + l * l + l - m, mask=inside, other=0.0)
+                gx += g * p * sx
+                gy += g * slope * s
+                gz += g * p * sz
+                total += g * p * s
+                hx += h * p * sx
+                hy += h * slope * s
+                hz += h * p * sz
+                other += h * p * s
+                hx_dot += h * (p_dot * sx + p * sx_dot)
+                hy_dot += h * (slope_dot * s + slope * s_dot)
+                hz_dot += h * (p_dot * sz + p * sz_dot)
+                other_dot += h * (p_dot * s + p * s_dot)
+        top = top * (2 * m + 1)
+        next_cx_dot = cx_dot * z + cx * z_dot - sx_dot * x - sx * x_dot - s_dot
+        next_cz_dot = cz_dot * z + cz * z_dot + c_dot - sz_dot * x - sz * x_dot
+        next_sx_dot = sx_dot * z + sx * z_dot + cx_dot * x + cx * x_dot + c_dot
+        sz_dot = sz_dot * z + sz * z_dot + s_dot + cz_dot * x + cz * x_dot
+        cx_dot = next_cx_dot
+        cz_dot = next_cz_dot
+        sx_dot = next_sx_dot
+        cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
+        turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
+        s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
+        c_dot = turned_dot
+        c, s = next_order(c, s, x, z)
+    along = gx * x + gy * y + gz * z
+    across = hx * x + hy * y + hz * z
+    across_dot = hx_dot * x + hy_dot * y + hz_dot * z + hx * x_dot + hy * y_dot + hz * z_dot
+    # what multiplies g - <g, n> n, h - <h, n> n and the change of the latter
+    by_g = u / d
+    by_h = (du - by_g) * d_dot / d
+    radial = du * total + tl.load(grad_distance + e, mask=inside, other=0.0)
+    radial += polynomial_bend(d, cutoff, P) * d_dot * other + du * other_dot
+    turn = du * other + tl.load(grad_distance_dot + e, mask=inside, other=0.0)
+    vx = by_g * (gx - along * x + hx_dot - across_dot * x - across * x_dot) + by_h * (hx - across * x)
+    vy = by_g * (gy - along * y + hy_dot - across_dot * y - across * y_dot) + by_h * (hy - across * y)
+    vz = by_g * (gz - along * z + hz_dot - across_dot * z - across * z_dot) + by_h * (hz - across * z)
+    tl.store(out + 3 * e, vx + radial * x + turn * x_dot, mask=inside)
+    tl.store(out + 3 * e + 1, vy + radial * y + turn * y_dot, mask=inside)
+    tl.store(out + 3 * e + 2, vz + radial * z + turn * z_dot, mask=inside)
+
+
+def harmonics_tangent(
+    vec: Tensor, vec_dot: Tensor, lmax: int, cutoff: float, exponent: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lengths [E], u(d) Y / mean degree [E, (lmax+1)^2], and the changes of both along vec_dot. All of vec [E, 3].
+
+    Returns (lengths, their changes, harmonics, their changes). No gradient.
+    """
+    edges = vec.shape[0]
+    distance, distance_dot = vec.new_empty(edges), vec.new_empty(edges)
+    out, out_dot = (vec.new_empty(edges, (lmax + 1) ** 2) for _ in range(2))
+    if edges:
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        harmonics_tangent_kernel[(ceil_div(edges, 128),)](
+            vec, vec_dot, scales, distance, distance_dot, out, out_dot, edges, float(cutoff),
+            L=lmax, P=exponent, BLOCK=128,
+        )  # fmt: skip
+    return distance, distance_dot, out, out_dot
+
+
+def harmonics_second(
+    grad: Tensor,
+    grad_dot: Tensor,
+    grad_distance: Tensor,
+    grad_distance_dot: Tensor,
+    vec: Tensor,
+    vec_dot: Tensor,
+    lmax: int,
+    cutoff: float,
+    exponent: int,
+    out: Tensor,
+) -> None:
+    """Gradient of :func:`harmonics_tangent` by vec, to out [E, 3], from those by its results."""
+    if vec.shape[0]:
+        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        harmonics_second_kernel[(ceil_div(vec.shape[0], 128),)](
+            grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, vec.shape[0], float(cutoff),
+            L=lmax, P=exponent, BLOCK=128,
+        )  # fmt: skip

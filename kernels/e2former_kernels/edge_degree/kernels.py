@@ -1,0 +1,259 @@
+r"""Sums over a receiver's edges of harmonics times radial features, and their derivatives, without a graph.
+
+:math:`F = \sum_e \sum_{m,c} Y_{em} a_{e l(m) c} g_{i(e) m c}` is linear in the harmonics Y [E, M], the radial features
+a [E, L, K] and g [N, M, K]; the kernels are its three partial derivatives. Receivers own their edges (row_ptr: [N+1]):
+no scatter. Tensors are contiguous. With frozen weights a is read from a table (``radial/table.py``) where it is used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from e2former_kernels.common.runs import EdgeChunk, EdgeList
+from e2former_kernels.common.tiles import ceil_div, next_power
+from e2former_kernels.radial.table import RadialTable, feature, place, spline_and_slope
+
+
+@triton.jit
+def _degree(m):
+    """Degree of row m, for up to 25 rows."""
+    one = m * 0 + 1
+    return tl.where(m >= 1, one, 0) + tl.where(m >= 4, one, 0) + tl.where(m >= 9, one, 0) + tl.where(m >= 16, one, 0)
+
+
+@triton.jit
+def harmonic_sum_kernel(
+    harmonics, features, row_ptr, out, M, L, K, BM: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """out[i, m, c] = sum over edges e of i of Y[e, m] a[e, l(m), c]."""
+    i = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BK + tl.arange(0, BK)
+    m = tl.arange(0, BM)
+    mask = (m[:, None] < M) & (c[None, :] < K)
+    at = _degree(m)[:, None] * K + c[None, :]
+    total = tl.zeros([BM, BK], dtype=out.dtype.element_ty)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + m, mask=m < M, other=0.0)
+        total += y[:, None] * tl.load(features + e * L * K + at, mask=mask, other=0.0)
+    tl.store(out + i * M * K + m[:, None] * K + c[None, :], total, mask=mask)
+
+
+@triton.jit
+def harmonic_features_kernel(harmonics, grad, row_ptr, out, M, L, K, BL: tl.constexpr, BK: tl.constexpr):
+    """out[e, l, c] = sum over the rows m of degree l of Y[e, m] g[i(e), m, c]."""
+    i = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BK + tl.arange(0, BK)
+    inside = c < K
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        for l in tl.static_range(BL):
+            total = tl.zeros([BK], dtype=out.dtype.element_ty)
+            for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+                g = tl.load(grad + (i * M + m) * K + c, mask=inside, other=0.0)
+                total += tl.load(harmonics + e * M + m) * g
+            tl.store(out + (e * L + l) * K + c, total, mask=inside)
+
+
+@triton.jit
+def harmonic_dot_kernel(features, grad, row_ptr, out, M, L, K, BM: tl.constexpr, BK: tl.constexpr):
+    """out[e, m] = sum over c of a[e, l(m), c] g[i(e), m, c]. BK covers all columns."""
+    i = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BK)
+    m = tl.arange(0, BM)
+    mask = (m[:, None] < M) & (c[None, :] < K)
+    g = tl.load(grad + i * M * K + m[:, None] * K + c[None, :], mask=mask, other=0.0)
+    at = _degree(m)[:, None] * K + c[None, :]
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        a = tl.load(features + e * L * K + at, mask=mask, other=0.0)
+        tl.store(out + e * M + m, tl.sum(a * g, axis=1), mask=m < M)
+
+
+@triton.jit
+def _segment_sum_kernel(values, row_ptr, out, width, BLOCK: tl.constexpr):
+    """out[i, :] = sum over the edges e of receiver i of values[e, :]. One program: one receiver, BLOCK columns."""
+    i = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
+    total = tl.zeros([BLOCK], dtype=out.dtype.element_ty)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        total += tl.load(values + e * width + c, mask=inside, other=0.0)
+    tl.store(out + i * width + c, total, mask=inside)
+
+
+def _warps(numbers: int) -> int:
+    return 4 if numbers >= 2048 else 2
+
+
+def harmonic_sum(harmonics: Tensor, features: Tensor, row_ptr: Tensor) -> Tensor:
+    """sum_e Y_em a_e,l(m),c. harmonics: [E, M]; features: [E, L, K]. Returns [N, M, K]."""
+    (_, rows), (_, degrees, width) = harmonics.shape, features.shape
+    nodes = row_ptr.numel() - 1
+    out = features.new_empty(nodes, rows, width)
+    if out.numel():
+        block = min(next_power(width), 128)
+        harmonic_sum_kernel[nodes, ceil_div(width, block)](
+            harmonics, features, row_ptr, out, rows, degrees, width,
+            BM=next_power(rows), BK=block, num_warps=_warps(next_power(rows) * block),
+        )  # fmt: skip
+    return out
+
+
+def harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, out: Tensor) -> Tensor:
+    """out = sum over m of degree l of Y_em g_imc. harmonics: [E, M]; grad: [N, M, K]; out: [E, L, K]."""
+    (_, degrees, width), (nodes, rows, _) = out.shape, grad.shape
+    if out.numel():
+        block = min(next_power(width), 128)
+        harmonic_features_kernel[nodes, ceil_div(width, block)](
+            harmonics, grad, row_ptr, out, rows, degrees, width, BL=degrees, BK=block, num_warps=1
+        )
+    return out
+
+
+def harmonic_dot(features: Tensor, grad: Tensor, row_ptr: Tensor) -> Tensor:
+    """<a_e,l(m), g_im>. features: [E, L, K]; grad: [N, M, K]. Returns [E, M]."""
+    (edges, degrees, width), (nodes, rows, _) = features.shape, grad.shape
+    out = grad.new_empty(edges, rows)
+    if out.numel():
+        harmonic_dot_kernel[(nodes,)](
+            features, grad, row_ptr, out, rows, degrees, width,
+            BM=next_power(rows), BK=next_power(width), num_warps=_warps(next_power(rows) * next_power(width)),
+        )  # fmt: skip
+    return out
+
+
+def segment_sum(values: Tensor, row_ptr: Tensor) -> Tensor:
+    """Sum of rows per receiver, in a fixed order. values: [E, H]. Returns [N, H]."""
+    nodes, width = row_ptr.numel() - 1, values.shape[1]
+    out = values.new_zeros(nodes, width)
+    if out.numel() and values.numel():
+        block = min(next_power(width), 128)
+        _segment_sum_kernel[nodes, ceil_div(width, block)](values, row_ptr, out, width, BLOCK=block, num_warps=1)
+    return out
+
+
+@triton.jit
+def place_kernel(
+    distance, source, target, species, target_species, pair_row, row, position, E, Z, intervals, knots_per_length,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row and position of every edge in the table."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    zi = tl.load(target_species + tl.load(target + e, mask=inside, other=0), mask=inside, other=0)
+    zj = tl.load(species + tl.load(source + e, mask=inside, other=0), mask=inside, other=0)
+    d = tl.load(distance + e, mask=inside, other=0.0)
+    k, f = place(d, zi, zj, pair_row, inside, Z, intervals, knots_per_length)
+    tl.store(row + e, k, mask=inside)
+    tl.store(position + e, f, mask=inside)
+
+
+@triton.jit
+def spline_sum_kernel(
+    harmonics, knots, row, position, row_ptr, out,
+    L: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[i, m, c] = sum over edges e of i of Y[e, m] a[e, l, c] for the rows m of one degree l; column K: sum of Y."""
+    i = tl.program_id(0).to(tl.int64)
+    l = tl.program_id(1)
+    c = tl.program_id(2) * BK + tl.arange(0, BK)
+    m = tl.arange(0, BM)
+    inside = c < K
+    mine = m < 2 * l + 1
+    M: tl.constexpr = L * L
+    total = tl.zeros([BM, BK], dtype=out.dtype.element_ty)
+    count = tl.zeros([BM], dtype=out.dtype.element_ty)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + l * l + m, mask=mine, other=0.0)
+        a = feature(knots, row, position, e, l * K + c, inside, L * K, True, K % BK != 0)
+        total += y[:, None] * a[None, :]
+        count += y
+    at = out + (i * M + l * l + m) * (K + PAD)
+    tl.store(at[:, None] + c[None, :], total, mask=mine[:, None] & inside[None, :])
+    if tl.program_id(2) == 0:
+        tl.store(at + K, count, mask=mine)
+        for p in tl.static_range(1, PAD):
+            tl.store(at + K + p, 0.0 * count, mask=mine)
+
+
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
+def spline_backward_kernel(
+    harmonics, knots, row, position, grad, row_ptr, grad_harmonics, slope, E, knots_per_length,
+    L: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """From grad [n, M, K + PAD] of spline_sum_kernel's result: by the harmonics [E, M], by the length in slope [L, E].
+
+    One program: one receiver, the rows of one degree, all columns.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    l = tl.program_id(1)
+    c = tl.arange(0, BK)
+    m = tl.arange(0, BM)
+    inside = c < K
+    mine = m < 2 * l + 1
+    M: tl.constexpr = L * L
+    at = grad + (i * M + l * l + m) * (K + PAD)
+    g = tl.load(at[:, None] + c[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
+    direct = tl.load(at + K, mask=mine, other=0.0)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + l * l + m, mask=mine, other=0.0)
+        at_row, f = tl.load(row + e).to(tl.int64), tl.load(position + e)
+        a, da = spline_and_slope(knots, at_row, f, l * K + c, inside, knots_per_length, L * K, K % BK != 0)
+        tl.store(grad_harmonics + e * M + l * l + m, tl.sum(a[None, :] * g, axis=1) + direct, mask=mine)
+        tl.store(slope + l * E.to(tl.int64) + e, tl.sum(tl.sum(y[:, None] * g, axis=0) * da, axis=0))
+
+
+class Placed(NamedTuple):
+    """Where the edges of a run lie in the table."""
+
+    row: Tensor
+    position: Tensor
+
+
+def place_edges(table: RadialTable, distance: Tensor, chunk: EdgeChunk, edge_list: EdgeList) -> Placed:
+    """Rows and positions of a run's edges. distance: [e]."""
+    edges, source, species = distance.numel(), edge_list.source[chunk.edges], edge_list.species
+    row = torch.empty(edges, dtype=torch.int32, device=distance.device)
+    position = torch.empty_like(distance)
+    if edges:
+        place_kernel[(triton.cdiv(edges, 256),)](
+            distance, source, chunk.target, species, species[chunk.nodes], table.pair_row, row, position, edges,
+            table.pair_row.shape[0], table.intervals, table.scale, BLOCK=256,
+        )  # fmt: skip
+    return Placed(row, position)
+
+
+def _constants(degrees: int, width: int, pad: int) -> dict:
+    return {"L": degrees, "K": width, "PAD": pad, "BM": next_power(2 * degrees - 1)}
+
+
+def spline_sum(
+    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, degrees: int, pad: int
+) -> Tensor:
+    """[n, M, K + pad]: the sums of Y a, the sum of Y, zeros. harmonics: [e, M]."""
+    width, nodes = table.knots.shape[-1] // degrees, row_ptr.numel() - 1
+    out = harmonics.new_empty(nodes, degrees * degrees, width + pad)
+    if nodes:
+        block = min(next_power(width), 128)
+        spline_sum_kernel[nodes, degrees, triton.cdiv(width, block)](
+            harmonics, table.knots, *placed, row_ptr, out, BK=block, num_warps=1, **_constants(degrees, width, pad)
+        )
+    return out
+
+
+def spline_backward(
+    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, grad: Tensor, degrees: int, pad: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`spline_sum` by the harmonics [e, M] and by the lengths [e]. grad: contiguous."""
+    edges = harmonics.shape[0]
+    width, nodes = table.knots.shape[-1] // degrees, row_ptr.numel() - 1
+    by_harmonics, slope = torch.empty_like(harmonics), harmonics.new_empty(degrees, edges)
+    if edges:
+        spline_backward_kernel[nodes, degrees](
+            harmonics, table.knots, *placed, grad, row_ptr, by_harmonics, slope, edges, table.scale,
+            BK=next_power(width), num_warps=1 if width <= 128 else 4, **_constants(degrees, width, pad),
+        )  # fmt: skip
+    return by_harmonics, slope.sum(0)

@@ -1,0 +1,437 @@
+"""Triton kernels of the directional gate: harmonics of the edges, their contraction with the receiver's rows, and both
+with a change along given directions; value and reverse.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from e2former_kernels.common.harmonics import next_order, next_order_slopes
+
+
+@triton.jit
+def _vector(vec, e, inside, UNIT: tl.constexpr):
+    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
+    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
+    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    if UNIT:
+        x, y, z = x / d, y / d, z / d
+    return x, y, z, d
+
+
+@triton.jit
+def harmonics_kernel(vec, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """out [E, M]. scales: [L+1, L+1], the factor of each degree and order."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, _ = _vector(vec, e, inside, UNIT)
+    r2 = x * x + y * y + z * z
+    to = out + e * ((L + 1) * (L + 1))
+    c = 0.0 * x + 1.0
+    s = 0.0 * x
+    top = 0.0 * x + 1.0
+    for m in tl.static_range(L + 1):
+        before = 0.0 * x
+        p = top
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
+                before = p
+                p = after
+            factor = p * tl.load(scales + l * (L + 1) + m)
+            tl.store(to + l * l + l + m, factor * c, mask=inside)
+            if m > 0:
+                tl.store(to + l * l + l - m, factor * s, mask=inside)
+        top = top * (2 * m + 1)
+        c, s = next_order(c, s, x, z)
+
+
+@triton.jit
+def _parts(at, stride, inside, S: tl.constexpr):
+    """Sum of S numbers ``stride`` apart."""
+    total = tl.load(at, mask=inside, other=0.0)
+    for n in tl.static_range(1, S):
+        total += tl.load(at + n * stride, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
+def harmonics_backward_kernel(
+    grad, vec, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [E, 3] += gradient of harmonics_kernel by vec. grad: [S, E, M], in S parts that are added up here."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, d = _vector(vec, e, inside, UNIT)
+    r2 = x * x + y * y + z * z
+    M: tl.constexpr = (L + 1) * (L + 1)
+    stride = E.to(tl.int64) * M
+    at = grad + e * M
+    c = 0.0 * x + 1.0
+    s = 0.0 * x
+    # derivatives of c and s by x and z; p depends on y and r2
+    cx, cz, sx, sz = s, s, s, s
+    gx, gy, gz, by_r2 = s, s, s, s
+    top = c
+    for m in tl.static_range(L + 1):
+        before = 0.0 * x
+        before_y = 0.0 * x
+        before_r = 0.0 * x
+        p = top
+        py = 0.0 * x
+        pr = 0.0 * x
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
+                after_y = ((2 * l - 1) * (p + y * py) - (l + m - 1) * r2 * before_y) / (l - m)
+                after_r = ((2 * l - 1) * y * pr - (l + m - 1) * (before + r2 * before_r)) / (l - m)
+                before = p
+                before_y = py
+                before_r = pr
+                p = after
+                py = after_y
+                pr = after_r
+            scale = tl.load(scales + l * (L + 1) + m)
+            g = scale * _parts(at + l * l + l + m, stride, inside, S)
+            gx += g * p * cx
+            gy += g * py * c
+            gz += g * p * cz
+            by_r2 += g * pr * c
+            if m > 0:
+                g = scale * _parts(at + l * l + l - m, stride, inside, S)
+                gx += g * p * sx
+                gy += g * py * s
+                gz += g * p * sz
+                by_r2 += g * pr * s
+        top = top * (2 * m + 1)
+        cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
+        c, s = next_order(c, s, x, z)
+    gx += 2.0 * x * by_r2
+    gy += 2.0 * y * by_r2
+    gz += 2.0 * z * by_r2
+    if UNIT:
+        along = gx * x + gy * y + gz * z
+        gx = (gx - along * x) / d
+        gy = (gy - along * y) / d
+        gz = (gz - along * z) / d
+    to = out + 3 * e
+    tl.store(to, tl.load(to, mask=inside, other=0.0) + gx, mask=inside)
+    tl.store(to + 1, tl.load(to + 1, mask=inside, other=0.0) + gy, mask=inside)
+    tl.store(to + 2, tl.load(to + 2, mask=inside, other=0.0) + gz, mask=inside)
+
+
+@triton.jit
+def _columns(D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """Degree, block of columns, columns d within the degree, and those of them that there are and that count."""
+    BLOCKS: tl.constexpr = (D + BK - 1) // BK
+    l = tl.program_id(1) // BLOCKS
+    block = tl.program_id(1) % BLOCKS
+    d = block * BK + tl.arange(0, BK)
+    return l, block, d, d < D, (d < D) & (l * D + d < K)
+
+
+@triton.jit
+def directional_kernel(
+    harmonics, dot, factor, row_ptr, out,
+    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[e, k] = factor[e, k] sum over m of degree l of harmonics[e, m] dot[i(e), m, d], [E, K].
+
+    One program: a receiver's edges and BK columns of one degree, whose 2l+1 rows are padded to BM.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    l, _, d, in_d, in_k = _columns(D, K, BK)
+    m = tl.arange(0, BM)
+    in_m = m < 2 * l + 1
+    m += l * l
+    x = tl.load(dot + i * (M * D) + m[:, None] * D + d[None, :], mask=in_m[:, None] & in_d[None, :], other=0.0)
+    k = l * D + d
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)
+        r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
+        tl.store(out + e * K + k, r * tl.sum(y[:, None] * x, axis=0), mask=in_k)
+
+
+@triton.jit(do_not_specialize=["E"])
+def directional_backward_kernel(
+    grad, harmonics, dot, factor, row_ptr, grad_factor, grad_harmonics, grad_dot, E,
+    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of directional_kernel: by factor [E, K] (may be ``grad``), by dot [n, M, D], and by harmonics.
+
+    The last in parts, grad_harmonics [blocks of columns of a degree, E, M].
+    """
+    i = tl.program_id(0).to(tl.int64)
+    l, block, d, in_d, in_k = _columns(D, K, BK)
+    m = tl.arange(0, BM)
+    in_m = m < 2 * l + 1
+    m += l * l
+    at = m[:, None] * D + d[None, :]
+    mask = in_m[:, None] & in_d[None, :]
+    x = tl.load(dot + i * (M * D) + at, mask=mask, other=0.0)
+    k = l * D + d
+    part = grad_harmonics + block * (E.to(tl.int64) * M)
+    by_dot = tl.zeros([BM, BK], dtype=grad_dot.dtype.element_ty)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)
+        g = tl.load(grad + e * K + k, mask=in_k, other=0.0)
+        r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
+        tl.debug_barrier()  # several warps may have read the same numbers, which are now written over
+        tl.store(grad_factor + e * K + k, g * tl.sum(y[:, None] * x, axis=0), mask=in_k)
+        g *= r
+        by_dot += y[:, None] * g[None, :]
+        tl.store(part + e * M + m, tl.sum(x * g[None, :], axis=1), mask=in_m)
+    tl.store(grad_dot + i * (M * D) + at, by_dot, mask=mask)
+
+
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
+def directional_pair_kernel(
+    harmonics, dot, dot_dot, factor, row_ptr, out, E,
+    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [2, E, K]: x and x'. One program: a receiver's edges and BK columns of one degree, its rows padded to BM."""
+    i = tl.program_id(0).to(tl.int64)
+    l, _, d, in_d, in_k = _columns(D, K, BK)
+    m = tl.arange(0, BM)
+    in_m = m < 2 * l + 1
+    m += l * l
+    at = i * (M * D) + m[:, None] * D + d[None, :]
+    mask = in_m[:, None] & in_d[None, :]
+    rows = tl.load(dot + at, mask=mask, other=0.0)
+    rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
+    k = l * D + d
+    edges = E.to(tl.int64)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)[:, None]
+        y_dot = tl.load(harmonics + (edges + e) * M + m, mask=in_m, other=0.0)[:, None]
+        r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
+        r_dot = tl.load(factor + (edges + e) * K + k, mask=in_k, other=0.0)
+        z = tl.sum(y * rows, axis=0)
+        z_dot = tl.sum(y_dot * rows + y * rows_dot, axis=0)
+        tl.store(out + e * K + k, r * z, mask=in_k)
+        tl.store(out + (edges + e) * K + k, r * z_dot + r_dot * z, mask=in_k)
+
+
+@triton.jit(do_not_specialize=["E"])
+def directional_second_kernel(
+    grad, harmonics, dot, dot_dot, factor, row_ptr, grad_factor, grad_harmonics, grad_dot, E,
+    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Gradients by factor [2, E, K] (may be ``grad``), by dot [n, M, D], and by harmonics, from that by x and x'.
+
+    The last in parts, grad_harmonics [blocks of columns of a degree, 2, E, M].
+    """
+    i = tl.program_id(0).to(tl.int64)
+    l, block, d, in_d, in_k = _columns(D, K, BK)
+    m = tl.arange(0, BM)
+    in_m = m < 2 * l + 1
+    m += l * l
+    at = i * (M * D) + m[:, None] * D + d[None, :]
+    mask = in_m[:, None] & in_d[None, :]
+    rows = tl.load(dot + at, mask=mask, other=0.0)
+    rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
+    k = l * D + d
+    edges = E.to(tl.int64)
+    part = grad_harmonics + block * (2 * edges * M)
+    by_dot = tl.zeros([BM, BK], dtype=grad_dot.dtype.element_ty)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)[:, None]
+        y_dot = tl.load(harmonics + (edges + e) * M + m, mask=in_m, other=0.0)[:, None]
+        g = tl.load(grad + e * K + k, mask=in_k, other=0.0)
+        h = tl.load(grad + (edges + e) * K + k, mask=in_k, other=0.0)
+        r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
+        r_dot = tl.load(factor + (edges + e) * K + k, mask=in_k, other=0.0)
+        z = tl.sum(y * rows, axis=0)
+        z_dot = tl.sum(y_dot * rows + y * rows_dot, axis=0)
+        tl.debug_barrier()  # several warps may have read the same numbers, which are now written over
+        tl.store(grad_factor + e * K + k, g * z + h * z_dot, mask=in_k)
+        tl.store(grad_factor + (edges + e) * K + k, h * z, mask=in_k)
+        g = (g * r + h * r_dot)[None, :]
+        h = (h * r)[None, :]
+        by_dot += y * g + y_dot * h
+        tl.store(part + e * M + m, tl.sum(rows * g + rows_dot * h, axis=1), mask=in_m)
+        tl.store(part + (edges + e) * M + m, tl.sum(rows * h, axis=1), mask=in_m)
+    tl.store(grad_dot + at, by_dot, mask=mask)
+
+
+@triton.jit
+def _change(vec_dot, e, inside, x, y, z, d, UNIT: tl.constexpr):
+    """Change of what ``_vector`` returns, along vec_dot."""
+    a = tl.load(vec_dot + 3 * e, mask=inside, other=0.0)
+    b = tl.load(vec_dot + 3 * e + 1, mask=inside, other=0.0)
+    c = tl.load(vec_dot + 3 * e + 2, mask=inside, other=0.0)
+    along = 0.0 * x
+    if UNIT:
+        along = a * x + b * y + c * z
+        a, b, c = (a - along * x) / d, (b - along * y) / d, (c - along * z) / d
+    return a, b, c, along
+
+
+@triton.jit
+def _next_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot):
+    """Change of ``next_order``."""
+    return c_dot * z + c * z_dot - s_dot * x - s * x_dot, s_dot * z + s * z_dot + c_dot * x + c * x_dot
+
+
+@triton.jit
+def _next_slopes_dot(c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, sz_dot, x, z, x_dot, z_dot):
+    """Change of ``next_order_slopes``."""
+    return (
+        cx_dot * z + cx * z_dot - sx_dot * x - sx * x_dot - s_dot,
+        cz_dot * z + cz * z_dot + c_dot - sz_dot * x - sz * x_dot,
+        sx_dot * z + sx * z_dot + cx_dot * x + cx * x_dot + c_dot,
+        sz_dot * z + sz * z_dot + s_dot + cz_dot * x + cz * x_dot,
+    )
+
+
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
+def harmonics_pair_kernel(vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """out [2, E, M]: Y and its change along vec_dot. scales: [L+1, L+1], the factor of each degree and order."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, d = _vector(vec, e, inside, UNIT)
+    x_dot, y_dot, z_dot, _ = _change(vec_dot, e, inside, x, y, z, d, UNIT)
+    r2 = x * x + y * y + z * z
+    r2_dot = 2.0 * (x * x_dot + y * y_dot + z * z_dot)
+    M: tl.constexpr = (L + 1) * (L + 1)
+    to = out + e * M
+    to_dot = to + E.to(tl.int64) * M
+    zero = 0.0 * x
+    c = zero + 1.0
+    s = zero
+    c_dot, s_dot = zero, zero
+    top = c
+    for m in tl.static_range(L + 1):
+        before = zero
+        before_dot = zero
+        p = top
+        p_dot = zero
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
+                after_dot = (2 * l - 1) * (y_dot * p + y * p_dot)
+                after_dot = (after_dot - (l + m - 1) * (r2_dot * before + r2 * before_dot)) / (l - m)
+                before = p
+                before_dot = p_dot
+                p = after
+                p_dot = after_dot
+            scale = tl.load(scales + l * (L + 1) + m)
+            tl.store(to + l * l + l + m, scale * p * c, mask=inside)
+            tl.store(to_dot + l * l + l + m, scale * (p_dot * c + p * c_dot), mask=inside)
+            if m > 0:
+                tl.store(to + l * l + l - m, scale * p * s, mask=inside)
+                tl.store(to_dot + l * l + l - m, scale * (p_dot * s + p * s_dot), mask=inside)
+        top = top * (2 * m + 1)
+        c_dot, s_dot = _next_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
+        c, s = next_order(c, s, x, z)
+
+
+@triton.jit(do_not_specialize=["E"])
+def harmonics_second_kernel(
+    grad, vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [E, 3] += gradient by vec of <g, Y> + <h, Y'>. grad: [S, 2, E, M], g and h in S parts that are added up."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z, d = _vector(vec, e, inside, UNIT)
+    x_dot, y_dot, z_dot, d_dot = _change(vec_dot, e, inside, x, y, z, d, UNIT)
+    r2 = x * x + y * y + z * z
+    r2_dot = 2.0 * (x * x_dot + y * y_dot + z * z_dot)
+    M: tl.constexpr = (L + 1) * (L + 1)
+    plane = E.to(tl.int64) * M
+    at = grad + e * M
+    zero = 0.0 * x
+    c = zero + 1.0
+    s = zero
+    c_dot, s_dot = zero, zero
+    # derivatives of c and s by x and z; p depends on y and r2
+    cx, cz, sx, sz = zero, zero, zero, zero
+    cx_dot, cz_dot, sx_dot, sz_dot = zero, zero, zero, zero
+    # g: q and what comes through r2, with q' of h added; h: the same numbers without the changes
+    gx, gy, gz, by_r2 = zero, zero, zero, zero
+    hx, hy, hz, h_r2 = zero, zero, zero, zero
+    top = c
+    for m in tl.static_range(L + 1):
+        before = zero
+        before_y = zero
+        before_r = zero
+        before_dot = zero
+        before_y_dot = zero
+        before_r_dot = zero
+        p = top
+        py = zero
+        pr = zero
+        p_dot = zero
+        py_dot = zero
+        pr_dot = zero
+        for l in tl.static_range(m, L + 1):
+            if l > m:
+                after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
+                after_y = ((2 * l - 1) * (p + y * py) - (l + m - 1) * r2 * before_y) / (l - m)
+                after_r = ((2 * l - 1) * y * pr - (l + m - 1) * (before + r2 * before_r)) / (l - m)
+                after_dot = (2 * l - 1) * (y_dot * p + y * p_dot)
+                after_dot = (after_dot - (l + m - 1) * (r2_dot * before + r2 * before_dot)) / (l - m)
+                after_y_dot = (2 * l - 1) * (p_dot + y_dot * py + y * py_dot)
+                after_y_dot = (after_y_dot - (l + m - 1) * (r2_dot * before_y + r2 * before_y_dot)) / (l - m)
+                after_r_dot = (l + m - 1) * (before_dot + r2_dot * before_r + r2 * before_r_dot)
+                after_r_dot = ((2 * l - 1) * (y_dot * pr + y * pr_dot) - after_r_dot) / (l - m)
+                before = p
+                before_y = py
+                before_r = pr
+                before_dot = p_dot
+                before_y_dot = py_dot
+                before_r_dot = pr_dot
+                p = after
+                py = after_y
+                pr = after_r
+                p_dot = after_dot
+                py_dot = after_y_dot
+                pr_dot = after_r_dot
+            scale = tl.load(scales + l * (L + 1) + m)
+            g = scale * _parts(at + l * l + l + m, 2 * plane, inside, S)
+            h = scale * _parts(at + plane + l * l + l + m, 2 * plane, inside, S)
+            gx += g * p * cx + h * (p_dot * cx + p * cx_dot)
+            gy += g * py * c + h * (py_dot * c + py * c_dot)
+            gz += g * p * cz + h * (p_dot * cz + p * cz_dot)
+            by_r2 += g * pr * c + h * (pr_dot * c + pr * c_dot)
+            hx += h * p * cx
+            hy += h * py * c
+            hz += h * p * cz
+            h_r2 += h * pr * c
+            if m > 0:
+                g = scale * _parts(at + l * l + l - m, 2 * plane, inside, S)
+                h = scale * _parts(at + plane + l * l + l - m, 2 * plane, inside, S)
+                gx += g * p * sx + h * (p_dot * sx + p * sx_dot)
+                gy += g * py * s + h * (py_dot * s + py * s_dot)
+                gz += g * p * sz + h * (p_dot * sz + p * sz_dot)
+                by_r2 += g * pr * s + h * (pr_dot * s + pr * s_dot)
+                hx += h * p * sx
+                hy += h * py * s
+                hz += h * p * sz
+                h_r2 += h * pr * s
+        top = top * (2 * m + 1)
+        cx_dot, cz_dot, sx_dot, sz_dot = _next_slopes_dot(
+            c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, sz_dot, x, z, x_dot, z_dot
+        )
+        cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
+        c_dot, s_dot = _next_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
+        c, s = next_order(c, s, x, z)
+    gx += 2.0 * (x * by_r2 + x_dot * h_r2)
+    gy += 2.0 * (y * by_r2 + y_dot * h_r2)
+    gz += 2.0 * (z * by_r2 + z_dot * h_r2)
+    if UNIT:
+        hx += 2.0 * x * h_r2
+        hy += 2.0 * y * h_r2
+        hz += 2.0 * z * h_r2
+        along = gx * x + gy * y + gz * z + hx * x_dot + hy * y_dot + hz * z_dot
+        across = hx * x + hy * y + hz * z
+        fade = d_dot / d  # of 1/d, which stands before the projection
+        gx = (gx - along * x - across * x_dot - fade * (hx - across * x)) / d
+        gy = (gy - along * y - across * y_dot - fade * (hy - across * y)) / d
+        gz = (gz - along * z - across * z_dot - fade * (hz - across * z)) / d
+    to = out + 3 * e
+    tl.store(to, tl.load(to, mask=inside, other=0.0) + gx, mask=inside)
+    tl.store(to + 1, tl.load(to + 1, mask=inside, other=0.0) + gy, mask=inside)
+    tl.store(to + 2, tl.load(to + 2, mask=inside, other=0.0) + gz, mask=inside)

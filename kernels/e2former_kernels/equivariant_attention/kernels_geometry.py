@@ -1,0 +1,234 @@
+"""Triton kernels on single edges: geometry and place in the splines, its reverse, and both along a change of the
+vectors.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from e2former_kernels.common.envelope import envelope_bend, envelope_of
+from e2former_kernels.radial.table import place
+
+
+@triton.jit
+def inverse_of(d, V2: tl.constexpr):
+    """1/d as the specification regularises it, and its derivative."""
+    if V2:
+        inv = 1.0 / (d + 1e-8)
+        slope = -inv * inv
+    else:
+        inv = 1.0 / tl.maximum(d, 1e-6)
+        slope = tl.where(d > 1e-6, -inv * inv, 0.0)
+    return inv, slope
+
+
+@triton.jit
+def geometry_kernel(
+    vec, distance, envelope, scale, row, source, target, species, target_species, pair_row,
+    E, Z, intervals, knots_per_length, lower, upper,
+    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr,
+    TABLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Envelope and message scale (the direction; 1/d; or 1) of every edge, and its length.
+
+    TABLE: instead of the length its position in the interval of the radial table, 0 to 1, and in ``row`` the interval's
+    first row. species: of the senders; target_species: of the run's receivers. pair_row: [Z, Z].
+    """
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
+    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
+    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    u, _ = envelope_of(d, lower, upper, P, BELL)
+    tl.store(envelope + e, u, mask=inside)
+    if TABLE:
+        zi = tl.load(target_species + tl.load(target + e, mask=inside, other=0), mask=inside, other=0)
+        zj = tl.load(species + tl.load(source + e, mask=inside, other=0), mask=inside, other=0)
+        k, f = place(d, zi, zj, pair_row, inside, Z, intervals, knots_per_length)
+        tl.store(row + e, k, mask=inside)
+        tl.store(distance + e, f, mask=inside)
+    else:
+        tl.store(distance + e, d, mask=inside)
+    inv, _ = inverse_of(d, V2)
+    if B == 3:
+        tl.store(scale + 3 * e, x * inv, mask=inside)
+        tl.store(scale + 3 * e + 1, y * inv, mask=inside)
+        tl.store(scale + 3 * e + 2, z * inv, mask=inside)
+    else:
+        if ORDER == 0:
+            inv = 0.0 * inv + 1.0
+        tl.store(scale + e, inv, mask=inside)
+
+
+@triton.jit
+def _total(parts, e, stride, inside, S: tl.constexpr):
+    """Sum of S numbers [S, stride] for every edge."""
+    total = tl.load(parts + e, mask=inside, other=0.0)
+    for s in tl.static_range(1, S):
+        total += tl.load(parts + s * stride + e, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
+def geometry_backward_kernel(
+    vec, grad_distance, grad_parts, grad_vec, E, lower, upper,
+    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, S: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient by the edge vector.
+
+    grad_parts: [B + 1 (+ 1), S, E], gradients by the message scale, the envelope (and with PARTS the length) in S parts
+    that are added up here; grad_distance: [E], by the length, without PARTS.
+    """
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
+    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
+    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    _, du = envelope_of(d, lower, upper, P, BELL)
+    inv, slope = inverse_of(d, V2)
+    stride = E.to(tl.int64)
+    plane = stride * S
+    g = du * _total(grad_parts + B * plane, e, stride, inside, S)
+    if PARTS:
+        g += _total(grad_parts + (B + 1) * plane, e, stride, inside, S)
+    else:
+        g += tl.load(grad_distance + e, mask=inside, other=0.0)
+    if B == 3:
+        gx = _total(grad_parts, e, stride, inside, S)
+        gy = _total(grad_parts + plane, e, stride, inside, S)
+        gz = _total(grad_parts + 2 * plane, e, stride, inside, S)
+        g += slope * (gx * x + gy * y + gz * z)
+    elif ORDER == 1:
+        g += slope * _total(grad_parts, e, stride, inside, S)
+    g = g / d
+    vx, vy, vz = g * x, g * y, g * z
+    if B == 3:
+        vx += gx * inv
+        vy += gy * inv
+        vz += gz * inv
+    tl.store(grad_vec + 3 * e, vx, mask=inside)
+    tl.store(grad_vec + 3 * e + 1, vy, mask=inside)
+    tl.store(grad_vec + 3 * e + 2, vz, mask=inside)
+
+
+@triton.jit
+def _inverse_bend(d, V2: tl.constexpr):
+    """Second derivative of 1/d as the specification regularises it."""
+    if V2:
+        inv = 1.0 / (d + 1e-8)
+        bend = 2.0 * inv * inv * inv
+    else:
+        inv = 1.0 / tl.maximum(d, 1e-6)
+        bend = tl.where(d > 1e-6, 2.0 * inv * inv * inv, 0.0)
+    return bend
+
+
+@triton.jit
+def _rows(x, e, inside, other):
+    """The three columns of x [E, 3]."""
+    a = tl.load(x + 3 * e, mask=inside, other=other)
+    b = tl.load(x + 3 * e + 1, mask=inside, other=other)
+    c = tl.load(x + 3 * e + 2, mask=inside, other=other)
+    return a, b, c
+
+
+@triton.jit
+def geometry_tangent_kernel(
+    vec, vec_dot, distance, distance_dot, envelope, envelope_dot, scale, scale_dot, E, lower, upper,
+    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Length, envelope and message scale of every edge, and their changes along vec_dot."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z = _rows(vec, e, inside, 1.0)
+    cx, cy, cz = _rows(vec_dot, e, inside, 0.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    d_dot = (x * cx + y * cy + z * cz) / d
+    u, du = envelope_of(d, lower, upper, P, BELL)
+    tl.store(distance + e, d, mask=inside)
+    tl.store(distance_dot + e, d_dot, mask=inside)
+    tl.store(envelope + e, u, mask=inside)
+    tl.store(envelope_dot + e, du * d_dot, mask=inside)
+    inv, slope = inverse_of(d, V2)
+    inv_dot = slope * d_dot
+    if B == 3:
+        tl.store(scale + 3 * e, x * inv, mask=inside)
+        tl.store(scale + 3 * e + 1, y * inv, mask=inside)
+        tl.store(scale + 3 * e + 2, z * inv, mask=inside)
+        tl.store(scale_dot + 3 * e, cx * inv + x * inv_dot, mask=inside)
+        tl.store(scale_dot + 3 * e + 1, cy * inv + y * inv_dot, mask=inside)
+        tl.store(scale_dot + 3 * e + 2, cz * inv + z * inv_dot, mask=inside)
+    else:
+        if ORDER == 0:
+            inv = 0.0 * inv + 1.0
+            inv_dot = 0.0 * inv
+        tl.store(scale + e, inv, mask=inside)
+        tl.store(scale_dot + e, inv_dot, mask=inside)
+
+
+@triton.jit
+def geometry_second_kernel(
+    vec, vec_dot, grad_distance, grad_distance_dot, grad_envelope, grad_envelope_dot, grad_scale, grad_vec,
+    E, lower, upper, tiles,
+    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient by vec from those by everything that geometry_tangent_kernel returns.
+
+    grad_scale: [tiles, E, 2 B], to be added up: by scale, then by scale_dot.
+    """
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < E
+    x, y, z = _rows(vec, e, inside, 1.0)
+    cx, cy, cz = _rows(vec_dot, e, inside, 0.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    x_unit, y_unit, z_unit = x / d, y / d, z / d
+    d_dot = x_unit * cx + y_unit * cy + z_unit * cz
+    _, du = envelope_of(d, lower, upper, P, BELL)
+    inv, slope = inverse_of(d, V2)
+    gu_dot = tl.load(grad_envelope_dot + e, mask=inside, other=0.0)
+    # by d and by d'
+    g = tl.load(grad_distance + e, mask=inside, other=0.0) + du * tl.load(grad_envelope + e, mask=inside, other=0.0)
+    g += gu_dot * envelope_bend(d, lower, upper, P, BELL) * d_dot
+    g_dot = tl.load(grad_distance_dot + e, mask=inside, other=0.0) + gu_dot * du
+    vx = 0.0 * x
+    vy = vx
+    vz = vx
+    if ORDER == 1:
+        # the value enters through s = p (1/d), p = vec or 1, and its change p' (1/d) + p (1/d)_d d'
+        bend = _inverse_bend(d, V2)
+        gs0 = 0.0 * x
+        hs0 = gs0
+        if B == 3:
+            gs1, gs2, hs1, hs2 = gs0, gs0, gs0, gs0
+        for k in range(tiles):
+            at = grad_scale + (k * E + e) * (2 * B)
+            gs0 += tl.load(at, mask=inside, other=0.0)
+            hs0 += tl.load(at + B, mask=inside, other=0.0)
+            if B == 3:
+                gs1 += tl.load(at + 1, mask=inside, other=0.0)
+                gs2 += tl.load(at + 2, mask=inside, other=0.0)
+                hs1 += tl.load(at + 4, mask=inside, other=0.0)
+                hs2 += tl.load(at + 5, mask=inside, other=0.0)
+        if B == 3:
+            along = gs0 * x + gs1 * y + gs2 * z
+            along_dot = hs0 * x + hs1 * y + hs2 * z
+            g += slope * (along + hs0 * cx + hs1 * cy + hs2 * cz)
+            vx += gs0 * inv + hs0 * slope * d_dot
+            vy += gs1 * inv + hs1 * slope * d_dot
+            vz += gs2 * inv + hs2 * slope * d_dot
+        else:
+            along_dot = hs0
+            g += slope * gs0
+        g += bend * d_dot * along_dot
+        g_dot += slope * along_dot
+    g_dot = g_dot / d
+    vx += g * x_unit + g_dot * (cx - d_dot * x_unit)
+    vy += g * y_unit + g_dot * (cy - d_dot * y_unit)
+    vz += g * z_unit + g_dot * (cz - d_dot * z_unit)
+    tl.store(grad_vec + 3 * e, vx, mask=inside)
+    tl.store(grad_vec + 3 * e + 1, vy, mask=inside)
+    tl.store(grad_vec + 3 * e + 2, vz, mask=inside)

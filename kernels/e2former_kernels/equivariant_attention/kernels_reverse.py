@@ -1,0 +1,299 @@
+"""Triton kernels of the attention's first derivative, layout and names as in ``kernels_value.py``.
+
+Three passes over the edges: by receiver for the gradients by the weights, by receiver again for those by what the
+weights are made of (the softmax's mean must be known), and by sender for those by value and key.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from e2former_kernels.equivariant_attention.kernels_value import sigmoid, softplus
+from e2former_kernels.radial.table import feature, load, spline_and_slope
+
+
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
+def attend_backward_kernel(
+    query, query_factor, key, key_factor, features, row, position, envelope, scale, value, value_factor, grad,
+    grad_factor, source, row_ptr, top, total, pair, slope, mean, best, grad_scale, E, inverse_root,
+    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one receiver's edges by their weights, from grad = dL/dout, [n, B, R, H].
+
+    Writes pair[e, h] = <q, k> / sqrt(S); slope[e, h] = dL/dw; mean[n, h] = sum of slope w; with NORM 1 best[n, h], the
+    edge of the largest score; and this program's part of the sums over heads by the message scale, grad_scale
+    [B, programs, E]. The rows of the next edge are on their way while one is worked on: a compiler moves no load over
+    a store.
+    """
+    MASKED: tl.constexpr = H % BH != 0
+    MASKED_B: tl.constexpr = MASKED or RA + RB != R
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
+    in_h = h < H
+    first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
+    dtype = slope.dtype.element_ty
+    stride = E.to(tl.int64)
+    plane = stride * tl.num_programs(1)
+    parts = grad_scale + tl.program_id(1) * stride
+    s = tl.arange(0, BS)
+    at_s = h[:, None] * S + s[None, :]
+    mask_s = in_h[:, None] & (s[None, :] < S)
+    MASKED_S: tl.constexpr = MASKED or BS != S
+    q = tl.load(query + i * (H * S) + at_s, mask=mask_s, other=0.0).to(dtype)
+    if HALF:
+        inverse_root *= tl.load(query_factor + i)
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    base = grad + i * (B * R * H)
+    a0 = load(base + at_a, mask_a, MASKED).to(dtype)
+    if B == 3:
+        a1 = load(base + R * H + at_a, mask_a, MASKED).to(dtype)
+        a2 = load(base + 2 * R * H + at_a, mask_a, MASKED).to(dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        b0 = load(base + at_b, mask_b, MASKED_B).to(dtype)
+        if B == 3:
+            b1 = load(base + R * H + at_b, mask_b, MASKED_B).to(dtype)
+            b2 = load(base + 2 * R * H + at_b, mask_b, MASKED_B).to(dtype)
+    if NORM <= 1:
+        m = load(top + i * H + h, in_h, MASKED)
+        inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
+    received = 1.0
+    if HALF:
+        received = tl.load(grad_factor + i)
+    summed = tl.zeros([BH], dtype=dtype)
+    if NORM == 1:  # the first edge that attains the maximum; compared with each other, rounded alike
+        highest = summed - float("inf")
+        where = tl.zeros([BH], dtype=tl.int64) - 1
+    end = stride - 1  # what is read ahead behind the last edge of a receiver is not used
+    j = tl.load(source + tl.minimum(first, end)).to(tl.int64)
+    x_next = load(value + j * (R * H) + at_a, mask_a, MASKED)
+    if RB > 0:
+        z_next = load(value + j * (R * H) + at_b, mask_b, MASKED_B)
+    k_next = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+    if HALF:
+        of_key, of_value = tl.load(key_factor + j), tl.load(value_factor + j)
+    j = tl.load(source + tl.minimum(first + 1, end)).to(tl.int64)
+    for e in range(first, last):
+        g = feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
+        p = feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+        u = tl.load(envelope + e)
+        s0 = tl.load(scale + e * B)
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+        x = x_next.to(dtype)
+        if RB > 0:
+            z = z_next.to(dtype)
+        k = k_next.to(dtype)
+        dot = tl.sum(q * k, axis=1) * inverse_root
+        if HALF:
+            dot *= of_key
+            both = received * of_value
+        v = value + j * (R * H)
+        x_next = load(v + at_a, mask_a, MASKED)
+        if RB > 0:
+            z_next = load(v + at_b, mask_b, MASKED_B)
+        k_next = load(key + j * (H * S) + at_s, mask_s, MASKED_S)
+        if HALF:
+            of_key, of_value = tl.load(key_factor + j), tl.load(value_factor + j)
+        j = tl.load(source + tl.minimum(e + 2, end)).to(tl.int64)
+        tl.store(pair + e * H + h, dot, mask=in_h)
+        a = g * dot
+        if NORM <= 1:
+            w = tl.exp(a - m) * inv * u * p
+            if NORM == 1:
+                where = tl.where(a > highest, e, where)
+                highest = tl.maximum(a, highest)
+        elif NORM == 2:
+            w = softplus(a) * u * p
+        else:
+            w = sigmoid(a) * u * p
+        y0 = tl.sum(x * a0, axis=0)
+        if RB > 0:
+            y0 += tl.sum(z * b0, axis=0)
+        if HALF:
+            y0 *= both
+        gw = s0 * y0
+        tl.store(parts + e, tl.sum(w * y0, axis=0))
+        if B == 3:
+            y1 = tl.sum(x * a1, axis=0)
+            y2 = tl.sum(x * a2, axis=0)
+            if RB > 0:
+                y1 += tl.sum(z * b1, axis=0)
+                y2 += tl.sum(z * b2, axis=0)
+            if HALF:
+                y1 *= both
+                y2 *= both
+            gw += s1 * y1 + s2 * y2
+            tl.store(parts + plane + e, tl.sum(w * y1, axis=0))
+            tl.store(parts + 2 * plane + e, tl.sum(w * y2, axis=0))
+        summed += gw * w
+        tl.store(slope + e * H + h, gw, mask=in_h)
+    if NORM <= 1:
+        tl.store(mean + i * H + h, summed, mask=in_h)
+        if NORM == 1:
+            tl.store(best + i * H + h, where, mask=in_h)
+
+
+@triton.jit(do_not_specialize=["E"])
+def score_backward_kernel(
+    key, key_factor, features, row, position, envelope, source, row_ptr, top, total, mean, best, pair, weight,
+    grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """From the gradients by the weights of one receiver's edges, in ``weight``, those by what the weights are made of.
+
+    Replaces pair by dL/d<q, k> and weight by w, [e, h]; writes grad_query [n, H, S], grad_features [E, 2H] (without
+    TABLE), and this program's part of the sums over heads, grad_parts [1 (+ 1), programs, E]: by the envelope and (with
+    TABLE) the length. Edges are taken BE at a time.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
+    in_h = h < H
+    s = tl.arange(0, BS)
+    at_s = h[:, None] * S + s[None, :]
+    mask_s = in_h[:, None] & (s[None, :] < S)
+    first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
+    dtype = weight.dtype.element_ty
+    stride = E.to(tl.int64)
+    parts = grad_parts + tl.program_id(1) * stride
+    if NORM <= 1:
+        m = tl.load(top + i * H + h, mask=in_h, other=0.0)[None, :]
+        inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)[None, :]
+        summed = tl.load(mean + i * H + h, mask=in_h, other=0.0)[None, :]
+    if NORM == 1:
+        where = tl.load(best + i * H + h, mask=in_h, other=-1)[None, :]
+    grad_q = tl.zeros([BH, BS], dtype=dtype)
+    for begin in range(first, last, BE):
+        e = begin + tl.arange(0, BE)
+        here = e < last
+        j = tl.load(source + e, mask=here, other=0).to(tl.int64)
+        inside = here[:, None] & in_h[None, :]
+        at = e[:, None] * H + h[None, :]
+        k = tl.load(
+            key + j[:, None, None] * (H * S) + at_s[None, :, :], mask=here[:, None, None] & mask_s[None, :, :],
+            other=0.0,
+        )  # fmt: skip
+        gw = tl.load(weight + at, mask=inside, other=0.0)
+        x = tl.load(pair + at, mask=inside, other=0.0)
+        if TABLE:
+            rows = tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None]
+            f = tl.load(position + e, mask=here, other=0.0)[:, None]
+            g, dg = spline_and_slope(features, rows, f, h[None, :], inside, knots_per_length, 2 * H, True)
+            p, dp = spline_and_slope(features, rows, f, H + h[None, :], inside, knots_per_length, 2 * H, True)
+        else:
+            g = tl.load(features + e[:, None] * (2 * H) + h[None, :], mask=inside, other=0.0)
+            p = tl.load(features + e[:, None] * (2 * H) + H + h[None, :], mask=inside, other=0.0)
+        u = tl.load(envelope + e, mask=here, other=0.0)[:, None]
+        a = g * x
+        if NORM <= 1:
+            z = tl.exp(a - m) * inv
+            w = z * u * p
+            gp = gw * z * u
+            gu = (gw * p - summed) * z
+            ga = gu * u
+            if NORM == 1:
+                ga -= tl.where(where == e[:, None], eps * inv * summed, 0.0)
+        elif NORM == 2:
+            z = softplus(a)
+            w = z * u * p
+            gp = gw * z * u
+            ga = gw * u * p * sigmoid(a)
+            gu = gw * z * p
+        else:
+            z = sigmoid(a)
+            w = z * u * p
+            gp = gw * z * u
+            ga = gw * u * p * z * (1.0 - z)
+            gu = gw * z * p
+        gx = ga * g * inverse_root
+        tl.store(weight + at, w, mask=inside)
+        tl.store(pair + at, gx, mask=inside)
+        tl.store(parts + e, tl.sum(tl.where(inside, gu, 0.0), axis=1), mask=here)
+        if TABLE:
+            by_length = tl.sum(tl.where(inside, ga * x * dg + gp * dp, 0.0), axis=1)
+            tl.store(parts + stride * tl.num_programs(1) + e, by_length, mask=here)
+        else:
+            tl.store(grad_features + e[:, None] * (2 * H) + h[None, :], ga * x, mask=inside)
+            tl.store(grad_features + e[:, None] * (2 * H) + H + h[None, :], gp, mask=inside)
+        if HALF:
+            gx *= tl.load(key_factor + j, mask=here, other=0.0)[:, None]
+        grad_q += tl.sum(tl.where(inside, gx, 0.0)[:, :, None] * k.to(dtype), axis=0)
+    tl.store(grad_query + i * (H * S) + at_s, grad_q, mask=mask_s)
+
+
+@triton.jit
+def sender_kernel(
+    weight, pair, scale, grad, grad_factor, query, query_factor, target, order, order_ptr, senders,
+    grad_value, grad_key, R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Gradients by value and key of one sender: sums over its edges, which ``order`` and ``order_ptr`` list.
+
+    grad_value[j, r, h] = sum of w[e, h] sum_b scale[e, b] grad[target(e), b, r, h];
+    grad_key[j, h, s] = sum of pair[e, h] query[target(e), h, s]. ACCUMULATE: added to row senders[j] of both.
+    """
+    MASKED: tl.constexpr = H % BH != 0
+    MASKED_B: tl.constexpr = MASKED or RA + RB != R
+    MASKED_S: tl.constexpr = MASKED or BS != S
+    j = tl.program_id(0).to(tl.int64)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
+    in_h = h < H
+    s = tl.arange(0, BS)
+    at_s = h[:, None] * S + s[None, :]
+    mask_s = in_h[:, None] & (s[None, :] < S)
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    dtype = grad_value.dtype.element_ty
+    acc_a = tl.zeros([RA, BH], dtype=dtype)
+    acc_k = tl.zeros([BH, BS], dtype=dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        acc_b = tl.zeros([RB, BH], dtype=dtype)
+    for t in tl.range(tl.load(order_ptr + j), tl.load(order_ptr + j + 1), loop_unroll_factor=UNROLL):
+        e = tl.load(order + t).to(tl.int64)
+        i = tl.load(target + e).to(tl.int64)
+        base = grad + i * (B * R * H)
+        w = load(weight + e * H + h, in_h, MASKED)
+        if HALF:
+            w *= tl.load(grad_factor + i)
+        s0 = tl.load(scale + e * B)
+        x = s0 * load(base + at_a, mask_a, MASKED).to(dtype)
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+            x += s1 * load(base + R * H + at_a, mask_a, MASKED).to(dtype)
+            x += s2 * load(base + 2 * R * H + at_a, mask_a, MASKED).to(dtype)
+        acc_a += x * w[None, :]
+        if RB > 0:
+            y = s0 * load(base + at_b, mask_b, MASKED_B).to(dtype)
+            if B == 3:
+                y += s1 * load(base + R * H + at_b, mask_b, MASKED_B).to(dtype)
+                y += s2 * load(base + 2 * R * H + at_b, mask_b, MASKED_B).to(dtype)
+            acc_b += y * w[None, :]
+        gx = load(pair + e * H + h, in_h, MASKED)
+        if HALF:
+            gx *= tl.load(query_factor + i)
+        acc_k += gx[:, None] * load(query + i * (H * S) + at_s, mask_s, MASKED_S).to(dtype)
+    to = j
+    if ACCUMULATE:
+        to = tl.load(senders + j).to(tl.int64)
+        acc_a += tl.load(grad_value + to * (R * H) + at_a, mask=mask_a, other=0.0)
+        acc_k += tl.load(grad_key + to * (H * S) + at_s, mask=mask_s, other=0.0)
+        if RB > 0:
+            acc_b += tl.load(grad_value + to * (R * H) + at_b, mask=mask_b, other=0.0)
+    tl.store(grad_value + to * (R * H) + at_a, acc_a, mask=mask_a)
+    tl.store(grad_key + to * (H * S) + at_s, acc_k, mask=mask_s)
+    if RB > 0:
+        tl.store(grad_value + to * (R * H) + at_b, acc_b, mask=mask_b)

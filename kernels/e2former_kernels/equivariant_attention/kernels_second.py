@@ -1,0 +1,430 @@
+r"""Triton kernels of the attention weights along a change of everything they read, and of the gradient of both.
+
+a = g x with x = <q, k> / sqrt(S). Softmax: zeta = exp(a - m) / T, pi = zeta u, w = pi p, T = sum over the receiver's
+edges of exp(a - m) u + a constant (NORM: 0 smooth, 1 molfm, 2 softplus, 3 sigmoid). With ' for the change (m' = 0 in
+the smooth form, which does not depend on m), delta = zeta (u (a' - m') + u') and sigma = sum of delta (the receiver's
+T' / T): w' = (delta - pi sigma) p + pi p'.
+
+Triton kernels of the sum of messages along a change of weights, scales and values, and of its gradients.
+
+:math:`F = \sum_e \sum_{b,r,h} w_{eh} s_{eb} v_{j(e) r h} g_{i(e) b r h}`, in the layout of ``kernels_value.py``.
+With ' for the change, the aggregate sum_e w s v changes by sum_e (w' s + w s') v + w s v'. A kernel gathers a row once,
+for all of its terms.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _gate(a, NORM: tl.constexpr):
+    """f(a), f'(a), f''(a) for softplus (2) and sigmoid (3)."""
+    s = 1.0 / (1.0 + tl.exp(-a))
+    if NORM == 2:
+        f = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+        slope = s
+        bend = s * (1.0 - s)
+    else:
+        f = s
+        slope = s * (1.0 - s)
+        bend = slope * (1.0 - 2.0 * s)
+    return f, slope, bend
+
+
+@triton.jit
+def weights_tangent_kernel(
+    query, query_dot, key, key_dot, features, features_dot, envelope, envelope_dot, source, row_ptr, pair, pair_dot,
+    weight, weight_dot, top, total, drift, top_dot, best, H, S, inverse_root, eps,
+    NORM: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """w and w' of the edges of one receiver. One program: one receiver, BH heads.
+
+    pair, pair_dot: x and x', [E, H]. Softmax only, [n, H]: top m, total T, drift sigma; top_dot m' and best, the edge
+    that m is taken from (molfm).
+    """
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    s = tl.arange(0, BS)
+    in_h = h < H
+    at = h[:, None] * S + s[None, :]
+    mask = in_h[:, None] & (s[None, :] < S)
+    first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
+    q = tl.load(query + i * H * S + at, mask=mask, other=0.0)
+    q_dot = tl.load(query_dot + i * H * S + at, mask=mask, other=0.0)
+    m = tl.zeros([BH], dtype=weight.dtype.element_ty)
+    m_dot = m
+    t = m
+    t_dot = m
+    top_edge = tl.zeros([BH], dtype=tl.int64) - 1
+    if NORM == 1:
+        m = m - float("inf")
+    for e in range(first, last):
+        j = tl.load(source + e).to(tl.int64)
+        k = tl.load(key + j * H * S + at, mask=mask, other=0.0)
+        k_dot = tl.load(key_dot + j * H * S + at, mask=mask, other=0.0)
+        x = tl.sum(q * k, axis=1) * inverse_root
+        x_dot = tl.sum(q_dot * k + q * k_dot, axis=1) * inverse_root
+        tl.store(pair + e * H + h, x, mask=in_h)
+        tl.store(pair_dot + e * H + h, x_dot, mask=in_h)
+        g = tl.load(features + e * 2 * H + h, mask=in_h, other=0.0)
+        a = g * x
+        a_dot = g * x_dot + x * tl.load(features_dot + e * 2 * H + h, mask=in_h, other=0.0)
+        u = tl.load(envelope + e)
+        u_dot = tl.load(envelope_dot + e)
+        if NORM <= 1:
+            higher = a > m
+            shift = tl.where(higher, a, m)
+            fade = tl.exp(m - shift)
+            z = tl.exp(a - shift)
+            t = t * fade + z * u
+            t_dot = t_dot * fade + z * (u * a_dot + u_dot)
+            m = shift
+            if NORM == 1:
+                m_dot = tl.where(higher, a_dot, m_dot)
+                top_edge = tl.where(higher, e, top_edge)
+            tl.store(weight + e * H + h, a, mask=in_h)
+            tl.store(weight_dot + e * H + h, a_dot, mask=in_h)
+        else:
+            p = tl.load(features + e * 2 * H + H + h, mask=in_h, other=0.0)
+            p_dot = tl.load(features_dot + e * 2 * H + H + h, mask=in_h, other=0.0)
+            f, slope, _ = _gate(a, NORM)
+            tl.store(weight + e * H + h, f * u * p, mask=in_h)
+            change = slope * a_dot * u * p + f * (u_dot * p + u * p_dot)
+            tl.store(weight_dot + e * H + h, change, mask=in_h)
+    if NORM <= 1:
+        if NORM == 0:
+            t += eps * tl.exp(-m)
+        else:
+            t += eps
+        sigma = t_dot / t
+        if NORM == 1:
+            sigma -= m_dot * (1.0 - eps / t)
+            tl.store(top_dot + i * H + h, m_dot, mask=in_h)
+            tl.store(best + i * H + h, top_edge, mask=in_h)
+        tl.store(top + i * H + h, m, mask=in_h)
+        tl.store(total + i * H + h, t, mask=in_h)
+        tl.store(drift + i * H + h, sigma, mask=in_h)
+        tl.debug_barrier()
+        for e in range(first, last):
+            a = tl.load(weight + e * H + h, mask=in_h, other=0.0)
+            a_dot = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0) - m_dot
+            u = tl.load(envelope + e)
+            p = tl.load(features + e * 2 * H + H + h, mask=in_h, other=0.0)
+            p_dot = tl.load(features_dot + e * 2 * H + H + h, mask=in_h, other=0.0)
+            zeta = tl.exp(a - m) / t
+            share = zeta * u
+            delta = zeta * (u * a_dot + tl.load(envelope_dot + e))
+            tl.store(weight + e * H + h, share * p, mask=in_h)
+            tl.store(weight_dot + e * H + h, (delta - share * sigma) * p + share * p_dot, mask=in_h)
+
+
+@triton.jit
+def weights_second_kernel(
+    grad_weight, grad_weight_dot, pair, pair_dot, features, features_dot, envelope, envelope_dot, target,
+    top, total, drift, top_dot, best, sum_dot, sum_both, grad_features, grad_features_dot, grad_envelope,
+    grad_envelope_dot, E, H, inverse_root, eps, NORM: tl.constexpr, BH: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """From the gradients W, W' by w, w' to those by features, x, envelope and the changes of all of them.
+
+    sum_dot, sum_both: [n, H], sums over the receiver's edges of W' w and of W' w' + W w (softmax only). pair and
+    pair_dot are overwritten by the gradients by <q, k> and its change. One program: BE edges, all heads.
+
+    With A = W' p, D = A - sum(W' w), P = W p + W' p' - sigma A and mu = sum_both - sigma sum_dot the gradients by
+    a' and a are D pi and D delta + P pi - mu pi, those by u' and u D zeta and D zeta (a' - m') + (P - mu) zeta. In
+    molfm the edge that m is taken from has what all edges pass to m, (sum_dot, mu) times constant / T, subtracted.
+    """
+    e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    in_e = e < E
+    h = tl.arange(0, BH)
+    mask = in_e[:, None] & (h < H)[None, :]
+    at = e[:, None] * H + h[None, :]
+    gate_at = e[:, None] * (2 * H) + h[None, :]
+    gw = tl.load(grad_weight + at, mask=mask, other=0.0)
+    gw_dot = tl.load(grad_weight_dot + at, mask=mask, other=0.0)
+    x = tl.load(pair + at, mask=mask, other=0.0)
+    x_dot = tl.load(pair_dot + at, mask=mask, other=0.0)
+    g = tl.load(features + gate_at, mask=mask, other=0.0)
+    g_dot = tl.load(features_dot + gate_at, mask=mask, other=0.0)
+    p = tl.load(features + gate_at + H, mask=mask, other=0.0)
+    p_dot = tl.load(features_dot + gate_at + H, mask=mask, other=0.0)
+    u = tl.load(envelope + e, mask=in_e, other=0.0)[:, None]
+    u_dot = tl.load(envelope_dot + e, mask=in_e, other=0.0)[:, None]
+    a = g * x
+    a_dot = g * x_dot + x * g_dot
+    if NORM <= 1:
+        receiver = tl.load(target + e, mask=in_e, other=0).to(tl.int64)
+        row = receiver[:, None] * H + h[None, :]
+        t = tl.load(total + row, mask=mask, other=1.0)
+        sigma = tl.load(drift + row, mask=mask, other=0.0)
+        back = tl.load(sum_dot + row, mask=mask, other=0.0)
+        mu = tl.load(sum_both + row, mask=mask, other=0.0) - sigma * back
+        zeta = tl.exp(a - tl.load(top + row, mask=mask, other=0.0)) / t
+        change = a_dot
+        if NORM == 1:
+            change -= tl.load(top_dot + row, mask=mask, other=0.0)
+        share = zeta * u
+        delta = zeta * (u * change + u_dot)
+        drive = gw_dot * p
+        rest = gw * p + gw_dot * p_dot - sigma * drive - mu
+        drive -= back
+        gp = gw * share + gw_dot * (delta - share * sigma)
+        gp_dot = gw_dot * share
+        ga = drive * delta + rest * share
+        ga_dot = drive * share
+        gu = (drive * change + rest) * zeta
+        gu_dot = drive * zeta
+        if NORM == 1:
+            at_top = tl.load(best + row, mask=mask, other=-1) == e[:, None]
+            ga -= tl.where(at_top, mu * eps / t, 0.0)
+            ga_dot -= tl.where(at_top, back * eps / t, 0.0)
+    else:
+        f, slope, bend = _gate(a, NORM)
+        f_dot = slope * a_dot
+        ga_dot = gw_dot * slope * u * p
+        ga = gw * slope * u * p + gw_dot * (bend * a_dot * u * p + slope * (u_dot * p + u * p_dot))
+        gp_dot = gw_dot * f * u
+        gp = gw * f * u + gw_dot * (f_dot * u + f * u_dot)
+        gu_dot = gw_dot * f * p
+        gu = gw * f * p + gw_dot * (f_dot * p + f * p_dot)
+    tl.store(grad_features + gate_at, ga * x + ga_dot * x_dot, mask=mask)
+    tl.store(grad_features_dot + gate_at, ga_dot * x, mask=mask)
+    tl.store(grad_features + gate_at + H, gp, mask=mask)
+    tl.store(grad_features_dot + gate_at + H, gp_dot, mask=mask)
+    tl.store(pair + at, (ga * g + ga_dot * g_dot) * inverse_root, mask=mask)
+    tl.store(pair_dot + at, ga_dot * g * inverse_root, mask=mask)
+    tl.store(grad_envelope + e, tl.sum(tl.where(mask, gu, 0.0), axis=1), mask=in_e)
+    tl.store(grad_envelope_dot + e, tl.sum(tl.where(mask, gu_dot, 0.0), axis=1), mask=in_e)
+
+
+@triton.jit
+def aggregate_tangent_kernel(
+    weight, weight_dot, scale, scale_dot, value, value_dot, source, row_ptr, out, R, H,
+    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """out[i, b, r, h] = sum over edges e of i of (w' s_b + w s_b') v[source(e), r, h] + w s_b v'[source(e), r, h]."""
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    in_h = h < H
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    dtype = out.dtype.element_ty
+    a0 = tl.zeros([RA, BH], dtype=dtype)
+    if B == 3:
+        a1 = tl.zeros([RA, BH], dtype=dtype)
+        a2 = tl.zeros([RA, BH], dtype=dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        b0 = tl.zeros([RB, BH], dtype=dtype)
+        if B == 3:
+            b1 = tl.zeros([RB, BH], dtype=dtype)
+            b2 = tl.zeros([RB, BH], dtype=dtype)
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        j = tl.load(source + e).to(tl.int64)
+        w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
+        w_dot = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0)
+        s0 = tl.load(scale + e * B)
+        t0 = tl.load(scale_dot + e * B)
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+            t1 = tl.load(scale_dot + e * B + 1)
+            t2 = tl.load(scale_dot + e * B + 2)
+        # x: what s multiplies; y: what s' multiplies
+        y = tl.load(value + j * R * H + at_a, mask=mask_a, other=0.0)
+        x = y * w_dot[None, :] + tl.load(value_dot + j * R * H + at_a, mask=mask_a, other=0.0) * w[None, :]
+        y = y * w[None, :]
+        a0 += s0 * x + t0 * y
+        if B == 3:
+            a1 += s1 * x + t1 * y
+            a2 += s2 * x + t2 * y
+        if RB > 0:
+            y = tl.load(value + j * R * H + at_b, mask=mask_b, other=0.0)
+            x = y * w_dot[None, :] + tl.load(value_dot + j * R * H + at_b, mask=mask_b, other=0.0) * w[None, :]
+            y = y * w[None, :]
+            b0 += s0 * x + t0 * y
+            if B == 3:
+                b1 += s1 * x + t1 * y
+                b2 += s2 * x + t2 * y
+    base = out + i * B * R * H
+    tl.store(base + at_a, a0, mask=mask_a)
+    if B == 3:
+        tl.store(base + R * H + at_a, a1, mask=mask_a)
+        tl.store(base + 2 * R * H + at_a, a2, mask=mask_a)
+    if RB > 0:
+        tl.store(base + at_b, b0, mask=mask_b)
+        if B == 3:
+            tl.store(base + R * H + at_b, b1, mask=mask_b)
+            tl.store(base + 2 * R * H + at_b, b2, mask=mask_b)
+
+
+@triton.jit
+def message_second_kernel(
+    value, value_dot, grad, weight, weight_dot, scale, scale_dot, source, row_ptr,
+    grad_weight, grad_weight_dot, grad_scale, sum_dot, sum_both, E, R, H,
+    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of <g, aggregate_tangent_kernel> by weight, weight_dot [E, H], scale and scale_dot.
+
+    With D_b = <v, g_b>, D_b' = <v', g_b> of every edge and head: by w' sum_b s_b D_b; by w sum_b s_b' D_b + s_b D_b';
+    by s_b' sum_h w D_b; by s_b sum_h w' D_b + w D_b'. The last two go to grad_scale [tiles of heads, E, 2 B] (s, then
+    s'), of which the heads of a tile are the sum (SCALE). sum_dot, sum_both: [n, H], sums over the receiver's edges of
+    (by w') w, and of (by w') w' + (by w) w.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    h = tile * BH + tl.arange(0, BH)
+    in_h = h < H
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    base = grad + i * B * R * H
+    a0 = tl.load(base + at_a, mask=mask_a, other=0.0)
+    if B == 3:
+        a1 = tl.load(base + R * H + at_a, mask=mask_a, other=0.0)
+        a2 = tl.load(base + 2 * R * H + at_a, mask=mask_a, other=0.0)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        b0 = tl.load(base + at_b, mask=mask_b, other=0.0)
+        if B == 3:
+            b1 = tl.load(base + R * H + at_b, mask=mask_b, other=0.0)
+            b2 = tl.load(base + 2 * R * H + at_b, mask=mask_b, other=0.0)
+    dot_sum = tl.zeros([BH], dtype=grad.dtype.element_ty)
+    both_sum = dot_sum
+    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
+        j = tl.load(source + e).to(tl.int64)
+        x = tl.load(value + j * R * H + at_a, mask=mask_a, other=0.0)
+        y = tl.load(value_dot + j * R * H + at_a, mask=mask_a, other=0.0)
+        d0 = tl.sum(x * a0, axis=0)
+        f0 = tl.sum(y * a0, axis=0)
+        if B == 3:
+            d1 = tl.sum(x * a1, axis=0)
+            d2 = tl.sum(x * a2, axis=0)
+            f1 = tl.sum(y * a1, axis=0)
+            f2 = tl.sum(y * a2, axis=0)
+        if RB > 0:
+            x = tl.load(value + j * R * H + at_b, mask=mask_b, other=0.0)
+            y = tl.load(value_dot + j * R * H + at_b, mask=mask_b, other=0.0)
+            d0 += tl.sum(x * b0, axis=0)
+            f0 += tl.sum(y * b0, axis=0)
+            if B == 3:
+                d1 += tl.sum(x * b1, axis=0)
+                d2 += tl.sum(x * b2, axis=0)
+                f1 += tl.sum(y * b1, axis=0)
+                f2 += tl.sum(y * b2, axis=0)
+        w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
+        w_dot = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0)
+        s0 = tl.load(scale + e * B)
+        by_dot = s0 * d0
+        by = tl.load(scale_dot + e * B) * d0 + s0 * f0
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+            by_dot += s1 * d1 + s2 * d2
+            by += tl.load(scale_dot + e * B + 1) * d1 + s1 * f1
+            by += tl.load(scale_dot + e * B + 2) * d2 + s2 * f2
+        tl.store(grad_weight_dot + e * H + h, by_dot, mask=in_h)
+        tl.store(grad_weight + e * H + h, by, mask=in_h)
+        dot_sum += by_dot * w
+        both_sum += by_dot * w_dot + by * w
+        if SCALE:
+            to = grad_scale + (tile.to(tl.int64) * E + e) * (2 * B)
+            tl.store(to, tl.sum(w_dot * d0 + w * f0, axis=0))
+            tl.store(to + B, tl.sum(w * d0, axis=0))
+            if B == 3:
+                tl.store(to + 1, tl.sum(w_dot * d1 + w * f1, axis=0))
+                tl.store(to + 2, tl.sum(w_dot * d2 + w * f2, axis=0))
+                tl.store(to + 4, tl.sum(w * d1, axis=0))
+                tl.store(to + 5, tl.sum(w * d2, axis=0))
+    tl.store(sum_dot + i * H + h, dot_sum, mask=in_h)
+    tl.store(sum_both + i * H + h, both_sum, mask=in_h)
+
+
+@triton.jit
+def aggregate_transposed_second_kernel(
+    weight, weight_dot, scale, scale_dot, grad, target, order, order_ptr, senders, out, R, H,
+    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of <g, aggregate_tangent_kernel> by value.
+
+    out[j, r, h] = sum over edges e from sender j of sum_b (w' s_b + w s_b') g[target(e), b, r, h]. ACCUMULATE: add to
+    row senders[j] of ``out`` instead of writing row j.
+    """
+    j = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    in_h = h < H
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    dtype = out.dtype.element_ty
+    acc_a = tl.zeros([RA, BH], dtype=dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        acc_b = tl.zeros([RB, BH], dtype=dtype)
+    for t in range(tl.load(order_ptr + j), tl.load(order_ptr + j + 1)):
+        e = tl.load(order + t).to(tl.int64)
+        i = tl.load(target + e).to(tl.int64)
+        w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
+        w_dot = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0)
+        base = grad + i * B * R * H
+        c0 = tl.load(scale + e * B) * w_dot + tl.load(scale_dot + e * B) * w
+        acc_a += c0[None, :] * tl.load(base + at_a, mask=mask_a, other=0.0)
+        if B == 3:
+            c1 = tl.load(scale + e * B + 1) * w_dot + tl.load(scale_dot + e * B + 1) * w
+            c2 = tl.load(scale + e * B + 2) * w_dot + tl.load(scale_dot + e * B + 2) * w
+            acc_a += c1[None, :] * tl.load(base + R * H + at_a, mask=mask_a, other=0.0)
+            acc_a += c2[None, :] * tl.load(base + 2 * R * H + at_a, mask=mask_a, other=0.0)
+        if RB > 0:
+            acc_b += c0[None, :] * tl.load(base + at_b, mask=mask_b, other=0.0)
+            if B == 3:
+                acc_b += c1[None, :] * tl.load(base + R * H + at_b, mask=mask_b, other=0.0)
+                acc_b += c2[None, :] * tl.load(base + 2 * R * H + at_b, mask=mask_b, other=0.0)
+    row = j
+    if ACCUMULATE:
+        row = tl.load(senders + j).to(tl.int64)
+        acc_a += tl.load(out + row * R * H + at_a, mask=mask_a, other=0.0)
+        if RB > 0:
+            acc_b += tl.load(out + row * R * H + at_b, mask=mask_b, other=0.0)
+    tl.store(out + row * R * H + at_a, acc_a, mask=mask_a)
+    if RB > 0:
+        tl.store(out + row * R * H + at_b, acc_b, mask=mask_b)
+
+
+@triton.jit
+def pair_sum_second_kernel(
+    weight, x, weight_dot, x_dot, index, order, ptr, rows, out, H, S,
+    BH: tl.constexpr, BS: tl.constexpr, ORDERED: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """out[n, h, s] = sum over t in ptr[n]..ptr[n+1] of weight[e, h] x[index(e), h, s] + weight_dot[e, h] x_dot[...].
+
+    Edges e and ACCUMULATE as in ``kernel.pair_sum_kernel``.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    s = tl.arange(0, BS)
+    at = h[:, None] * S + s[None, :]
+    in_h = h < H
+    mask = in_h[:, None] & (s[None, :] < S)
+    total = tl.zeros([BH, BS], dtype=out.dtype.element_ty)
+    for t in range(tl.load(ptr + n), tl.load(ptr + n + 1)):
+        e = t
+        if ORDERED:
+            e = tl.load(order + t).to(tl.int64)
+        i = tl.load(index + e).to(tl.int64)
+        w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
+        total += w[:, None] * tl.load(x + i * H * S + at, mask=mask, other=0.0)
+        w = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0)
+        total += w[:, None] * tl.load(x_dot + i * H * S + at, mask=mask, other=0.0)
+    row = n
+    if ACCUMULATE:
+        row = tl.load(rows + n).to(tl.int64)
+        total += tl.load(out + row * H * S + at, mask=mask, other=0.0)
+    tl.store(out + row * H * S + at, total, mask=mask)

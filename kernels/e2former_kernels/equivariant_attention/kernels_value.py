@@ -1,0 +1,242 @@
+r"""Triton kernels of the attention's value: neighbours are streamed. First derivative: ``kernels_reverse.py``.
+
+Layout: a value row of C channels with head c mod H is a [C/H, H] matrix, so the value of an atom is a [R, H] matrix,
+R = (lmax+1)^2 C/H, and a head's weight multiplies a column. B directions (3: order 1; 1: a plain weighted sum). A
+program has one atom and BH heads, so nothing crosses a warp but sums over heads; its rows are split in RA + RB
+(``common/tiles.py``).
+
+Features of an edge are the gate g (columns 0 to H) and the head's input p (columns H to 2H) of the radial network: an
+array [E, 2H], or with TABLE a spline (``radial/table.py``) at row ``row[e]``, position ``position[e]``.
+Scores are a = g <q, k> / sqrt(S); weights w = z u p / t with z = exp(a - m) for the softmax norms (NORM 0 smooth,
+1 molfm), w = f(a) u p for 2 softplus and 3 sigmoid.
+
+With HALF the rows that programs gather are float16 (``common/half.py``); what is called *_factor has a number for each
+of their atoms.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from e2former_kernels.common.half import Rows, half_rows, new_rows
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.radial.table import feature, load
+
+
+@triton.jit
+def sigmoid(a):
+    """1 / (1 + exp(-a))."""
+    return 1.0 / (1.0 + tl.exp(-a))
+
+
+@triton.jit
+def softplus(a):
+    """log(1 + exp(a))."""
+    return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+
+
+@triton.jit
+def score_kernel(
+    query, query_factor, key, key_factor, features, row, position, envelope, source, row_ptr, score, top, total,
+    inverse_root, eps,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    BH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """score[e, h] = a for the edges of one receiver, and the softmax's shift and sum, top and total [n, H].
+
+    Edges are taken BE at a time, so that as many keys are on their way.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    s = tl.arange(0, BS)
+    in_h = h < H
+    at = h[:, None] * S + s[None, :]
+    mask = in_h[:, None] & (s[None, :] < S)
+    first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
+    dtype = score.dtype.element_ty
+    q = tl.load(query + i * H * S + at, mask=mask, other=0.0).to(dtype)
+    if HALF:
+        inverse_root *= tl.load(query_factor + i)
+    m = tl.zeros([BH], dtype=dtype)
+    if NORM == 1:
+        m = m - float("inf")
+    t = tl.zeros([BH], dtype=dtype)
+    for begin in range(first, last, BE):
+        e = begin + tl.arange(0, BE)
+        here = e < last
+        j = tl.load(source + e, mask=here, other=0).to(tl.int64)
+        both = here[:, None] & in_h[None, :]
+        k = tl.load(
+            key + j[:, None, None] * (H * S) + at[None, :, :], mask=here[:, None, None] & mask[None, :, :], other=0.0
+        )
+        a = tl.sum(q[None, :, :] * k.to(dtype), axis=2) * inverse_root
+        if HALF:
+            a *= tl.load(key_factor + j, mask=here, other=0.0)[:, None]
+        if TABLE:
+            at_row = features + tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None] * (4 * H) + h[None, :]
+            f = tl.load(position + e, mask=here, other=0.0)[:, None]
+            v0 = tl.load(at_row, mask=both, other=0.0)
+            s0 = tl.load(at_row + 2 * H, mask=both, other=0.0)
+            v1 = tl.load(at_row + 4 * H, mask=both, other=0.0)
+            s1 = tl.load(at_row + 6 * H, mask=both, other=0.0)
+            a *= v0 + f * f * (3.0 - 2.0 * f) * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
+        else:
+            a *= tl.load(features + e[:, None] * (2 * H) + h[None, :], mask=both, other=0.0)
+        tl.store(score + e[:, None] * H + h[None, :], a, mask=both)
+        if NORM <= 1:
+            u = tl.load(envelope + e, mask=here, other=0.0)
+            known = tl.where(here[:, None], a, -float("inf"))
+            shift = tl.maximum(m, tl.max(known, axis=0))
+            t = t * tl.exp(m - shift) + tl.sum(tl.exp(known - shift[None, :]) * u[:, None], axis=0)
+            m = shift
+    if NORM <= 1:
+        if NORM == 0:
+            t += eps * tl.exp(-m)
+        else:
+            t += eps
+        tl.store(top + i * H + h, m, mask=in_h)
+        tl.store(total + i * H + h, t, mask=in_h)
+
+
+@triton.jit
+def attend_kernel(
+    score, features, row, position, envelope, scale, value, value_factor, source, row_ptr, top, total, out,
+    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out[i, b, r, h] = sum over the edges e of i of w[e, h] scale[e, b] value[source(e), r, h], [n, B, R, H]."""
+    MASKED: tl.constexpr = H % BH != 0
+    MASKED_B: tl.constexpr = MASKED or RA + RB != R
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
+    in_h = h < H
+    ra = tl.arange(0, RA)
+    at_a = ra[:, None] * H + h[None, :]
+    mask_a = (ra[:, None] < R) & in_h[None, :]
+    dtype = out.dtype.element_ty
+    a0 = tl.zeros([RA, BH], dtype=dtype)
+    if B == 3:
+        a1 = tl.zeros([RA, BH], dtype=dtype)
+        a2 = tl.zeros([RA, BH], dtype=dtype)
+    if RB > 0:
+        rb = RA + tl.arange(0, RB)
+        at_b = rb[:, None] * H + h[None, :]
+        mask_b = (rb[:, None] < R) & in_h[None, :]
+        b0 = tl.zeros([RB, BH], dtype=dtype)
+        if B == 3:
+            b1 = tl.zeros([RB, BH], dtype=dtype)
+            b2 = tl.zeros([RB, BH], dtype=dtype)
+    if NORM <= 1:
+        m = load(top + i * H + h, in_h, MASKED)
+        inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
+    for e in tl.range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1), loop_unroll_factor=UNROLL):
+        j = tl.load(source + e).to(tl.int64)
+        base = value + j * (R * H)
+        x = load(base + at_a, mask_a, MASKED)
+        if RB > 0:
+            y = load(base + at_b, mask_b, MASKED_B)
+        a = load(score + e * H + h, in_h, MASKED)
+        w = tl.load(envelope + e) * feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+        if NORM <= 1:
+            w = w * tl.exp(a - m) * inv
+        elif NORM == 2:
+            w = w * softplus(a)
+        else:
+            w = w * sigmoid(a)
+        if HALF:
+            w *= tl.load(value_factor + j)
+        x = x.to(dtype) * w[None, :]
+        s0 = tl.load(scale + e * B)
+        a0 += s0 * x
+        if B == 3:
+            s1 = tl.load(scale + e * B + 1)
+            s2 = tl.load(scale + e * B + 2)
+            a1 += s1 * x
+            a2 += s2 * x
+        if RB > 0:
+            y = y.to(dtype) * w[None, :]
+            b0 += s0 * y
+            if B == 3:
+                b1 += s1 * y
+                b2 += s2 * y
+    base = out + i * (B * R * H)
+    tl.store(base + at_a, a0, mask=mask_a)
+    if B == 3:
+        tl.store(base + R * H + at_a, a1, mask=mask_a)
+        tl.store(base + 2 * R * H + at_a, a2, mask=mask_a)
+    if RB > 0:
+        tl.store(base + at_b, b0, mask=mask_b)
+        if B == 3:
+            tl.store(base + R * H + at_b, b1, mask=mask_b)
+            tl.store(base + 2 * R * H + at_b, b2, mask=mask_b)
+
+
+@triton.jit
+def contract_kernel(
+    matrix, x, out, P, K, C, PP: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """out[n, p, c] = sum_k matrix[p, k] x[n, k, c] for a small matrix: the Clebsch-Gordan contraction of one atom."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    p, k = tl.arange(0, PP), tl.arange(0, KP)
+    a = tl.load(matrix + p[:, None] * K + k[None, :], mask=(p[:, None] < P) & (k[None, :] < K), other=0.0)
+    inside = c[None, :] < C
+    b = tl.load(x + n * K * C + k[:, None] * C + c[None, :], mask=(k[:, None] < K) & inside, other=0.0)
+    y = tl.dot(a, b.to(a.dtype), input_precision=PRECISION, out_dtype=a.dtype).to(out.dtype.element_ty)
+    tl.store(out + n * P * C + p[:, None] * C + c[None, :], y, mask=(p[:, None] < P) & inside)
+
+
+@triton.jit
+def contract_rows_kernel(
+    matrix, x, out, out_factor, P, K, C, PP: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The result of contract_kernel as float16 rows with their factor (common/half.py); a program has all channels."""
+    n = tl.program_id(0).to(tl.int64)
+    c, p, k = tl.arange(0, BC), tl.arange(0, PP), tl.arange(0, KP)
+    a = tl.load(matrix + p[:, None] * K + k[None, :], mask=(p[:, None] < P) & (k[None, :] < K), other=0.0)
+    b = tl.load(x + n * K * C + k[:, None] * C + c[None, :], mask=(k[:, None] < K) & (c[None, :] < C), other=0.0)
+    y = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
+    top = tl.max(tl.abs(y))
+    top = tl.where(top > 0.0, top, 1.0)
+    inside = (p[:, None] < P) & (c[None, :] < C)
+    tl.store(out + n * P * C + p[:, None] * C + c[None, :], (y / top).to(tl.float16), mask=inside)
+    tl.store(out_factor + n, top)
+
+
+def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> None:
+    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous; x and out may be float16.
+
+    precision: ``input_precision`` of ``tl.dot``.
+    """
+    nodes, inner, channels = x.shape
+    if not out.numel():
+        return
+    block = min(max(next_power(channels), 16), 128)
+    contract_kernel[nodes, triton.cdiv(channels, block)](
+        matrix, x, out, matrix.shape[0], inner, channels,
+        PP=max(next_power(matrix.shape[0]), 16), KP=max(next_power(inner), 16), BC=block,
+        PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+
+
+LARGEST_CONTRACTION = 1 << 15  # numbers that one program holds, 128 a thread
+
+
+def contract_rows(matrix: Tensor, x: Tensor, precision: str) -> Rows:
+    """:func:`launch_contract` to float16 rows [n, P, C] with factors [n]; matrix and x are float32."""
+    nodes, inner, channels = x.shape
+    paths = matrix.shape[0]
+    block, padded = max(next_power(channels), 16), max(next_power(paths), 16)
+    if block * padded > LARGEST_CONTRACTION:
+        out = x.new_empty(nodes, paths, channels)
+        launch_contract(matrix, x, out, precision)
+        return half_rows(out)
+    rows = new_rows(x, nodes, paths, channels)
+    if rows.numbers.numel():
+        contract_rows_kernel[(nodes,)](
+            matrix, x, *rows, paths, inner, channels, PP=padded, KP=max(next_power(inner), 16), BC=block,
+            PRECISION=precision, num_warps=8 if block * padded > 4096 else 4,
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,51 @@
+"""Rows of a feature and their degrees, and the linear map of each degree in plain PyTorch.
+
+Degree l takes rows l^2 .. (l+1)^2 - 1 (docs/network.md, section 1.3). Where some rows are meant, products with zeros
+and ones stand here: slices would be copies in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def degree_of_row(degrees: int, device: torch.device) -> Tensor:
+    """The degree of every row, [degrees^2] int64: 0, 1, 1, 1, 2, ..."""
+    return torch.tensor([l for l in range(degrees) for _ in range(2 * l + 1)], device=device)
+
+
+def scalar_row(x: Tensor) -> Tensor:
+    """1 for the row of degree 0, else 0: [M, 1], for x [N, M, ...]."""
+    return torch.tensor([1.0] + [0.0] * (x.shape[1] - 1), dtype=x.dtype, device=x.device).unsqueeze(-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return degree_of_row(degrees, device)
+
+
+def so3_rows(weight: Tensor) -> Tensor:
+    """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several runs."""
+    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
+
+
+def so3_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r""":math:`y_{l m o} = \sum_c W^l_{o c} x_{l m c} + \delta_{l 0} b_o` (docs/network.md, equation 5.1).
+
+    Args:
+        x: [N, (L+1)^2, I].
+        weight: W, [L+1, O, I].
+        bias: b, [O].
+
+    Returns:
+        y, [N, (L+1)^2, O].
+    """
+    rows = weight.index_select(0, degree_of_row(weight.shape[0], x.device))
+    y = torch.bmm(x.transpose(0, 1), rows.transpose(1, 2))
+    if bias is not None:
+        y = y + bias * scalar_row(x).unsqueeze(-1)
+    return y.transpose(0, 1)

@@ -1,0 +1,251 @@
+"""Triton kernels between the matrix products of the invariants, in float32 and with float16 products.
+
+With TANGENT they take along the derivative of everything in a given direction of h (T = 2: value, tangent), else T = 1.
+The half kernels read products of float16 rows and write such rows with their factors (``common/half.py``).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
+def invariants_kernel(
+    both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr
+):  # fmt: skip
+    """s[n, l, g] = sum over m of degree l of (P[m, n, g] + delta_l0 b[g]) P[m, n, G + g], and its tangent.
+
+    both: P, [T, M, N, 2 G]; out: [2, T, N, D, W], the first half of the columns g (query) before the second (key).
+    """
+    n = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1) * BG + tl.arange(0, BG)
+    inside = g < G
+    step = N.to(tl.int64) * 2 * G
+    b = tl.load(bias + g, mask=inside, other=0.0)
+    width = G // 2
+    half = g // width
+    T = 1
+    if TANGENT:
+        T = 2
+    column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
+    for l in tl.static_range(D):
+        total = tl.zeros([BG], dtype=out.dtype.element_ty)
+        total_dot = tl.zeros([BG], dtype=out.dtype.element_ty)
+        for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+            at = both + m * step + n * 2 * G + g
+            first = tl.load(at, mask=inside, other=0.0)
+            second = tl.load(at + G, mask=inside, other=0.0)
+            if l == 0:
+                first += b
+            total += first * second
+            if TANGENT:
+                at += D * D * step
+                total_dot += tl.load(at, mask=inside, other=0.0) * second
+                total_dot += first * tl.load(at + G, mask=inside, other=0.0)
+        tl.store(out + column + l * width, total, mask=inside)
+        if TANGENT:
+            tl.store(out + column + (N.to(tl.int64) * D + l) * width, total_dot, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
+def invariants_backward_kernel(
+    both, bias, grad, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr
+):  # fmt: skip
+    """In place: P becomes the gradient by P. both, grad: as input and output of invariants_kernel.
+
+    Without WEIGHTS the tangent's part of P, which then nobody needs the gradient of, stays.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1) * BG + tl.arange(0, BG)
+    inside = g < G
+    step = N.to(tl.int64) * 2 * G
+    b = tl.load(bias + g, mask=inside, other=0.0)
+    width = G // 2
+    half = g // width
+    T = 1
+    if TANGENT:
+        T = 2
+    column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
+    for l in tl.static_range(D):
+        s = tl.load(grad + column + l * width, mask=inside, other=0.0)
+        if TANGENT:
+            s_dot = tl.load(grad + column + (N.to(tl.int64) * D + l) * width, mask=inside, other=0.0)
+        for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+            at = both + m * step + n * 2 * G + g
+            first = tl.load(at, mask=inside, other=0.0)
+            second = tl.load(at + G, mask=inside, other=0.0)
+            if l == 0:
+                first += b
+            to_first = s * second
+            to_second = s * first
+            if TANGENT:
+                at_dot = at + D * D * step
+                to_first += s_dot * tl.load(at_dot + G, mask=inside, other=0.0)
+                to_second += s_dot * tl.load(at_dot, mask=inside, other=0.0)
+                if WEIGHTS:
+                    tl.store(at_dot, s_dot * second, mask=inside)
+                    tl.store(at_dot + G, s_dot * first, mask=inside)
+            tl.store(at, to_first, mask=inside)
+            tl.store(at + G, to_second, mask=inside)
+
+
+@triton.jit
+def _one_if_zero(top):
+    return tl.where(top > 0.0, top, 1.0)
+
+
+@triton.jit
+def _degree_sum(both, g, inside, b, step, G, factor, L: tl.constexpr):
+    """Sum over the orders of degree L of the products of both factors."""
+    total = 0.0 * b
+    for m in tl.static_range(L * L, (L + 1) * (L + 1)):
+        first = tl.load(both + m * step + g, mask=inside, other=0.0).to(tl.float32) * factor
+        second = tl.load(both + m * step + G + g, mask=inside, other=0.0).to(tl.float32) * factor
+        if L == 0:
+            first += b
+        total += first * second
+    return total
+
+
+@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
+def half_invariants_kernel(
+    both, bias, out, out_factor, rows, degrees, N, G, D: tl.constexpr, BG: tl.constexpr
+):  # fmt: skip
+    """s[n, l, g] of one node as in invariants_kernel, as rows out [2, N, D, W] (query, key), and factors [2, N].
+
+    Sums are made twice, to know the largest before any is stored: the second time P comes from a cache.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    nodes = N.to(tl.int64)
+    g = tl.arange(0, BG)
+    inside = g < G
+    step = nodes * 2 * G
+    b = tl.load(bias + g, mask=inside, other=0.0)
+    width = G // 2
+    of_key = g >= width
+    row = tl.load(rows + n)
+    at = both + n * 2 * G
+    top = 0.0 * b
+    for l in tl.static_range(D):
+        top = tl.maximum(top, tl.abs(_degree_sum(at, g, inside, b, step, G, row * tl.load(degrees + l), l)))
+    query_top = _one_if_zero(tl.max(tl.where(of_key, 0.0, top), axis=0))
+    key_top = _one_if_zero(tl.max(tl.where(of_key, top, 0.0), axis=0))
+    tl.store(out_factor + n, query_top)
+    tl.store(out_factor + nodes + n, key_top)
+    inverse = 1.0 / tl.where(of_key, key_top, query_top)
+    to = out + tl.where(of_key, (nodes + n) * D * width + g - width, n * D * width + g)
+    for l in tl.static_range(D):
+        total = _degree_sum(at, g, inside, b, step, G, row * tl.load(degrees + l), l)
+        tl.store(to + l * width, (total * inverse).to(tl.float16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def half_invariants_backward_kernel(
+    both, bias, grad, grad_factor, weights, rows, degrees, largest, bounds, N, G, smallest,
+    D: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """In place: P becomes the gradient by P over bounds[n], the largest that it can be.
+
+    grad: [2, N, D, W], products with factors grad_factor [2, N] and weights [2]. largest: two numbers a, b; products of
+    a node are at most a rows[n] + b.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    nodes = N.to(tl.int64)
+    g = tl.arange(0, BG)
+    inside = g < G
+    step = nodes * 2 * G
+    b = tl.load(bias + g, mask=inside, other=0.0)
+    width = G // 2
+    of_key = g >= width
+    row = tl.load(rows + n)
+    by_query = tl.load(grad_factor + n) * tl.load(weights)
+    by_key = tl.load(grad_factor + nodes + n) * tl.load(weights + 1)
+    scale = tl.where(of_key, by_key, by_query)
+    column = grad + tl.where(of_key, (nodes + n) * D * width + g - width, n * D * width + g)
+    top = 0.0 * b
+    for l in tl.static_range(D):
+        top = tl.maximum(top, tl.abs(tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale))
+    bound = tl.max(top, axis=0) * (tl.load(largest) * row + tl.load(largest + 1))
+    bound = tl.maximum(bound, smallest)
+    tl.store(bounds + n, bound)
+    inverse = 1.0 / bound
+    for l in tl.static_range(D):
+        factor = row * tl.load(degrees + l)
+        # over the bound first: that is finite where products of large numbers are not
+        s = tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale * inverse
+        for m in tl.static_range(l * l, (l + 1) * (l + 1)):
+            at = both + m * step + n * 2 * G + g
+            first = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
+            second = tl.load(at + G, mask=inside, other=0.0).to(tl.float32) * factor
+            if l == 0:
+                first += b
+            tl.store(at, (s * second).to(tl.float16), mask=inside)
+            tl.store(at + G, (s * first).to(tl.float16), mask=inside)
+
+
+@triton.jit
+def _normal(x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS: tl.constexpr):
+    """LayerNorm of rows n of a group's products without and with its affine map, the inverse deviation, and gamma."""
+    here = (n[:, None] < N) & (c[None, :] < W)
+    inside = c < W
+    factor = tl.load(x_factor + first + n, mask=n < N, other=0.0) * tl.load(weights + group)
+    at = x + first * W + n[:, None] * W + c[None, :]
+    v = tl.load(at, mask=here, other=0.0).to(tl.float32) * factor[:, None]
+    v = tl.where(here, v + tl.load(bias + group * W + c, mask=inside, other=0.0)[None, :], 0.0)
+    v = tl.where(here, v - (tl.sum(v, axis=1) / W)[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / W + EPS)
+    normal = v * inverse[:, None]
+    gamma = tl.load(norm_weight + group * W + c, mask=inside, other=0.0)[None, :]
+    t = normal * gamma + tl.load(norm_bias + group * W + c, mask=inside, other=0.0)[None, :]
+    return normal, t, inverse, gamma
+
+
+@triton.jit
+def _store_rows(y, out, out_factor, n, c, W, E):
+    """Rows as float16 with their factor."""
+    top = _one_if_zero(tl.max(tl.abs(y), axis=1))
+    here = (n[:, None] < E) & (c[None, :] < W)
+    tl.store(out + n[:, None] * W + c[None, :], (y / top[:, None]).to(tl.float16), mask=here)
+    tl.store(out_factor + n, top, mask=n < E)
+
+
+@triton.jit
+def half_layer_kernel(
+    x, x_factor, weights, bias, norm_weight, norm_bias, out, out_factor, N, W,
+    EPS: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """SiLU(LN(x + b)) of products x [2, N, W] with factors x_factor [2, N] and weights [2]; rows out with factors."""
+    group = tl.program_id(1)
+    n = (tl.program_id(0) * BE + tl.arange(0, BE)).to(tl.int64)
+    c = tl.arange(0, BW)
+    first = group.to(tl.int64) * N
+    _, t, _, _ = _normal(
+        x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS
+    )  # fmt: skip
+    y = t / (1.0 + tl.exp(-t))
+    _store_rows(y, out + first * W, out_factor + first, n, c, W, N)
+
+
+@triton.jit
+def half_layer_backward_kernel(
+    grad, grad_factor, grad_weights, x, x_factor, weights, bias, norm_weight, norm_bias, out, out_factor, N, W,
+    EPS: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """Gradient by x of half_layer_kernel's result, as rows with factors; grad: products, with factors as x has."""
+    group = tl.program_id(1)
+    n = (tl.program_id(0) * BE + tl.arange(0, BE)).to(tl.int64)
+    c = tl.arange(0, BW)
+    first = group.to(tl.int64) * N
+    normal, t, inverse, gamma = _normal(
+        x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS
+    )  # fmt: skip
+    sigmoid = 1.0 / (1.0 + tl.exp(-t))
+    at = n[:, None] * W + c[None, :]
+    here = (n[:, None] < N) & (c[None, :] < W)
+    a = tl.load(grad + first * W + at, mask=here, other=0.0).to(tl.float32)
+    a *= (tl.load(grad_factor + first + n, mask=n < N, other=0.0) * tl.load(grad_weights + group))[:, None]
+    a *= sigmoid * (1.0 + t * (1.0 - sigmoid)) * gamma
+    a -= (tl.sum(a, axis=1) / W)[:, None] + normal * (tl.sum(a * normal, axis=1) / W)[:, None]
+    y = tl.where(here, a * inverse[:, None], 0.0)
+    _store_rows(y, out + first * W, out_factor + first, n, c, W, N)

@@ -1,0 +1,183 @@
+"""Radial networks: a distance and two elements -> a few hundred numbers for every edge (docs/network.md, section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from e2former_kernels.common.checks import check_shape
+from e2former_kernels.common.envelope import envelope
+
+
+class _TableRows(torch.autograd.Function):
+    """Rows of a small table; the gradient on a GPU is a matrix product with the one-hot index, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = table.shape[0]
+        return table.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (index,) = ctx.saved_tensors
+        return _TableSums.apply(grad, index, ctx.rows), None
+
+
+class _TableSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, index: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return table_sums(values, index, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (index,) = ctx.saved_tensors
+        return _TableRows.apply(grad, index), None, None
+
+
+def table_sums(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Sums of the values of each row of the table, in a fixed order. values: [E, ...]; index: [E]. No gradient."""
+    if values.device.type == "cpu":  # where a scatter adds in order
+        return values.new_zeros(rows, *values.shape[1:]).index_add_(0, index, values)
+    one_hot = (index.unsqueeze(0) == torch.arange(rows, device=index.device).unsqueeze(1)).to(values.dtype)
+    return (one_hot @ values.flatten(1)).view(rows, *values.shape[1:])
+
+
+def table_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table of a hundred rows or so, with a deterministic gradient. table: [Z, ...]; index: [E]."""
+    return _TableRows.apply(table, index)
+
+
+LAYER_NORM_EPS = 1e-5
+
+
+class RadialWeights(NamedTuple):
+    r"""Weights of G radial networks that share a distance basis (docs/network.md, equations 3.5 and 3.6).
+
+    The first linear layer reads ``[phi(d); T[Z_i]; S[Z_j]]``. Its species columns are folded into one row per
+    element, so an edge costs ``n_b`` columns instead of ``n_b + 2 * embedding width``.
+    Widths: n_b basis functions, h hidden, K outputs, Z rows of the element tables.
+    """
+
+    basis: Tensor  # [G, h, n_b]
+    target_table: Tensor  # [Z, G, h], the first layer's bias included
+    source_table: Tensor  # [Z, G, h]
+    norm0_weight: Tensor | None  # [G, h]; None: no layer norms
+    norm0_bias: Tensor | None
+    hidden: Tensor  # [G, h, h]
+    hidden_bias: Tensor  # [G, h]
+    norm1_weight: Tensor | None
+    norm1_bias: Tensor | None
+    out: Tensor  # [G, K, h]
+    out_bias: Tensor  # [G, K]
+
+
+def check_radial(name: str, weights: RadialWeights, groups: int, num_basis: int, outputs: int | None = None) -> None:
+    """Raise ValueError naming the first tensor whose shape is not that of ``groups`` networks; ``outputs``: K."""
+    if weights.basis.dim() != 3 or weights.out.dim() != 3:
+        shapes = tuple(weights.basis.shape), tuple(weights.out.shape)
+        raise ValueError(f"{name}: expected basis [G, h, n_b] and out [G, K, h], got {shapes[0]} and {shapes[1]}")
+    hidden, elements = weights.basis.shape[1], weights.target_table.shape[0]
+    outputs = weights.out.shape[1] if outputs is None else outputs
+    row, table = ("G, h", (groups, hidden)), ("Z, G, h", (elements, groups, hidden))
+    expected = RadialWeights(
+        ("G, h, n_b", (groups, hidden, num_basis)), table, table, row, row, ("G, h, h", (groups, hidden, hidden)), row,
+        row, row, ("G, K, h", (groups, outputs, hidden)), ("G, K", (groups, outputs)),
+    )  # fmt: skip
+    for field, tensor, (dims, shape) in zip(RadialWeights._fields, weights, expected, strict=True):
+        if tensor is not None:
+            check_shape(f"{name}.{field}", tensor, dims, shape)
+
+
+def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:
+    r""":math:`\phi_k(d) = \exp(-\frac12 ((d-\mu_k)/(2\Delta))^2)`, :math:`\mu_k = k\Delta`,
+    :math:`\Delta = r_c/(n_b-1)` (docs/network.md, equation 3.1).
+
+    Args:
+        distance: [E], Å.
+        cutoff: r_c, Å.
+        num_basis: n_b, at least 2.
+
+    Returns:
+        [E, num_basis], no unit.
+    """
+    spacing = cutoff / (num_basis - 1)
+    centre = torch.arange(num_basis, dtype=distance.dtype, device=distance.device) * spacing
+    return torch.exp((distance.unsqueeze(-1) - centre).square() * (-0.125 / spacing**2))
+
+
+def _norm_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """SiLU, after a layer norm over the last axis where there are weights [G, h] for it: x [G, E, h]."""
+    if weight is None or bias is None:
+        return F.silu(x)
+    if weight.shape[0] == 1:
+        return F.silu(F.layer_norm(x, x.shape[-1:], weight[0], bias[0], LAYER_NORM_EPS))
+    x = F.layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
+    return F.silu(torch.addcmul(bias.unsqueeze(1), x, weight.unsqueeze(1)))
+
+
+def _hidden(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
+    """The hidden layers [G, E, h]. Groups come first: then all that is kept lies as the matrix products want it."""
+    x = table_rows(weights.target_table, target_species) + table_rows(weights.source_table, source_species)
+    first = torch.matmul(basis, weights.basis.transpose(1, 2))
+    x = _norm_silu(first + x.transpose(0, 1), weights.norm0_weight, weights.norm0_bias)
+    x = torch.baddbmm(weights.hidden_bias.unsqueeze(1), x, weights.hidden.transpose(1, 2))
+    return _norm_silu(x, weights.norm1_weight, weights.norm1_bias)
+
+
+def radial_hidden(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
+    """All of :func:`radial_network` but its last linear layer. Returns [E, G, h]."""
+    return _hidden(basis, target_species, source_species, weights).transpose(0, 1)
+
+
+def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
+    r"""``Linear(SiLU(LN(Linear(SiLU(LN(W0 [phi; T[Z_i]; S[Z_j]] + b0))))))`` for G networks at once.
+
+    docs/network.md, equation 3.5.
+
+    Args:
+        basis: [E, n_b].
+        target_species: [E], rows of the element tables, of the receivers.
+        source_species: [E], of the senders.
+        weights: of G networks with K outputs.
+
+    Returns:
+        [E, G, K].
+    """
+    x = _hidden(basis, target_species, source_species, weights)
+    return torch.baddbmm(weights.out_bias.unsqueeze(1), x, weights.out.transpose(1, 2)).transpose(0, 1)
+
+
+class EdgeGeometry(NamedTuple):
+    """distance: [E], Å. basis: [E, n_b]. envelope: [E]. The same for all layers on one graph."""
+
+    distance: Tensor
+    basis: Tensor
+    envelope: Tensor
+
+
+def edge_geometry(
+    vec: Tensor,
+    cutoff: float,
+    num_basis: int,
+    envelope_exponent: int,
+    bell: tuple[float, float] | None = None,
+) -> EdgeGeometry:
+    """Lengths, Gaussian basis and envelope of edges (docs/network.md, sections 3.1 and 3.2).
+
+    Differentiable to any order.
+
+    Args:
+        vec: [E, 3], r_i - r_j, Å.
+        cutoff: end of the basis and of the polynomial envelope, Å.
+        num_basis: n_b.
+        envelope_exponent: of the polynomial envelope.
+        bell: its two radii, Å, where the envelope is a bell.
+    """
+    distance = vec.square().sum(-1).sqrt()
+    u = envelope(distance, cutoff, envelope_exponent, bell)
+    return EdgeGeometry(distance, gaussian_basis(distance, cutoff, num_basis), u)
