@@ -7,6 +7,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -297,3 +298,11 @@ def test_batches_of_nvalchemi(checkpoint: Path, structures: dict) -> None:
             if atoms.pbc.all():
                 np.testing.assert_allclose(result["stress"][n].numpy(), atoms.get_stress(voigt=False), atol=1e-6)
             start += len(atoms)
+
+
+def test_lines_of_the_page(repo: Path, checkpoint: Path, structures: dict) -> None:
+    pytest.importorskip("nvalchemi", reason='not installed: pip install "e2former-fairchem[md]"')
+    (lines,) = re.findall(r"```python\n(.*?)```", (repo / "docs" / "md.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(lines.replace("FILE.pt", str(checkpoint)).replace('"cuda"', '"cpu"'), "md.md", "exec"), names)
+    assert names["model"].model_config.outputs == {"energy", "forces", "stress"}

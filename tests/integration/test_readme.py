@@ -12,6 +12,7 @@ import pytest
 #: Every page with Python lines, each with the test of them.
 PAGES = {
     "README.md": "test_relaxation_and_dynamics",
+    "docs/md.md": "tests/integration/test_md.py",
     "docs/own_data.md": "tests/integration/test_own_data.py",
     "docs/tutorial.md": "test_relaxation_and_dynamics",
     "docs/weights.md": "test_published_weights",
