@@ -259,7 +259,8 @@ def test_validation_sets_are_not_seen(
             atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=0 * atoms.positions)
         write_folder(molecules, elsewhere / part)
     saving = (
-        "{_target_: e2former_fairchem.training.callbacks.Checkpoints, checkpoint_every_n_steps: 9, export_to: seen.pt}"
+        "{_target_: e2former_fairchem.training.callbacks.Checkpoints, "
+        "checkpoint_every_n_steps: ${checkpoint_every}, export_to: seen.pt}"
     )
     settings = ("dataset=folders", "data_train=train", "data_val=val", "element_references=spice", "epochs=2")
     with caplog.at_level(logging.WARNING):
