@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -254,8 +255,8 @@ def test_third_derivative_is_recomputed(make, recomputed, score: str) -> None:
 @pytest.mark.parametrize("unit", [True, False])
 def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
     """The kernel's harmonics and their derivative against PyTorch."""
+    from e2former_kernels.common.harmonics import harmonic_scales
     from e2former_kernels.equivariant_attention import kernels_gate as kernel
-    from e2former_kernels.equivariant_attention.gate import harmonic_scales
 
     if device == "cuda":
         make.device, make.dtype = device, torch.float32
@@ -263,7 +264,10 @@ def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
         vec, rows = make(edges, 3), (lmax + 1) ** 2
         expected = solid_harmonics(vec / vec.norm(dim=-1, keepdim=True) if unit else vec, lmax)
         expected = expected / (4 * torch.pi) ** 0.5 if unit else expected
-        scales, out = harmonic_scales(lmax, unit, vec.dtype, vec.device), vec.new_empty(edges, rows)
+        scales, out = (
+            harmonic_scales(lmax, math.sqrt(4 * math.pi) if unit else 1.0, vec.dtype, vec.device),
+            vec.new_empty(edges, rows),
+        )
         grid, constants = (1,), {"E": edges, "L": lmax, "UNIT": unit, "BLOCK": 128}
         kernel.harmonics_kernel[grid](vec.detach(), scales, out, **constants)
         grads, given = make(3, edges, rows).detach(), make(edges, 3).detach()
@@ -278,8 +282,8 @@ def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
 @pytest.mark.parametrize("unit", [True, False])
 def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> None:
     """The harmonics' change along a change of the vectors, and the gradient of both, against PyTorch."""
+    from e2former_kernels.common.harmonics import harmonic_scales
     from e2former_kernels.equivariant_attention import kernels_gate as kernel
-    from e2former_kernels.equivariant_attention.gate import harmonic_scales
 
     def harmonics(vec: Tensor) -> Tensor:
         y = solid_harmonics(vec / vec.norm(dim=-1, keepdim=True) if unit else vec, lmax)
@@ -293,7 +297,7 @@ def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> No
         grads, given = make(3, 2, edges, rows).detach(), make(edges, 3).detach()
         (slope,) = torch.autograd.grad(expected, vec, grads.sum(0))
         scales, out, found = (
-            harmonic_scales(lmax, unit, vec.dtype, vec.device),
+            harmonic_scales(lmax, math.sqrt(4 * math.pi) if unit else 1.0, vec.dtype, vec.device),
             torch.empty_like(grads[0]),
             given.clone(),
         )

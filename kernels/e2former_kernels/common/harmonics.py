@@ -6,6 +6,7 @@ so that degree one reads (x, y, z). "Component" normalisation: the squares of on
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -54,9 +55,24 @@ def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
     for degree in range(1, lmax + 1):
         for m in range(-degree, degree + 1):
             a = abs(m)
-            scale = (2 * degree + 1) * math.factorial(degree - a) / math.factorial(degree + a) * (1 if m == 0 else 2)
-            rows.append((math.sqrt(scale) * polar[degree, a]) * (sin[a] if m < 0 else cos[a]))
+            rows.append((_scale(degree, a) * polar[degree, a]) * (sin[a] if m < 0 else cos[a]))
     return torch.stack(rows, -1)
+
+
+@functools.lru_cache(maxsize=8)
+def harmonic_scales(lmax: int, divisor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What the kernels' recurrences are multiplied by for each degree and |m|, over ``divisor``: [lmax+1, lmax+1]."""
+    table = torch.zeros(lmax + 1, lmax + 1, dtype=torch.float64)
+    for degree in range(lmax + 1):
+        for m in range(degree + 1):
+            table[degree, m] = _scale(degree, m) / divisor
+    with torch.inference_mode(False):
+        return table.to(device, dtype)
+
+
+def _scale(degree: int, m: int) -> float:
+    """The root in docs/network.md, equation 1.4, for the order ``|m|``."""
+    return math.sqrt((2 * degree + 1) * math.factorial(degree - m) / math.factorial(degree + m) * (1 if m == 0 else 2))
 
 
 @triton.jit

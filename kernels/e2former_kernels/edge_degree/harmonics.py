@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from e2former_kernels.common.envelope import polynomial, polynomial_bend
-from e2former_kernels.common.harmonics import next_order, next_order_slopes
+from e2former_kernels.common.harmonics import harmonic_scales, next_order, next_order_slopes
 from e2former_kernels.common.tiles import ceil_div
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
 
@@ -104,24 +101,12 @@ def harmonics_backward_kernel(
     tl.store(out + 3 * e + 2, u * (gz - along * z) / d + radial * z, mask=inside)
 
 
-@functools.lru_cache(maxsize=8)
-def harmonic_scales(lmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Factor of each degree and order, [lmax+1, lmax+1]."""
-    table = torch.zeros(lmax + 1, lmax + 1, dtype=torch.float64)
-    for l in range(lmax + 1):
-        for m in range(l + 1):
-            square = (2 * l + 1) * math.factorial(l - m) / math.factorial(l + m) * (1 if m == 0 else 2)
-            table[l, m] = math.sqrt(square) / AVERAGE_DEGREE
-    with torch.inference_mode(False):
-        return table.to(device, dtype)
-
-
 def weighted_harmonics(vec: Tensor, lmax: int, cutoff: float, exponent: int) -> tuple[Tensor, Tensor]:
     """Lengths [E] and u(d) Y / mean degree [E, (lmax+1)^2] of vec [E, 3], contiguous. No gradient."""
     edges = vec.shape[0]
     distance, out = vec.new_empty(edges), vec.new_empty(edges, (lmax + 1) ** 2)
     if edges:
-        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
         harmonics_kernel[(ceil_div(edges, 128),)](
             vec, scales, distance, out, edges, float(cutoff), L=lmax, P=exponent, BLOCK=128
         )
@@ -134,7 +119,7 @@ def weighted_harmonics_backward(
     """Gradient of :func:`weighted_harmonics` by vec, [E, 3]."""
     out = torch.empty_like(vec)
     if vec.shape[0]:
-        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
         harmonics_backward_kernel[(ceil_div(vec.shape[0], 128),)](
             grad.contiguous(), grad_distance.contiguous(), vec, scales, out, vec.shape[0], float(cutoff),
             L=lmax, P=exponent, BLOCK=128,
@@ -326,7 +311,7 @@ def harmonics_tangent(
     distance, distance_dot = vec.new_empty(edges), vec.new_empty(edges)
     out, out_dot = (vec.new_empty(edges, (lmax + 1) ** 2) for _ in range(2))
     if edges:
-        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
         harmonics_tangent_kernel[(ceil_div(edges, 128),)](
             vec, vec_dot, scales, distance, distance_dot, out, out_dot, edges, float(cutoff),
             L=lmax, P=exponent, BLOCK=128,
@@ -348,7 +333,7 @@ def harmonics_second(
 ) -> None:
     """Gradient of :func:`harmonics_tangent` by vec, to out [E, 3], from those by its results."""
     if vec.shape[0]:
-        scales = harmonic_scales(lmax, vec.dtype, vec.device)
+        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
         harmonics_second_kernel[(ceil_div(vec.shape[0], 128),)](
             grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, vec.shape[0], float(cutoff),
             L=lmax, P=exponent, BLOCK=128,

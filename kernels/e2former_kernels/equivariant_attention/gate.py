@@ -7,7 +7,6 @@ cuBLAS's. :class:`GateNetwork` is for weights that no gradient is asked for, :cl
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from e2former_kernels.common.harmonics import harmonic_scales
 from e2former_kernels.common.runs import EdgeChunk
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.equivariant_attention import kernels_gate as kernel
@@ -79,18 +79,6 @@ class RadialGate:
 TILE = (128, 1024)  # columns of one program of the kernels, at most, and numbers of one of its warps: 32 a thread
 
 
-@functools.lru_cache(maxsize=8)
-def harmonic_scales(lmax: int, unit: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Factor of each degree and order, [lmax+1, lmax+1]: "component" normalisation, or "integral" with ``unit``."""
-    table = torch.zeros(lmax + 1, lmax + 1, dtype=torch.float64)
-    for l in range(lmax + 1):
-        for m in range(l + 1):
-            square = (2 * l + 1) * math.factorial(l - m) / math.factorial(l + m) * (1 if m == 0 else 2)
-            table[l, m] = math.sqrt(square / (4 * math.pi) if unit else square)
-    with torch.inference_mode(False):
-        return table.to(device, dtype)
-
-
 class NetworkKept(NamedTuple):
     """What the gradient of a run takes over. scalar: products of the first linear layer, of ``qk_dot_scalar``."""
 
@@ -139,7 +127,8 @@ class GateNetwork:
         return (receivers, (self.spec.lmax + 1) * blocks), constants, blocks
 
     def _scales(self, like: Tensor) -> Tensor:
-        return harmonic_scales(self.spec.lmax, self.unit, like.dtype, like.device)
+        divisor = math.sqrt(4 * math.pi) if self.unit else 1.0
+        return harmonic_scales(self.spec.lmax, divisor, like.dtype, like.device)
 
     def _last_layers(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Weight and bias of the last layer of the head and, behind it in the same network, of the factor."""

@@ -120,18 +120,27 @@ def _norm_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return F.silu(torch.addcmul(bias.unsqueeze(1), x, weight.unsqueeze(1)))
 
 
-def _hidden(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
-    """The hidden layers [G, E, h]. Groups come first: then all that is kept lies as the matrix products want it."""
+def first_layer(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
+    """The first linear layer, [G, E, h]: groups first, then all that is kept lies as the matrix products want it."""
     x = table_rows(weights.target_table, target_species) + table_rows(weights.source_table, source_species)
-    first = torch.matmul(basis, weights.basis.transpose(1, 2))
-    x = _norm_silu(first + x.transpose(0, 1), weights.norm0_weight, weights.norm0_bias)
+    return torch.matmul(basis, weights.basis.transpose(1, 2)) + x.transpose(0, 1)
+
+
+def hidden_layers(first: Tensor, weights: RadialWeights) -> Tensor:
+    """What follows the first linear layer, up to the last: [G, E, h] both."""
+    x = _norm_silu(first, weights.norm0_weight, weights.norm0_bias)
     x = torch.baddbmm(weights.hidden_bias.unsqueeze(1), x, weights.hidden.transpose(1, 2))
     return _norm_silu(x, weights.norm1_weight, weights.norm1_bias)
 
 
+def last_layer(hidden: Tensor, weights: RadialWeights) -> Tensor:
+    """The last linear layer: [G, E, h] -> [G, E, K]."""
+    return torch.baddbmm(weights.out_bias.unsqueeze(1), hidden, weights.out.transpose(1, 2))
+
+
 def radial_hidden(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
     """All of :func:`radial_network` but its last linear layer. Returns [E, G, h]."""
-    return _hidden(basis, target_species, source_species, weights).transpose(0, 1)
+    return hidden_layers(first_layer(basis, target_species, source_species, weights), weights).transpose(0, 1)
 
 
 def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
@@ -148,8 +157,8 @@ def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor
     Returns:
         [E, G, K].
     """
-    x = _hidden(basis, target_species, source_species, weights)
-    return torch.baddbmm(weights.out_bias.unsqueeze(1), x, weights.out.transpose(1, 2)).transpose(0, 1)
+    x = hidden_layers(first_layer(basis, target_species, source_species, weights), weights)
+    return last_layer(x, weights).transpose(0, 1)
 
 
 class EdgeGeometry(NamedTuple):

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.tiles import tl, triton
-from e2former_kernels.radial.reference import LAYER_NORM_EPS, RadialWeights, gaussian_basis
+from e2former_kernels.radial.reference import RadialWeights, gaussian_basis, hidden_layers, last_layer
 
 #: Largest error of a table, relative to the largest value in it.
 TOLERANCE = 1e-6
@@ -49,21 +48,9 @@ class RadialTable(NamedTuple):
 
 def _network(distance: Tensor, rows: Tensor, weights: RadialWeights, cutoff: float, last: bool) -> Tensor:
     """The networks [n, K]; rows [G, n, h] are T[z_i] + S[z_j] of their first layer. distance: [n]."""
-
-    def activate(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if weight is None:
-            return F.silu(x)
-        centred = x - x.mean(-1, keepdim=True)
-        normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
-        return F.silu(normal * weight.unsqueeze(1) + bias.unsqueeze(1))
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.matmul(x, weight.transpose(1, 2)) + bias.unsqueeze(1)
-
-    x = torch.matmul(gaussian_basis(distance, cutoff, weights.basis.shape[-1]), weights.basis.transpose(1, 2)) + rows
-    x = activate(x, weights.norm0_weight, weights.norm0_bias)
-    x = activate(linear(x, weights.hidden, weights.hidden_bias), weights.norm1_weight, weights.norm1_bias)
-    return (linear(x, weights.out, weights.out_bias) if last else x).transpose(0, 1).flatten(1)
+    basis = gaussian_basis(distance, cutoff, weights.basis.shape[-1])
+    x = hidden_layers(torch.matmul(basis, weights.basis.transpose(1, 2)) + rows, weights)
+    return (last_layer(x, weights) if last else x).transpose(0, 1).flatten(1)
 
 
 def _on_grid(distance: Tensor, rows: Tensor, network: Callable[[Tensor, Tensor], Tensor], slope: bool) -> Tensor:
