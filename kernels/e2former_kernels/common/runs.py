@@ -22,7 +22,7 @@ from e2former_kernels.compat import will_engine_execute_node
 MIN_RUN_EDGES = 64  # however wide the network
 
 
-class EdgeChunk(NamedTuple):
+class EdgeRun(NamedTuple):
     """A run of receivers, all their edges, and the senders of those edges counted from zero.
 
     nodes, edges: slices of the receivers and of the edge list. senders: [s] atoms that send to this run, ascending,
@@ -39,7 +39,7 @@ class EdgeChunk(NamedTuple):
     row_ptr: Tensor
     order: Tensor
     order_ptr: Tensor
-    image_chunk: EdgeChunk | None = None
+    image_chunk: EdgeRun | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -84,13 +84,13 @@ def run_size(edges: int, numbers: int, budget: int, single: int | None = None) -
     return max(budget // numbers, MIN_RUN_EDGES)
 
 
-class LazyPlan(Sequence[EdgeChunk]):
+class LazyRuns(Sequence[EdgeRun]):
     """Runs that are made when somebody asks for them: most evaluations never do."""
 
-    def __init__(self, make: Callable[[], list[EdgeChunk]]) -> None:
+    def __init__(self, make: Callable[[], list[EdgeRun]]) -> None:
         self._make, self._made = make, None
 
-    def _chunks(self) -> list[EdgeChunk]:
+    def _chunks(self) -> list[EdgeRun]:
         if self._made is None:
             self._made = self._make()
         return self._made
@@ -138,10 +138,10 @@ class EdgeList:
         )
         self.source_order, self.source_ptr, self.one_run = source_order, source_ptr, one_run
         self.senders = species.numel() if senders is None else senders
-        self._runs: dict[int, list[EdgeChunk]] = {}
+        self._runs: dict[int, list[EdgeRun]] = {}
         self._elements: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def runs(self, max_edges: int) -> list[EdgeChunk]:
+    def runs(self, max_edges: int) -> list[EdgeRun]:
         """Runs of whole receivers with at most ``max_edges`` edges; a receiver with more gets a run of its own."""
         max_edges = min(max_edges, max(self.source.numel(), 1))  # one run is one run
         if self.one_run:
@@ -153,7 +153,7 @@ class EdgeList:
                 self._runs[max_edges] = self._build(max_edges)
         return self._runs[max_edges]
 
-    def elements(self, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
+    def elements(self, chunk: EdgeRun) -> tuple[Tensor, Tensor]:
         """Atomic numbers of receiver and sender of every edge of a run, [e] each."""
         key = chunk.nodes.start, chunk.nodes.stop
         if key not in self._elements:
@@ -161,7 +161,7 @@ class EdgeList:
             self._elements[key] = receivers, self.species.index_select(0, self.source[chunk.edges])
         return self._elements[key]
 
-    def _build(self, max_edges: int) -> list[EdgeChunk]:
+    def _build(self, max_edges: int) -> list[EdgeRun]:
         source, target, row_ptr = self.source, self.target, self.row_ptr
         num_nodes, num_edges = row_ptr.numel() - 1, source.numel()
         if num_edges <= max_edges:
@@ -171,13 +171,13 @@ class EdgeList:
             if pointer is None:
                 pointer = _pointer(source.index_select(0, order), self.senders)
             whole = (slice(0, num_nodes), slice(0, num_edges))
-            return [EdgeChunk(*whole, None, source, target, row_ptr, order, pointer)]
+            return [EdgeRun(*whole, None, source, target, row_ptr, order, pointer)]
         chunks = []
         for start, stop, first, last in _boundaries(row_ptr, max_edges):
             present, local = torch.unique(source[first:last], return_inverse=True)
             order = torch.argsort(local, stable=True)
             chunks.append(
-                EdgeChunk(
+                EdgeRun(
                     slice(start, stop),
                     slice(first, last),
                     present,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.runs import EdgeChunk, EdgeList
+from e2former_kernels.common.runs import EdgeList, EdgeRun
 from e2former_kernels.common.tiles import ceil_div, next_power
 from e2former_kernels.radial.table import RadialTable, feature, place, spline_and_slope
 
@@ -213,7 +213,7 @@ class Placed(NamedTuple):
     position: Tensor
 
 
-def place_edges(table: RadialTable, distance: Tensor, chunk: EdgeChunk, edge_list: EdgeList) -> Placed:
+def place_edges(table: RadialTable, distance: Tensor, chunk: EdgeRun, edge_list: EdgeList) -> Placed:
     """Rows and positions of a run's edges. distance: [e]."""
     edges, source, species = distance.numel(), edge_list.source[chunk.edges], edge_list.species
     row = torch.empty(edges, dtype=torch.int32, device=distance.device)

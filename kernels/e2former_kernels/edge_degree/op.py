@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.common.runs import EdgeChunk, EdgeList, LazyPlan, Plan, run_size
+from e2former_kernels.common.runs import EdgeList, EdgeRun, LazyRuns, Plan, run_size
 from e2former_kernels.common.step import run_step
 from e2former_kernels.edge_degree.harmonics import (
     harmonics_second,
@@ -59,13 +59,13 @@ class _Embedding:
     cutoff: float
     num_basis: int
     exponent: int
-    chunks: list[EdgeChunk]
+    chunks: list[EdgeRun]
     edges: EdgeList
     radial: RadialWeights  # the structure: which tensors there are
     trained: bool
     plan: Plan  # of derivatives that have no kernels
     table: RadialTable | None  # of the networks without their last layer, where the weights are frozen
-    training_chunks: Sequence[EdgeChunk]  # runs of gradients by weights and of the second derivative
+    training_chunks: Sequence[EdgeRun]  # runs of gradients by weights and of the second derivative
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
     def weights(self, tensors: list[Tensor]) -> RadialWeights:
@@ -102,7 +102,7 @@ class _Embedding:
     def forward(self, tensors: list[Tensor]) -> Tensor:
         vec, network = tensors[0], self._network(tensors)
 
-        def run(chunk: EdgeChunk) -> Tensor:  # a function: nothing of a run is there when the next begins
+        def run(chunk: EdgeRun) -> Tensor:  # a function: nothing of a run is there when the next begins
             part = vec[chunk.edges].contiguous()
             distance, y = weighted_harmonics(part, self.lmax, self.cutoff, self.exponent)
             if network is None:
@@ -123,7 +123,7 @@ class _Embedding:
             network = self._network(tensors)
         vectors = []
 
-        def run(chunk: EdgeChunk) -> None:
+        def run(chunk: EdgeRun) -> None:
             nonlocal by_weights
             vec = tensors[0][chunk.edges].detach().contiguous()
             distance, y = weighted_harmonics(vec, self.lmax, self.cutoff, self.exponent)
@@ -212,7 +212,7 @@ def _step(
         edge_list = EdgeList(source, target, row_ptr, species, source_order, source_ptr)
     groups, _, hidden = radial.out.shape
 
-    def runs(budget: int, numbers: int) -> list[EdgeChunk]:
+    def runs(budget: int, numbers: int) -> list[EdgeRun]:
         return edge_list.runs(max_run_edges or run_size(edges, numbers, budget))
 
     per_edge = 3 * (lmax + 1) ** 2 + lmax + 8
@@ -222,7 +222,7 @@ def _step(
         check_table(table, radial.basis, groups * hidden, mode.trained)
     fused = runs(TRAINING_NUMBERS if mode.trained else FUSED_NUMBERS, per_edge)
     second_numbers = groups * 8 * hidden + 3 * num_basis + 6 * (lmax + 1) ** 2
-    training = LazyPlan(lambda: runs(SECOND_NUMBERS, second_numbers))
+    training = LazyRuns(lambda: runs(SECOND_NUMBERS, second_numbers))
     sizes = lmax, cutoff, num_basis, envelope_exponent
     plan = edge_degree_plan(*sizes, vec, source, target, row_ptr, species, radial)
     return _Embedding(*sizes, fused, edge_list, radial, mode.trained, plan, table, training)
@@ -314,7 +314,7 @@ def second_derivative(
     network = step.radial_gradients(tensors)
     options = (step.lmax, step.cutoff, step.exponent)
 
-    def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
+    def run(chunk: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
         nonlocal by_weights
         row_ptr = chunk.row_ptr
         edges = vec[chunk.edges], vec_dot[chunk.edges]

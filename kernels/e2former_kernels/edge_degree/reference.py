@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from e2former_kernels.common.checks import check_senders, check_shape
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.runs import EDGE, WHOLE, Chunk, LazyPlan, Plan, evaluate, make_chunks, plan_of
+from e2former_kernels.common.runs import EDGE, WHOLE, Chunk, LazyRuns, Plan, evaluate, make_chunks, plan_of
 from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_hidden
 
@@ -79,7 +79,7 @@ def edge_degree_plan(
         given = RadialWeights(*(next(rest) if t else None for t in there), None, None)
         return edge_degree_sums(lmax, cutoff, num_basis, envelope_exponent, chunk, vec, species, given)
 
-    chunks = LazyPlan(lambda: make_chunks(row_ptr, source, target, max_chunk_edges))
+    chunks = LazyRuns(lambda: make_chunks(row_ptr, source, target, max_chunk_edges))
     return plan_of(function, chunks, [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None])
 
 

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.half import Rows, half_rows
-from e2former_kernels.common.runs import EdgeChunk, EdgeList, Plan
+from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as edge_kernel
 from e2former_kernels.equivariant_attention import kernels_reverse as attend_backward_kernel
@@ -112,8 +112,8 @@ class FusedAttention:
 
     spec: AttentionSpec
     directions: int
-    chunks: list[EdgeChunk]
-    training_chunks: Sequence[EdgeChunk]
+    chunks: list[EdgeRun]
+    training_chunks: Sequence[EdgeRun]
     edges: EdgeList
     coupling: Tensor | None
     radial: RadialWeights
@@ -153,7 +153,7 @@ class FusedAttention:
             self.cache["network"] = self._make_network(tensors)
         return self.cache["network"]
 
-    def _edges(self, chunk: EdgeChunk, vec: Tensor, table: RadialTable | None) -> Edges:
+    def _edges(self, chunk: EdgeRun, vec: Tensor, table: RadialTable | None) -> Edges:
         vec, source, species = vec[chunk.edges].contiguous(), self.edges.source[chunk.edges], self.edges.species
         edges = vec.shape[0]
         position, envelope = vec.new_empty(edges), vec.new_empty(edges)
@@ -170,7 +170,7 @@ class FusedAttention:
         return Edges(vec, position, row, envelope, scale, source)
 
     def _features(
-        self, network: RadialNetwork, chunk: EdgeChunk, edges: Edges, tensors: list[Tensor]
+        self, network: RadialNetwork, chunk: EdgeRun, edges: Edges, tensors: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Features [e, 2H] of a run without a table, and what :meth:`_by_features` takes."""
         features, middle = network.forward(edges.position, *self.edges.elements(chunk))
@@ -181,7 +181,7 @@ class FusedAttention:
         network: RadialNetwork,
         grad: Tensor,
         kept: Tensor,
-        chunk: EdgeChunk,
+        chunk: EdgeRun,
         edges: Edges,
         tensors: list[Tensor],
         beside: dict[int, Tensor],
@@ -196,7 +196,7 @@ class FusedAttention:
         vec, *rest = tensors[:_RADIAL]
         return Given(vec, *(_rows(t.contiguous(), half) for t in rest))
 
-    def _scores(self, chunk: EdgeChunk, edges: Edges, given: Given, features: Tensor, statistics: Statistics) -> Tensor:
+    def _scores(self, chunk: EdgeRun, edges: Edges, given: Given, features: Tensor, statistics: Statistics) -> Tensor:
         """Scores [e, H] of a run; fills its part of the softmax's statistics."""
         heads, width = given.query.numbers.shape[1:]
         score = edges.vec.new_empty(chunk.num_edges, heads)
@@ -227,7 +227,7 @@ class FusedAttention:
         nodes, channels = given.query.numbers.shape[0], value.shape[2]
         out = value.new_empty(nodes, value.shape[1] if self.coupling is None else self.coupling.shape[0], channels)
 
-        def finish(chunk: EdgeChunk, outer: Tensor) -> None:
+        def finish(chunk: EdgeRun, outer: Tensor) -> None:
             launch_contract(self.coupling, outer.view(chunk.num_nodes, -1, channels), out[chunk.nodes], self.precision)
 
         self.value_of_runs(given, tensors, None if self.coupling is None else finish, out)
@@ -237,7 +237,7 @@ class FusedAttention:
         self,
         given: Given,
         tensors: list[Tensor],
-        finish: Callable[[EdgeChunk, Tensor], None] | None,
+        finish: Callable[[EdgeRun, Tensor], None] | None,
         out: Tensor | None,
     ) -> None:
         """Sums over neighbours, run by run: to ``finish`` as [n, B, R, H], or with B = 1 without it into out.
@@ -249,7 +249,7 @@ class FusedAttention:
         tiles = row_tiles(rows, heads, self.directions, *ATTEND_TILE)
         statistics = self._statistics(given)
 
-        def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
+        def run(chunk: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
             edges = self._edges(chunk, given.vec, self.table)
             if network is None:
                 features = self.table.knots
@@ -280,7 +280,7 @@ class FusedAttention:
         given, channels, grad = self._given(tensors, half), tensors[_VALUE].shape[2], grad.contiguous()
         coupling = self.transposed()
 
-        def outer(chunk: EdgeChunk) -> Rows:
+        def outer(chunk: EdgeRun) -> Rows:
             part = _rows(grad[chunk.nodes], half)
             if coupling is None:
                 return part
@@ -291,7 +291,7 @@ class FusedAttention:
         return self.gradients_of_runs(given, outer, tensors, wanted)
 
     def gradients_of_runs(
-        self, given: Given, outer: Callable[[EdgeChunk], Rows], tensors: list[Tensor], wanted: list[int]
+        self, given: Given, outer: Callable[[EdgeRun], Rows], tensors: list[Tensor], wanted: list[int]
     ) -> list[Tensor]:
         """Gradients of the wanted inputs, run by run. outer: gradient by a run's sums over neighbours, [n, B, R, H]."""
         vec = given.vec
@@ -316,7 +316,7 @@ class FusedAttention:
         blocks = triton.cdiv(heads, tiles.heads)
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
 
-        def run(chunk: EdgeChunk) -> None:
+        def run(chunk: EdgeRun) -> None:
             edges = self._edges(chunk, vec, table)
             number, receivers = chunk.num_edges, chunk.num_nodes
             if gate is not None:
@@ -413,7 +413,7 @@ class DirectionalAttention(FusedAttention):
         return GateNetwork(self.spec, *self.weights_of(tensors))
 
     def _features(
-        self, network: GateNetwork, chunk: EdgeChunk, edges: Edges, tensors: list[Tensor]
+        self, network: GateNetwork, chunk: EdgeRun, edges: Edges, tensors: list[Tensor]
     ) -> tuple[Tensor, NetworkKept]:
         return network.forward(chunk, edges, self.edges.elements(chunk), tensors[_DOT][chunk.nodes].contiguous())
 
@@ -422,7 +422,7 @@ class DirectionalAttention(FusedAttention):
         network: GateNetwork,
         grad: Tensor,
         kept: NetworkKept,
-        chunk: EdgeChunk,
+        chunk: EdgeRun,
         edges: Edges,
         tensors: list[Tensor],
         beside: dict[int, Tensor],

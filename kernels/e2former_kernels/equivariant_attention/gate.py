@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.harmonics import harmonic_scales
-from e2former_kernels.common.runs import EdgeChunk
+from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.equivariant_attention import kernels_gate as kernel
 from e2former_kernels.equivariant_attention.reference import DotWeights
@@ -50,7 +50,7 @@ class RadialGate:
 
     def forward(
         self,
-        chunk: EdgeChunk,
+        chunk: EdgeRun,
         elements: tuple[Tensor, Tensor],
         vec: Tensor,
         distance: Tensor,
@@ -136,7 +136,7 @@ class GateNetwork:
         return (weight[:heads], bias[:heads]), (weight[heads:], bias[heads:])
 
     def forward(
-        self, chunk: EdgeChunk, edges: Edges, elements: tuple[Tensor, Tensor], dot: Tensor
+        self, chunk: EdgeRun, edges: Edges, elements: tuple[Tensor, Tensor], dot: Tensor
     ) -> tuple[Tensor, NetworkKept]:
         """Features of a run, and what :meth:`backward` takes. dot: [n, M, D], of the run's receivers, contiguous."""
         number, heads, w = chunk.num_edges, self.spec.num_heads, self.weights
@@ -175,7 +175,7 @@ class GateNetwork:
         self,
         grad: Tensor,
         kept: NetworkKept,
-        chunk: EdgeChunk,
+        chunk: EdgeRun,
         edges: Edges,
         elements: tuple[Tensor, Tensor],
         dot: Tensor,
@@ -230,7 +230,7 @@ PAIR_TILE = (64, 512)
 class GateKept(NamedTuple):
     """What the reverse pass of a run takes over; T values, then changes, of everything on edges."""
 
-    chunk: EdgeChunk
+    chunk: EdgeRun
     vec: Tensor  # [e, 3]
     vec_dot: Tensor | None
     network: Kept
@@ -283,7 +283,7 @@ class GateGradients(GateNetwork):
         }  # fmt: skip
         return (triton.cdiv(edges, block * steps), 1), constants, steps
 
-    def _directional(self, tangent: bool, chunk: EdgeChunk) -> tuple[list[Tensor], tuple[int, int], dict, int]:
+    def _directional(self, tangent: bool, chunk: EdgeRun) -> tuple[list[Tensor], tuple[int, int], dict, int]:
         """Rows of the receivers, grid and constants of the contraction's kernels, and the blocks of their columns."""
         if tangent:
             launch = self._launch(chunk.num_nodes, self.dot, PAIR_TILE)
@@ -292,7 +292,7 @@ class GateGradients(GateNetwork):
 
     def forward(
         self,
-        chunk: EdgeChunk,
+        chunk: EdgeRun,
         elements: tuple[Tensor, Tensor],
         vec: Tensor,
         distance: Tensor,

@@ -23,7 +23,7 @@ from e2former_kernels.common.half import (
     row_bias,
     rows_from_products,
 )
-from e2former_kernels.common.runs import EdgeChunk
+from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.equivariant_attention.fused import FusedAttention, Given
 from e2former_kernels.equivariant_attention.kernels_value import contract_rows, launch_contract
 from e2former_kernels.linear import so3_rows
@@ -135,7 +135,7 @@ class HalfBlock:
         bias = self.weights.out_bias
         del h
 
-        def finish(chunk: EdgeChunk, outer: Tensor) -> None:
+        def finish(chunk: EdgeRun, outer: Tensor) -> None:
             summed = outer.view(chunk.num_nodes, -1, channels)
             rows, factor = contract_rows(self.step.coupling, summed, self.step.precision)
             products = rows.new_empty(chunk.num_nodes, *x.shape[1:])
@@ -153,7 +153,7 @@ class HalfBlock:
         channels, coupling = x.shape[2], self.out.back
         paths = coupling.shape[1]
 
-        def outer(chunk: EdgeChunk) -> Rows:
+        def outer(chunk: EdgeRun) -> Rows:
             rows, factor = half_rows(grad[chunk.nodes])
             products = rows.new_empty(chunk.num_nodes, paths, channels)
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, True, products.flatten(1))

@@ -16,7 +16,7 @@ from torch import Tensor
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.checks import check_edge_list, check_same_device, check_same_dtype, check_shape
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.common.runs import EdgeList, LazyPlan, run_size
+from e2former_kernels.common.runs import EdgeList, LazyRuns, run_size
 from e2former_kernels.common.step import computed_again, run_step
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
 from e2former_kernels.equivariant_attention.reference import (
@@ -188,7 +188,7 @@ def make_step(
         "spec": spec,
         "directions": directions,
         "chunks": edges.runs(fused_size),
-        "training_chunks": LazyPlan(lambda: edges.runs(second_size)),
+        "training_chunks": LazyRuns(lambda: edges.runs(second_size)),
         "edges": edges,
         "coupling": coupling.flatten(1).contiguous() if relative else None,
         "radial": pieces.radial,

@@ -27,7 +27,7 @@ from e2former_kernels.common.runs import (
     TARGET,
     WHOLE,
     Chunk,
-    LazyPlan,
+    LazyRuns,
     Plan,
     evaluate,
     make_chunks,
@@ -394,7 +394,7 @@ def attention_plan(
     def function(chunk: Chunk, *tensors: Tensor) -> Tensor:
         return attention_of_chunk(spec, form, chunk, outline.like(tensors), species, coupling)
 
-    chunks = LazyPlan(lambda: make_chunks(row_ptr, source, target, max_chunk_edges))
+    chunks = LazyRuns(lambda: make_chunks(row_ptr, source, target, max_chunk_edges))
     return plan_of(function, chunks, pieces.flat())
 
 

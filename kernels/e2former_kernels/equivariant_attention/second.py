@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from e2former_kernels.common.envelope import envelope_constants
-from e2former_kernels.common.runs import EdgeChunk
+from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as geometry_kernel
 from e2former_kernels.equivariant_attention import kernels_second as kernel
@@ -87,7 +87,7 @@ def _geometry(spec: AttentionSpec, directions: int, vec: Tensor, vec_dot: Tensor
 
 def _scores(
     spec: AttentionSpec,
-    chunk: EdgeChunk,
+    chunk: EdgeRun,
     source: Tensor,
     edges: Geometry,
     query: tuple[Tensor, Tensor],
@@ -174,7 +174,7 @@ def second_derivative(
     blocks = triton.cdiv(heads, message_tiles.heads)
     transposed = step.transposed()
 
-    def run(chunk: EdgeChunk) -> None:  # a function: nothing of a run is there when the next begins
+    def run(chunk: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
         number, receivers, source = chunk.num_edges, chunk.num_nodes, step.edges.source[chunk.edges]
         edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
         elements = step.edges.elements(chunk)
