@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import importlib.util
 import logging
@@ -141,10 +142,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def launch(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """`fairchem -c CONFIG OVERRIDES` within this process: a new one takes ten seconds of imports.
 
-    Left out is fairchem's report on the environment, which asks other programs for three seconds.
+    Several ranks are forks of this process for the same reason, but where a GPU forbids it. Left out is fairchem's
+    report on the environment, which asks other programs for three seconds.
     """
     from fairchem.core import _cli
+    from torch.distributed.launcher import api
 
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(api, "LaunchConfig", functools.partial(api.LaunchConfig, start_method="fork"))
     monkeypatch.setattr("fairchem.core.launchers.slurm_launch.write_environment_report", lambda **_: None)
     environment, level = dict(os.environ), logging.getLogger().level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}

@@ -1,12 +1,10 @@
 """One of two workers of a graph-parallel group: every case on one worker, then on two.
 
-Run by test_graph_parallel.py: `python graph_parallel_worker.py RANK STORE RESULTS DEVICE`. Worker 0 writes, by case,
-what it found alone and together with worker 1.
+Run by test_graph_parallel.py, a process each. Worker 0 writes, by case, what it found alone and together with worker 1.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -197,7 +195,3 @@ def main(rank: int, store: str, results: str, device: str) -> None:
     if rank == 0:
         torch.save({"alone": alone, "together": together, "again": again, "errors": messages}, results)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,18 +30,16 @@ def test_report(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
-def test_without_a_gpu_it_says_why_kernels_do_not_run(tmp_path: Path) -> None:
-    """In a process of its own: the tests' own runs kernels in Triton's interpreter."""
-    command = [sys.executable, "-m", "e2former_fairchem.cli", "doctor", "--molecules", "1"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "kernels: reference (PyTorch) with kernel_backend=auto on cpu" in result.stdout
-    assert "Triton kernels do not run here: Triton needs a CUDA device" in result.stdout
-    assert "reference, dense, score qk" in result.stdout
-    assert "  reference    taken by training, inference, inference in float64\n" in result.stdout
-    assert "  kernels      not taken: weights are on cpu\n" in result.stdout
-    assert "  frozen       not taken: kernels do not run\n" in result.stdout
+def test_without_a_gpu_it_says_why_kernels_do_not_run(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert cli.main(["doctor", "--molecules", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "kernels: reference (PyTorch) with kernel_backend=auto on cpu" in out
+    assert "Triton kernels do not run here: Triton needs a CUDA device" in out
+    assert "reference, dense, score qk" in out
+    assert "  reference    taken by training, inference, inference in float64\n" in out
+    assert "  kernels      not taken: weights are on cpu\n" in out
+    assert "  frozen       not taken: kernels do not run\n" in out
 
 
 def test_a_wrong_kernel_is_found(monkeypatch, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -13,13 +14,17 @@ from pathlib import Path
 
 import pytest
 
-CHECK = """
-import importlib.metadata, json, sys
+PLACES = """
+import importlib.metadata, importlib.util, json
+found = {name: importlib.util.find_spec(name).origin for name in ("e2former_fairchem", "e2former_kernels")}
+found["plugin"] = importlib.util.find_spec("hydra_plugins.e2former_fairchem_plugin").origin
+print(json.dumps(found | {"version": importlib.metadata.version("e2former-fairchem")}))
+"""
+COMPOSED = """
+import json, sys
 from pathlib import Path
-import e2former_fairchem, e2former_kernels
 from fairchem.core._cli import get_hydra_config_from_yaml
 from fairchem.core.common.registry import registry
-import hydra_plugins.e2former_fairchem_plugin as plugin
 host, data = sys.argv[1:]
 config = get_hydra_config_from_yaml(host, [
     data, "backbone=e2former_v2_omol25", "+heads=e2former_v2_direct_by_task",
@@ -28,8 +33,6 @@ model = config.runner.train_eval_unit.model
 assert registry.get_model_class("e2former_v2").__name__ == "E2FormerV2Backbone"
 from e2former_fairchem.training import resolvers
 print(json.dumps({
-    "version": importlib.metadata.version("e2former-fairchem"),
-    "package": e2former_fairchem.__file__, "kernels": e2former_kernels.__file__, "plugin": plugin.__file__,
     "backbone": model.backbone.model, "heads": sorted(model.heads),
     "sample": str(Path(resolvers.sample("train")) / "data.aselmdb"),
     "references": len(resolvers.element_references("omol25")),
@@ -38,7 +41,9 @@ print(json.dumps({
 
 
 def run(*command: object, cwd: Path) -> str:
-    result = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=600)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # what is installed
+    words = [str(c) for c in command]
+    result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
@@ -55,7 +60,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_install(kind: str, request: pytest.FixtureRequest, repo: Path, tmp_path: Path, fake_omol25: tuple) -> None:
-    """Dependencies come from this environment by a .pth file, which does not carry over an editable install of ours."""
+    """Dependencies come from this environment by a .pth file, which does not carry over an editable install of ours.
+
+    What a wheel lacks shows when it is used; an editable install is this checkout, which all other tests use.
+    """
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
@@ -68,19 +76,20 @@ def test_install(kind: str, request: pytest.FixtureRequest, repo: Path, tmp_path
     command = run(environment / "bin" / "e2former-fairchem", "--version", cwd=tmp_path)
     assert command.startswith("e2former-fairchem ")
 
-    data = f"cluster.data_root_dir={Path(fake_omol25[0].split('=')[1]).parent}"
-    host = Path(__file__).parent / "host" / "uma_sm_direct.yaml"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    found = json.loads(run(python, "-c", CHECK, host, data, cwd=elsewhere).splitlines()[-1])
-    home = repo if kind == "editable" else site
-    for part in ("package", "kernels", "plugin", "sample"):
-        assert Path(found[part]).is_relative_to(home), found
-        assert Path(found[part]).is_file()
-    assert found["backbone"] == "e2former_fairchem.backbone.E2FormerV2Backbone"
-    assert found["heads"] == ["omol_energy", "omol_forces"]
-    assert found["references"] == 119
-    assert found["version"] == tomllib.loads((repo / "pyproject.toml").read_text())["project"]["version"]
+    places = json.loads(run(python, "-c", PLACES, cwd=elsewhere))
+    assert places.pop("version") == tomllib.loads((repo / "pyproject.toml").read_text())["project"]["version"]
+    if kind == "wheel":
+        data = f"cluster.data_root_dir={Path(fake_omol25[0].split('=')[1]).parent}"
+        host = Path(__file__).parent / "host" / "uma_sm_direct.yaml"
+        found = json.loads(run(python, "-c", COMPOSED, host, data, cwd=elsewhere).splitlines()[-1])
+        places["sample"] = found["sample"]
+        assert found["backbone"] == "e2former_fairchem.backbone.E2FormerV2Backbone"
+        assert found["heads"] == ["omol_energy", "omol_forces"]
+        assert found["references"] == 119
+    for file in map(Path, places.values()):
+        assert file.is_relative_to(repo if kind == "editable" else site) and file.is_file(), places
     assert list(elsewhere.iterdir()) == []
 
 

@@ -11,18 +11,19 @@ import pytest
 
 
 @pytest.mark.slow
-def test_quickstart_learns(repo: Path, fairchem_process: Callable, elsewhere: Path) -> None:
+def test_quickstart_learns(repo: Path, launch: Callable, elsewhere: Path, capfd: pytest.CaptureFixture) -> None:
     """A sixth of its epochs, on the CPU: far better than zero forces, and every promise of its output kept.
 
     The full run's bars are 15 % of the zero-force baseline and 30 meV/atom on val_known.
     """
-    result = fairchem_process(repo / "configs" / "quickstart.yaml", "job.device_type=CPU", "epochs=10")
-    lines = result.stdout.splitlines()
+    launch(repo / "configs" / "quickstart.yaml", "job.device_type=CPU", "epochs=10")
+    said = capfd.readouterr().out
+    lines = said.splitlines()
     epochs = [line for line in lines if re.match(r"epoch +\d+/10  loss \d", line)]
     assert len(epochs) == 10
     assert all(re.search(r"energy [\d.]+ \+ forces [\d.]+  \[\d+:\d\d, \d+:\d\d left\]$", line) for line in epochs)
     assert [p.name for p in elsewhere.iterdir()] == ["runs"]
-    (checkpoint,) = re.findall(r"inference checkpoint: (\S+)", result.stdout)
+    (checkpoint,) = re.findall(r"inference checkpoint: (\S+)", said)
     assert Path(checkpoint) == elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
     assert Path(checkpoint).is_file()
 

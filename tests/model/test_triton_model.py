@@ -27,6 +27,9 @@ TOY = {"lmax": 1, "sphere_channels": 8, "num_layers": 1, "num_heads": 4, "head_d
 PAPER = {"sphere_channels": 256, "num_layers": 2, "num_heads": 128, "num_radial_basis": 256}
 # The smallest network: a larger one takes the interpreter half a minute.
 INTERPRETED = ("head_QK_alpha_lmax1",)
+# Differ from the file named by what three atoms and a conserving model have no use for: a direct head; neighbours
+# beyond the fifth or 3.5 Å.
+TWINS = {"head_QKdot_alpha_painn": "head_QKdot_alpha", "v2tag_QK_alpha_topk5_r3p5": "v2tag_QK_alpha"}
 
 
 def with_triton(fixture: Fixture, conserving: bool = True) -> HydraModel:
@@ -63,7 +66,7 @@ def test_every_file(path: Path) -> None:
 
 
 @needs_files
-@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in PATHS if p.stem not in TWINS], ids=lambda p: p.stem)
 def test_every_network_on_three_atoms(path: Path, float64_default: None) -> None:
     """Each file's weights: energy, forces, and the gradients of a loss of both, by the Hessian and by every weight.
 
@@ -126,17 +129,17 @@ def test_stress_and_hessian(device: str, float64_default: None) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_losses_after_twenty_steps(device: str, float64_default: None) -> None:
-    """Twenty steps of Adam feel every gradient. In the interpreter only the bonded pair sees each other."""
+def test_losses_of_training(device: str, float64_default: None) -> None:
+    """Steps of Adam feel every gradient. In the interpreter only the bonded pair sees each other."""
     interpreted = device == "cpu"
     dtype = torch.float64 if interpreted else torch.float32
     torch.set_default_dtype(dtype)
     config = TOY | {"cutoff": 1.5} if interpreted else PAPER
     # At 3e-3 the wide network's losses change by 2.6 % within 20 steps when its float32 weights change by 1e-7 of
     # themselves (reference, CPU); at 3e-4 by 1.5e-4: a rate at which a wrong gradient can be told from rounding.
-    rate = 3e-3 if interpreted else 1e-4
+    steps, rate = (6, 1e-2) if interpreted else (20, 1e-4)
     losses = [
-        losses_of_training(network(backend, device, **config), crystal(dtype, device), 20, rate)
+        losses_of_training(network(backend, device, **config), crystal(dtype, device), steps, rate)
         for backend in ("reference", "triton")
     ]
     assert losses[0][-1] < 0.9 * losses[0][0]
