@@ -30,6 +30,7 @@ __all__ = [
     "dataset_and_row",
     "fairchem_main",
     "fairchem_state",
+    "integrator_state",
     "set_runner_callbacks",
     "slurm_timeout_hours",
 ]
@@ -174,3 +175,13 @@ def __getattr__(name: str) -> Any:
     if name == "CalculateRunner":  # its package imports all of fairchem's calculations
         return next(p for p in PRIVATE_NAMES if p.path.endswith(":CalculateRunner")).get()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def integrator_state(dynamics: Any, batch: Any) -> Any:
+    """State of an integrator of nvalchemi-toolkit 0.2 (extra ``md``), made where there is none yet.
+
+    Exact restarts need it (md/nvalchemi_engine.py), and the toolkit has no public name for it. Not among
+    `PRIVATE_NAMES`, which are of packages that are always there; tests/integration/test_md.py breaks without it.
+    """
+    dynamics._ensure_state_initialized(batch)
+    return dynamics._state

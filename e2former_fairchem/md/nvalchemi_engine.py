@@ -16,6 +16,7 @@ from nvalchemi.dynamics.integrators.nvt_langevin import NVTLangevin
 from nvalchemi.models.base import BaseModelMixin, ModelConfig
 from torch import Tensor, nn
 
+from e2former_fairchem.compat import integrator_state
 from e2former_fairchem.leaderboard.predictor import Predictor
 from e2former_fairchem.md.engine import LARGEST_MOVE, BlownUp, blown_up, with_results
 from e2former_fairchem.md.settings import BAR, Settings
@@ -159,7 +160,7 @@ class NvalchemiEngine:
         seed = int(np.random.default_rng([settings.seed, 1]).integers(2**30))
         self._dynamics = _INTEGRATORS[settings.ensemble](model, settings, seed)
         self._batch = Batch.from_data_list([_data(atoms)], device=device)
-        self._dynamics._ensure_state_initialized(self._batch)
+        integrator_state(self._dynamics, self._batch)
         self._fresh = False
         #: Of the first step that threw atoms out: step, atom that moved most, its move and force, number of atoms.
         self._lost = torch.zeros(5, dtype=torch.float64, device=device)
@@ -222,7 +223,7 @@ class NvalchemiEngine:
     def _memory(self) -> dict[str, Tensor]:
         """The tensors that the next step depends on, by name."""
         found = {key: getattr(self._batch, key) for key in _MOVING}
-        return found | {f"integrator.{key}": value for key, value in self._dynamics._state}
+        return found | {f"integrator.{key}": value for key, value in integrator_state(self._dynamics, self._batch)}
 
     def state(self) -> dict[str, np.ndarray]:
         """All that the next step depends on; the noise depends on the seed and the number of the step."""
