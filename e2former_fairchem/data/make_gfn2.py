@@ -9,15 +9,18 @@ random numbers come from its SMILES. At the end FOLDER/references.json has energ
 
 | class | structures |
 |---|---|
-| displaced | conformers with Gaussian noise, 0.02 to 0.15 Å |
-| dynamics | every second step of 1 fs with xTB forces and a Langevin thermostat, 300 to 1,000 K |
-| stretched | two parts moved along a bond, 0.75 to 1.9 times its length |
+| relaxed | a conformer on its way to the minimum of GFN2-xTB |
+| displaced | conformers with Gaussian noise, 0.01 to 0.1 Å |
+| dynamics | from the minimum, every fifth step of 1 fs with xTB forces and a Langevin thermostat, 300 to 1,000 K |
+| stretched | two parts moved along a bond, 0.7 to 2.5 times its length |
 | torsion | parts turned about a single bond |
 | dimer, trimer | with one or two other molecules, closest contact 1.5 to 6 Å |
-| ion | a proton more at N, O, S or P, or one less |
-| radical | a hydrogen atom less; doublets of closed shells |
+| ion | a proton more at N, O, S or P, or one less; an electron more or less; some relaxed and moved |
+| radical | a hydrogen atom less, doublets of closed shells; some relaxed and moved |
 | water | clusters of 2 to 24 water molecules |
 | pair, atom | every pair of the elements at 0.7 to 2.5 times their covalent distance; atoms alone |
+
+Molecules that the bundled sample keeps for ``val_new`` are left out, in every charge.
 
 A tenth of the molecules, by hash of the canonical SMILES, is for tests: ``test`` is 1 for all of their structures,
 whose partners in dimers are of that tenth too. Left out and counted are structures whose calculation does not
@@ -33,7 +36,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +44,10 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one calculation a process; sums in one order
 
 import numpy as np
-from ase.data import covalent_radii
+from ase import Atoms
+from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
+from ase.data import atomic_masses, covalent_radii
+from ase.optimize import LBFGS
 
 HARTREE, BOHR = 27.211386245988, 0.529177210903
 MAX_FORCE = 40.0
@@ -50,20 +56,15 @@ CLOSEST = 0.5
 BLOCK = 32
 ELEMENTS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53)
 CLASSES = (
-    "displaced",
-    "dynamics",
-    "stretched",
-    "torsion",
-    "dimer",
-    "trimer",
-    "ion",
-    "radical",
-    "water",
-    "pair",
-    "atom",
-)
-#: Structures of a molecule by class.
-NUMBER = {"displaced": 8, "dynamics": 10, "stretched": 7, "torsion": 4, "dimer": 8, "trimer": 3, "ion": 4, "radical": 4}
+    "displaced", "dynamics", "stretched", "torsion", "dimer", "trimer", "ion", "radical", "water", "pair", "atom",
+    "relaxed",
+)  # fmt: skip
+#: Canonical SMILES of the molecules in `make_sample.HELD_OUT_MOLECULES`.
+VAL_NEW = {"CCO", "CC(C)=O", "c1ccncc1", "CC#N", "CS", "CCCC", "[CH]=O", "O=CO"}
+#: Structures of a molecule by class; of ions and radicals as many more are relaxed and moved.
+NUMBER = {"displaced": 5, "dynamics": 8, "stretched": 6, "torsion": 3, "dimer": 7, "trimer": 2, "ion": 4, "radical": 2}
+#: Steps of a relaxation that are kept beside the last; steps of dynamics between kept ones.
+RELAXED, STRIDE = (0, 3, 8), 5
 #: Files of water clusters, clusters in each; distances of a pair.
 WATER_FILES, WATERS, PAIR_DISTANCES = 20, 100, 40
 #: Unpaired electrons of atoms alone.
@@ -117,16 +118,37 @@ class GFN2:
         return found if np.isfinite(found.energy) and np.isfinite(found.forces).all() else None
 
 
+class _ForASE(Calculator):
+    """A `GFN2` as ASE's optimisers want it."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, method: GFN2) -> None:
+        super().__init__()
+        self.method = method
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        label = self.method(atoms.positions)
+        if label is None:
+            raise CalculationFailed("does not converge")
+        self.results = label._asdict()
+
+
 class Molecule:
     """A SMILES with hydrogens and a few conformers.
 
-    Raises ValueError where RDKit finds no conformer, or elements are others than ELEMENTS.
+    Raises ValueError where RDKit finds no conformer, elements are others than ELEMENTS, or it is in VAL_NEW.
     """
 
     def __init__(self, smiles: str, conformers: int = 3) -> None:
         from rdkit import Chem
         from rdkit.Chem import AllChem
+        from rdkit.Chem.MolStandardize import rdMolStandardize
 
+        neutral = rdMolStandardize.Uncharger().uncharge(Chem.MolFromSmiles(smiles))
+        if Chem.MolToSmiles(neutral) in VAL_NEW:
+            raise ValueError(f"{smiles}: kept for val_new of the bundled sample")
         self.rdkit = Chem.AddHs(Chem.MolFromSmiles(smiles))
         self.smiles = Chem.MolToSmiles(Chem.RemoveHs(self.rdkit))
         self.numbers = np.array([atom.GetAtomicNum() for atom in self.rdkit.GetAtoms()])
@@ -158,7 +180,7 @@ class Molecule:
 
     def noise(self, positions: np.ndarray, most: float) -> np.ndarray:
         """Displaced by up to ``most`` Å in each direction (standard deviation)."""
-        return positions + self.random.normal(0, self.random.uniform(0.02, most), positions.shape)
+        return positions + self.random.normal(0, self.random.uniform(0.01, most), positions.shape)
 
     def part(self, first: int, second: int) -> np.ndarray | None:
         """[N] bool: the side of the bond's second atom; None for a bond of a ring."""
@@ -218,11 +240,19 @@ def _label(structure: Structure) -> Label | None:
 def _of_molecule(molecule: Molecule, partners: list[Molecule]) -> Iterator[tuple[Structure, Label | None]]:
     numbers, charge, unpaired = molecule.numbers, molecule.charge, molecule.unpaired
     method = GFN2(numbers, charge, unpaired)
+    start = Structure("relaxed", numbers, molecule.any_conformer(), charge, unpaired)
+    minimum = yield from _relaxed(start, method, 20)
+    yield from _dynamics(minimum._replace(kind="dynamics"), method, NUMBER["dynamics"], molecule.random)
+    molecule.conformers.append(minimum.positions)
     for kind, positions in _deformed(molecule):
         yield Structure(kind, numbers, positions, charge, unpaired), method(positions)
-    for positions, label in _dynamics(molecule, method):
-        yield Structure("dynamics", numbers, positions, charge, unpaired), label
-    others = [*_clusters(molecule, partners), *_ions(molecule), *_radicals(molecule)]
+    for kind in ("ion", "radical"):
+        made = (_ions if kind == "ion" else _radicals)(molecule, minimum.positions)
+        if (first := next(made, None)) is not None:
+            method = GFN2(first.numbers, first.charge, first.unpaired)
+            relaxed = yield from _relaxed(first, method, 10)
+            yield from _dynamics(relaxed, method, NUMBER[kind], molecule.random)
+    others = [*_clusters(molecule, partners), *_ions(molecule), *_charged(molecule), *_radicals(molecule)]
     for structure in others:
         yield structure, _label(structure)
 
@@ -230,19 +260,20 @@ def _of_molecule(molecule: Molecule, partners: list[Molecule]) -> Iterator[tuple
 def _deformed(molecule: Molecule) -> Iterator[tuple[str, np.ndarray]]:
     random = molecule.random
     for _ in range(NUMBER["displaced"]):
-        yield "displaced", molecule.noise(molecule.any_conformer(), 0.15)
+        yield "displaced", molecule.noise(molecule.any_conformer(), 0.1)
     open_bonds = [(a, b, part) for a, b in molecule.bonds if (part := molecule.part(a, b)) is not None]
     if not open_bonds:
         return
     for _ in range(NUMBER["stretched"]):
         a, b, part = open_bonds[random.integers(len(open_bonds))]
-        positions = molecule.noise(molecule.any_conformer(), 0.08)
-        positions[part] += (positions[b] - positions[a]) * (random.uniform(0.75, 1.9) - 1)
+        positions = molecule.noise(molecule.any_conformer(), 0.05)
+        factor = random.uniform(0.7, 1.3) if random.random() < 0.5 else random.uniform(1.3, 2.5)
+        positions[part] += (positions[b] - positions[a]) * (factor - 1)
         yield "stretched", positions
     single = [(a, b, part) for a, b, part in open_bonds if 1 < part.sum() < len(part) - 1]
     for _ in range(NUMBER["torsion"] if single else 0):
         a, b, part = single[random.integers(len(single))]
-        positions = molecule.noise(molecule.any_conformer(), 0.08)
+        positions = molecule.noise(molecule.any_conformer(), 0.05)
         axis = positions[b] - positions[a]
         turn = _rotation(axis / np.linalg.norm(axis), random.uniform(0, 2 * np.pi))
         positions[part] = (positions[part] - positions[b]) @ turn.T + positions[b]
@@ -261,29 +292,48 @@ def _any_rotation(random: np.random.Generator) -> np.ndarray:
     return _rotation(axis / np.linalg.norm(axis), random.uniform(0, 2 * np.pi))
 
 
-def _dynamics(molecule: Molecule, method: GFN2) -> Iterator[tuple[np.ndarray, Label]]:
-    """Langevin dynamics by velocity Verlet; ends where a calculation fails."""
-    from ase.data import atomic_masses
+Labelled = tuple[Structure, Label | None]
 
-    random, kept = molecule.random, NUMBER["dynamics"]
+
+def _relaxed(start: Structure, method: GFN2, steps: int) -> Generator[Labelled, None, Structure]:
+    """Some steps of a relaxation, and its end, which is returned; where a calculation fails, the last one before."""
+    atoms = Atoms(start.numbers, start.positions)
+    atoms.calc = _ForASE(method)
+    found = start
+    try:
+        for step, _ in enumerate(LBFGS(atoms, logfile=None, maxstep=0.1).irun(fmax=0.01, steps=steps)):
+            found = start._replace(positions=atoms.positions.copy())
+            if step in RELAXED:
+                yield found, Label(atoms.get_potential_energy(), atoms.get_forces())
+        if step not in RELAXED:
+            yield found, Label(atoms.get_potential_energy(), atoms.get_forces())
+    except CalculationFailed:
+        yield start._replace(positions=atoms.positions.copy()), None
+    return found
+
+
+def _dynamics(start: Structure, method: GFN2, kept: int, random: np.random.Generator) -> Iterator[Labelled]:
+    """Langevin dynamics by velocity Verlet; ends where a calculation fails."""
     thermal = KELVIN * random.uniform(300, 1000)
-    mass = atomic_masses[molecule.numbers][:, None]
-    positions = molecule.any_conformer()
-    velocities = random.normal(size=positions.shape) * np.sqrt(thermal / mass)
-    step, keep = FEMTOSECOND, np.exp(-0.05)  # the thermostat forgets within twenty steps
+    mass = atomic_masses[start.numbers][:, None]
+    positions = start.positions
+    # from a minimum half of the kinetic energy goes into the bonds
+    velocities = random.normal(size=positions.shape) * np.sqrt(1.5 * thermal / mass)
+    step, keep = FEMTOSECOND, np.exp(-0.02)  # the thermostat forgets within fifty steps
     label = method(positions)
-    for n in range(1, 2 * kept + 1):
+    for n in range(1, STRIDE * kept + 1):
         if label is None or np.abs(label.forces).max() > 2 * MAX_FORCE:
             return
         velocities = velocities + 0.5 * step * label.forces / mass
         positions = positions + step * velocities
         label = method(positions)
         if label is None:
+            yield start._replace(positions=positions), None
             return
         velocities = velocities + 0.5 * step * label.forces / mass
         velocities = keep * velocities + np.sqrt((1 - keep**2) * thermal / mass) * random.normal(size=velocities.shape)
-        if n % 2 == 0:
-            yield positions, label
+        if n % STRIDE == 0:
+            yield start._replace(positions=positions), label
 
 
 def _clusters(molecule: Molecule, partners: list[Molecule]) -> Iterator[Structure]:
@@ -316,19 +366,20 @@ def _beside(first: np.ndarray, second: np.ndarray, contact: float, random: np.ra
     return second + start + far * direction
 
 
-def _ions(molecule: Molecule) -> Iterator[Structure]:
-    """With a proton more, at a random angle where there is most room, or with one less."""
+def _ions(molecule: Molecule, at: np.ndarray | None = None) -> Iterator[Structure]:
+    """With a proton more, where there is most room, or one less. at: positions; noisy conformers without."""
     random, numbers = molecule.random, molecule.numbers
     basic = np.flatnonzero(np.isin(numbers, (7, 8, 15, 16)))
     acidic = _hydrogens(molecule)
-    for n in range(NUMBER["ion"]):
-        positions = molecule.noise(molecule.any_conformer(), 0.06)
+    first = random.integers(2)
+    for n in range(first, first + NUMBER["ion"] // 2):
+        positions = molecule.noise(molecule.any_conformer(), 0.05) if at is None else at
         if n % 2 == 0 and len(basic):
-            at = positions[random.choice(basic)]
+            place = positions[random.choice(basic)]
             directions = random.normal(size=(30, 3))
             directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-            room = np.linalg.norm(at + directions[:, None] - positions[None], axis=-1).min(1)
-            proton = at + random.uniform(0.95, 1.1) * directions[room.argmax()]
+            room = np.linalg.norm(place + directions[:, None] - positions[None], axis=-1).min(1)
+            proton = place + random.uniform(0.95, 1.1) * directions[room.argmax()]
             more = np.concatenate([positions, proton[None]])
             yield Structure("ion", np.append(numbers, 1), more, molecule.charge + 1, molecule.unpaired)
         elif len(acidic):
@@ -336,11 +387,20 @@ def _ions(molecule: Molecule) -> Iterator[Structure]:
             yield Structure("ion", numbers[kept], positions[kept], molecule.charge - 1, molecule.unpaired)
 
 
-def _radicals(molecule: Molecule) -> Iterator[Structure]:
+def _charged(molecule: Molecule) -> Iterator[Structure]:
+    """With an electron less, and one more."""
+    unpaired = 1 - molecule.unpaired % 2
+    for charge in (molecule.charge + 1, molecule.charge - 1):
+        yield Structure("ion", molecule.numbers, molecule.noise(molecule.any_conformer(), 0.05), charge, unpaired)
+
+
+def _radicals(molecule: Molecule, at: np.ndarray | None = None) -> Iterator[Structure]:
     hydrogens = _hydrogens(molecule)
+    if molecule.smiles == "C=O":
+        return  # HCO is in `VAL_NEW`
     for _ in range(NUMBER["radical"] if len(hydrogens) else 0):
         kept = np.arange(len(molecule.numbers)) != molecule.random.choice(hydrogens)
-        positions = molecule.noise(molecule.any_conformer(), 0.08)
+        positions = molecule.noise(molecule.any_conformer(), 0.05) if at is None else at
         unpaired = molecule.unpaired + 1 if molecule.unpaired == 0 else molecule.unpaired - 1
         yield Structure("radical", molecule.numbers[kept], positions[kept], molecule.charge, unpaired)
 

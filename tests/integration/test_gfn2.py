@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.build import molecule
 from ase.data import chemical_symbols
 
 from e2former_fairchem.data import make_gfn2
+from e2former_fairchem.data.make_sample import HELD_OUT_MOLECULES
 from e2former_fairchem.data.packed import PackedDataset
 
 missing = [name for name in ("rdkit", "tblite") if importlib.util.find_spec(name) is None]
@@ -62,6 +65,9 @@ def test_structures_of_molecules(tmp_path: Path) -> None:
         numbers = content["numbers"][rows].astype(int)
         electrons = numbers.sum() - int(content["charge"][number])
         assert (electrons - int(content["spin"][number]) + 1) % 2 == 0, [chemical_symbols[z] for z in numbers]
+    relaxed = np.flatnonzero(content["kind"] == make_gfn2.CLASSES.index("relaxed"))
+    forces = [np.abs(content["forces"][ends[n] - content["natoms"][n] : ends[n]]).max() for n in relaxed]
+    assert forces[0] > 0.2 and min(forces) < 0.02, "to a minimum"
     rows, h = slice(ends[0] - content["natoms"][0], ends[0]), 1e-3
     method = make_gfn2.GFN2(content["numbers"][rows].astype(int), 0, 0)
     positions = content["positions"][rows].astype(float)
@@ -70,6 +76,23 @@ def test_structures_of_molecules(tmp_path: Path) -> None:
     slope = (method(positions + step).energy - method(positions - step).energy) / (2 * h)
     assert content["forces"][rows][0, 1] == pytest.approx(-slope, abs=2e-3)
     assert content["energy"][0] == pytest.approx(method(positions).energy, abs=1e-3)
+
+
+@needs_data
+def test_molecules_of_val_new_are_left_out() -> None:
+    """Those that the sample keeps, by their elements; in other charges, too; and the radical that is one of them."""
+    from rdkit import Chem
+
+    kept = []
+    for smiles in make_gfn2.VAL_NEW:
+        mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+        kept.append(Atoms([atom.GetSymbol() for atom in mol.GetAtoms()]).get_chemical_formula())
+    names = [name.replace("Formic_acid_dimer", "HCOOH") for name in HELD_OUT_MOLECULES]
+    assert sorted(kept) == sorted(molecule(name).get_chemical_formula() for name in names)
+    for smiles in ("O=C[O-]", "c1cc[nH+]cc1", "CCO"):
+        with pytest.raises(ValueError, match="kept for val_new"):
+            make_gfn2.Molecule(smiles)
+    assert not list(make_gfn2._radicals(make_gfn2.Molecule("C=O")))
 
 
 @needs_data
