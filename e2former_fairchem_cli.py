@@ -34,6 +34,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "e2former_fairchem.commands.fit_references",
         "fit element references to a data set",
     ),
+    "info": (
+        "e2former_fairchem.commands.info",
+        "what a checkpoint is, what it has seen and how well it did",
+    ),
     "report": (
         "e2former_fairchem.commands.report",
         "write the report page of a run again, from the numbers in its folder",

@@ -2,8 +2,8 @@
 
     python examples/charge_and_spin.py [CHECKPOINT]
 
-All five species are in the quickstart's data, whose own differences (of the lowest structures, wB97M-V/def2-SVP) stand
-in brackets. Of others the quickstart's potential knows nothing, single atoms among them.
+All six species are in the quickstart's data, whose own differences (of the lowest structures, wB97M-V/def2-SVP) stand
+in brackets. Single atoms are not, so that its potential says nothing about them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def main() -> None:
         print(f"{name:10s} charge {charge:+d} spin {spin}: {found:14.4f} eV")
         return found
 
-    gap = energy("CH2_s1A1d", 0, 1) - energy("CH2_s3B1d", 0, 3)
-    ionisation = energy("H2O", 1, 2) - energy("H2O", 0, 1)
+    water = energy("H2O", 1, 2) - energy("H2O", 0, 1)
+    methyl = energy("CH3", 1, 1) - energy("CH3", 0, 2)
     affinity = energy("NO2", 0, 2) - energy("NO2", -1, 1)
-    print(f"CH2, singlet - triplet: {gap:+.3f} eV (+0.515)")
-    print(f"H2O, ionisation energy: {ionisation:+.3f} eV (+12.230)")
+    print(f"H2O, ionisation energy: {water:+.3f} eV (+12.230)")
+    print(f"CH3, ionisation energy: {methyl:+.3f} eV (+9.696)")
     print(f"NO2, electron affinity: {affinity:+.3f} eV (+0.944)")
 
 

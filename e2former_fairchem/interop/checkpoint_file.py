@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from e2former_fairchem.files import replacing
+from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import read_checkpoint
 
 __all__ = ["export_safetensors", "import_safetensors", "make_checkpoint", "read_tensors", "write_checkpoint"]
@@ -44,7 +45,11 @@ _NAMES = ("_target_", "model", "module")
 
 
 def make_checkpoint(
-    model_config: Mapping[str, Any], weights: Mapping[str, Tensor], tasks: Sequence[Any], n_averaged: int = 1
+    model_config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tasks: Sequence[Any],
+    n_averaged: int = 1,
+    card: Mapping[str, Any] | None = None,
 ) -> MLIPInferenceCheckpoint:
     """An inference checkpoint as fairchem's trainer writes it; the averaged (EMA) weights are the weights.
 
@@ -53,13 +58,16 @@ def make_checkpoint(
         weights: its state dict.
         tasks: configurations of fairchem's tasks.
         n_averaged: fairchem cannot load a checkpoint without this counter.
+        card: see `e2former_fairchem.training.card`.
     """
-    return MLIPInferenceCheckpoint(
+    made = MLIPInferenceCheckpoint(
         model_config=dict(model_config),
         model_state_dict=dict(weights),
         ema_state_dict={"n_averaged": torch.tensor(n_averaged), **{f"module.{k}": v for k, v in weights.items()}},
         tasks_config=OmegaConf.create(list(tasks)),
     )
+    made.card = dict(card or {})
+    return made
 
 
 def write_checkpoint(checkpoint: MLIPInferenceCheckpoint, destination: str | Path) -> Path:
@@ -83,6 +91,7 @@ def write_checkpoint(checkpoint: MLIPInferenceCheckpoint, destination: str | Pat
         "model_config": _plain(checkpoint.model_config),
         "tasks_config": _plain(checkpoint.tasks_config),
         "n_averaged": int(checkpoint.ema_state_dict["n_averaged"]),
+        "card": read_card(checkpoint),
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
@@ -142,7 +151,11 @@ def import_safetensors(source: str | Path, destination: str | Path) -> Path:
                 f"source: expected classes of e2former_fairchem and fairchem's models in {path}, got {key}: {name}"
             )
     checkpoint = make_checkpoint(
-        content["model_config"], tensors, content["tasks_config"], n_averaged=int(content["n_averaged"])
+        content["model_config"],
+        tensors,
+        content["tasks_config"],
+        n_averaged=int(content["n_averaged"]),
+        card=content.get("card"),
     )
     written = write_checkpoint(checkpoint, destination)
     logging.info("wrote %s from %s", written, path)

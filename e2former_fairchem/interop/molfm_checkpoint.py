@@ -20,6 +20,7 @@ from e2former_fairchem.interop.molfm_config import MolFMConfig, parse_molfm_conf
 from e2former_fairchem.interop.molfm_model import build_from_molfm, molfm_model_config
 from e2former_fairchem.interop.molfm_weights import unused_keys
 from e2former_fairchem.interop.references import element_references, elements_of
+from e2former_fairchem.training.card import versions
 
 __all__ = ["ConversionReport", "convert_molfm_checkpoint", "read_molfm_weights"]
 
@@ -114,6 +115,7 @@ def convert_molfm_checkpoint(
         model_config={"_target_": HYDRA_MODEL, **molfm_model_config(parsed, prefix=task)},
         weights=model.state_dict(),
         tasks=_tasks(task, table, parsed),
+        card={"data": f"the authors' weights (MolFM {release}), head {head}", "versions": versions()},
     )
     path = write_checkpoint(checkpoint, destination)
     return ConversionReport(

@@ -293,6 +293,9 @@ class _Prepared:
             volumes = [frame.atoms.get_volume() / len(frame.atoms) for frame in self.training]
             values["stress_coef"] = float(f"{10 * np.mean(volumes):.3g}")
             values["tasks"] = ["${task.energy}", "${task.forces}", "${task.stress}"]
+        values["card"] = {"data": sorted({Path(frame.file).name for frame in self.training})}
+        if checkpoint is not None:
+            values["card"]["started_from"] = Path(checkpoint).name
         content = {
             "defaults": [*defaults, {"heads": "e2former_v2_conserving"}, "_self_"],
             "job": {"run_dir": str(self.folder), "seed": self.seed},

@@ -14,6 +14,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch.distributed as dist
 from fairchem.core.common import distutils
 from fairchem.core.components.callbacks import TrainCheckpointCallback
 from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT, UNIT_RESUME_CONFIG
@@ -22,9 +23,11 @@ from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 
 from e2former_fairchem.files import replacing, write_text
+from e2former_fairchem.training.card import validation_errors, versions, write_card
 from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
 from e2former_fairchem.training.resume import make_movable
 from e2former_fairchem.training.signals import StopRequest, end_on_signal, status
+from e2former_fairchem.training.unit import TrainEvalUnit
 from e2former_fairchem.training.values import integer
 
 # property -> metric -> (what a reader wants to see, factor, format)
@@ -72,6 +75,16 @@ def collect_metrics(unit: TEvalUnit) -> dict[str, dict[str, float]]:
                 numel = distutils.all_reduce(metric.numel, average=False, device=device)
                 result.setdefault(dataset, {})[f"{task},{name}"] = float(total) / max(float(numel), 1.0)
     return result
+
+
+def gather(own: Any) -> list[Any]:
+    """The same thing of every rank."""
+    size = distutils.get_world_size()
+    if size == 1:
+        return [own]
+    found = [None] * size
+    dist.all_gather_object(found, own)
+    return found
 
 
 def format_metrics(metrics: dict[str, float], properties: dict[str, str], zero_force: float | None) -> str:
@@ -195,7 +208,8 @@ class Progress(Callback):
 class Checkpoints(TrainCheckpointCallback):
     """fairchem's checkpoints, without the one of step 0, and with the last inference checkpoint under a fixed name.
 
-    A checkpoint's folder is there complete or not at all, and it can be moved: its `resume.yaml` finds it.
+    A checkpoint's folder is there complete or not at all, and it can be moved: its `resume.yaml` finds it. The
+    inference checkpoint in it has a card (`e2former_fairchem.training.card`).
 
     SIGINT (Ctrl-C) and SIGTERM stop a local run after the step at hand (in an evaluation: after the batch at hand) with
     a checkpoint, a line that tells how to resume, and status 130 or 143. An evaluation that was cut short is not
@@ -217,6 +231,8 @@ class Checkpoints(TrainCheckpointCallback):
             checkpoint_every_n_steps = integer("checkpoint_every_n_steps", checkpoint_every_n_steps, 1)
         super().__init__(checkpoint_every_n_steps, integer("max_saved_checkpoints", max_saved_checkpoints, 0))
         self.export_to = export_to
+        self._card: Callable[[], dict[str, Any]] = dict
+        self._errors: dict[str, dict[str, float]] = {}
         self._stop = StopRequest()
         self._between_steps = True
         self._same_number_of_batches = False
@@ -238,7 +254,10 @@ class Checkpoints(TrainCheckpointCallback):
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
             distutils.synchronize()
             save(str(unfinished))
+            card = self._card()
             if distutils.is_master():
+                if (written := unfinished / UNIT_INFERENCE_CHECKPOINT).is_file():
+                    write_card(written, card)
                 make_movable(unfinished / UNIT_RESUME_CONFIG, target)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 old = target.parents[1] / f".{target.name}.old"
@@ -254,6 +273,24 @@ class Checkpoints(TrainCheckpointCallback):
             raise
         finally:
             self._stop.busy = False
+
+    def on_train_start(self, state: State, unit: TTrainUnit) -> None:
+        """Know what the card needs."""
+        super().on_train_start(state, unit)
+        self._card = partial(self._describe, unit, len(state.train_state.dataloader.dataset))
+
+    def _describe(self, unit: TTrainUnit, structures: int) -> dict[str, Any]:
+        """The card as it is now; all ranks take part."""
+        card = {"structures": structures, "steps": unit.train_progress.num_steps_completed}
+        if isinstance(unit, TrainEvalUnit):
+            card |= unit.card
+            card["states"] = [list(state) for state in sorted(set().union(*gather(unit.states_seen)))]
+        return card | {"validation": self._errors, "versions": versions()}
+
+    def on_eval_epoch_end(self, state: State, unit: TEvalUnit) -> None:
+        """Errors for the card."""
+        properties = {task.name: task.property for task in unit.tasks}
+        self._errors = validation_errors(collect_metrics(unit), properties)
 
     def on_train_step_start(self, state: State, unit: TTrainUnit) -> None:
         """Save when it is time; untrained weights are not worth it."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from fairchem.core.components.callbacks import StopBeforeTimeoutCallback
 from fairchem.core.components.train.train_runner import TrainEvalRunner
+from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT
 from torchtnt.framework.fit import fit
 
 from e2former_fairchem.compat import set_runner_callbacks, slurm_timeout_hours
-from e2former_fairchem.training.checkpoint import resume_without_record
+from e2former_fairchem.training.card import read_card
+from e2former_fairchem.training.checkpoint import read_checkpoint, resume_without_record
 from e2former_fairchem.training.resume import check_state
+from e2former_fairchem.training.unit import TrainEvalUnit
 from e2former_fairchem.training.values import integer
 
 
@@ -56,6 +60,10 @@ class EpochTrainEvalRunner(TrainEvalRunner):
             check_state(checkpoint_location)
         super().load_state(checkpoint_location)
         resume_without_record(self.train_eval_unit)
+        written = Path(checkpoint_location or "", UNIT_INFERENCE_CHECKPOINT)
+        if checkpoint_location is not None and isinstance(self.train_eval_unit, TrainEvalUnit) and written.is_file():
+            card = read_card(read_checkpoint(written, key="job.runner_state_path", any_backbone=True))
+            self.train_eval_unit.states_seen |= {tuple(state) for state in card.get("states", ())}
 
     def run(self) -> None:
         """Train and evaluate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchtnt.framework import State
 
+from e2former_fairchem.training.card import check_given
 from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater
 from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.values import integer
@@ -34,22 +35,33 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
         replay: ``off``: every step is fairchem's own. ``auto``: replayed on a GPU, where the network, the losses and
             the way of training allow it.
         max_graphs: sizes of batches that are kept captured.
+        card: what only the user knows of data and weights (`card.GIVEN`), for the card in each inference checkpoint.
         kwargs: of `MLIPTrainEvalUnit`.
 
     Raises:
-        ValueError: another value of ``replay``, or a number of graphs below 1.
+        ValueError: another value of ``replay``, a number of graphs below 1, or an unknown entry of the card.
     """
 
-    def __init__(self, *args: Any, replay: str = "off", max_graphs: int = 64, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        replay: str = "off",
+        max_graphs: int = 64,
+        card: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if replay not in ("auto", "off"):
             raise ValueError(f"replay: expected auto or off, got {replay!r}")
         self.replay = replay
         self.max_graphs = integer("max_graphs", max_graphs, 1)
+        self.card = check_given(card)
         super().__init__(*args, **kwargs)
         #: Called after every replayed step with the losses by task and the numbers of structures and atoms.
         self.loss_listeners: list[Callable[[dict[str, Tensor], int, int], None]] = []
         self._replays: Replays | None = None
         self._update: Update | None = None
+        #: Charge and multiplicity of the structures in this worker's batches, for the checkpoint's card.
+        self.states_seen: set[tuple[int, int]] = set()
 
     def on_train_start(self, state: State) -> None:
         """As fairchem's; then choose how steps run."""
@@ -75,6 +87,7 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
 
     def train_step(self, state: State, data: AtomicData | PaddedBatch) -> None:
         """One step; fairchem's where it is not replayed."""
+        self.states_seen |= _states(data)
         if not isinstance(data, PaddedBatch):
             super().train_step(state, data)
             return
@@ -118,3 +131,12 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
             self.logger.log(record, step=step, commit=True)
         if printed:
             logging.info(record)
+
+
+def _states(data: AtomicData | PaddedBatch) -> set[tuple[int, int]]:
+    """Charge and multiplicity of every structure of a batch on the host, padding aside."""
+    held, number = data, data.natoms.numel() if isinstance(data, AtomicData) else data.structures
+    if isinstance(data, PaddedBatch):
+        held = data.tensors(data.memory)
+    charge, spin = (held[key][:number].long().tolist() for key in ("charge", "spin"))
+    return set(zip(charge, spin, strict=True))

@@ -26,6 +26,7 @@ from e2former_fairchem.data.references import read_element_references
 from e2former_fairchem.interop.checkpoint_file import export_safetensors, import_safetensors, read_tensors
 from e2former_fairchem.interop.molfm import StateDictError, convert_molfm_checkpoint
 from e2former_fairchem.interop.references import element_references, table_of_head
+from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
@@ -210,6 +211,7 @@ def test_without_pickles(one, tmp_path, capsys) -> None:
     for name in ("again.pt", "from_direct.pt"):
         second = read_checkpoint(tmp_path / name)
         assert second.model_config == first.model_config
+        assert read_card(second) == read_card(first) != {}
         assert str(second.tasks_config) == str(first.tasks_config)  # NaN is not equal to itself
         assert second.model_state_dict.keys() == first.model_state_dict.keys()
         for key, tensor in first.ema_state_dict.items():

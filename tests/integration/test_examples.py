@@ -37,7 +37,7 @@ RUNS = {
     ),
     "charge_and_spin": (
         [],
-        [r"NO2 +charge -1 spin 1: +-?\d", r"singlet - triplet: [-+]\d.* \(\+0\.515\)", r"ionisation energy: [-+]\d"],
+        [r"NO2 +charge -1 spin 1: +-?\d", r"electron affinity: [-+]\d.* \(\+0\.944\)", r"ionisation energy: [-+]\d"],
         (),
     ),
     "batched": (

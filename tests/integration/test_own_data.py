@@ -282,7 +282,7 @@ def test_train_fine_tune_and_their_table(
     err = capsys.readouterr().err
     assert "1 of 13 frames cannot be used" in err and "frame 3 (as 2)" in err
     assert not Path("run").exists()
-    assert main(["train", "cells.traj", "--output", "run", "--skip-bad", "epochs=2", *TINY]) == 0
+    assert main(["train", "cells.traj", "--output", "run", "--skip-bad", "epochs=2", "card.licence=MIT", *TINY]) == 0
     out = capsys.readouterr().out
     assert "no charge is given: charge 0 (12 frames)" in out
     table = json.loads(Path("run/table.json").read_text())
@@ -292,6 +292,16 @@ def test_train_fine_tune_and_their_table(
     assert float(printed[3]) == pytest.approx(1000 * table["validation"]["stress"], abs=6e-4)
     summary = json.loads(Path("run/data.json").read_text())
     assert summary["left_out"] == [f"{elsewhere}/cells.traj: the same structure as an earlier frame: frame 3 (as 2)"]
+
+    # The checkpoint's card.
+    capsys.readouterr()
+    assert main(["info", "run/inference_ckpt.pt"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert (lines["elements"], lines["charges and multiplicities"]) == ("Al, Cu", "+0 and 1")
+    assert (lines["data"], lines["structures"], lines["licence"]) == ("cells.traj", "11", "MIT")
+    said = {kind: float(x) for kind, x in re.findall(r"(\w+) (\S+) meV", lines["errors on omol.val"])}
+    assert said == pytest.approx({k: 1000 * table["validation"][k] for k in ("energy", "forces", "stress")}, rel=6e-3)
+    assert re.search(r"e2former-fairchem \S+, fairchem-core 2\.\S+, torch \S+$", lines["made with"])
 
     # The same again is refused, and a finished training has nothing to resume.
     before = Path("run/inference_ckpt.pt").read_bytes()

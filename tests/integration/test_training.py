@@ -32,6 +32,7 @@ from e2former_fairchem.training.callbacks import (
     keep_old,
     left_out,
 )
+from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import initialize_from_checkpoint, load_for_evaluation, read_checkpoint
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.metrics import read_metrics
@@ -247,6 +248,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
         assert given.keys() == wanted.keys()
         for key, value in wanted.items():
             assert torch.equal(given[key], value), key
+    assert read_card(resumed) == read_card(straight)
+    assert len(read_card(resumed)["states"]) > 3 and read_card(resumed)["steps"] > 20
     files = [next(run.glob("*/metrics.jsonl")) for run in (elsewhere / "straight", moved)]
     straight_epochs, resumed_epochs = [[r for r in read_metrics(f) if r["kind"] == "evaluation"] for f in files]
     assert [e["epoch"] for e in resumed_epochs] == [1, 2]
