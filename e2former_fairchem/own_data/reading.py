@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import ground_state_magnetic_moments
 from ase.db import connect
 from ase.io import iread
 from ase.stress import voigt_6_to_full_3x3_stress
@@ -190,6 +191,9 @@ def _charge_and_spin(frame: Frame, everything: Mapping[str, Any], keys: Keys) ->
     periodic = bool(frame.atoms.pbc.any())
     # The number of electrons of a cell says nothing about a crystal: a supercell would be another system.
     lowest = 1 if periodic else 1 + electrons % 2
+    if frame.is_isolated_atom and info["charge"] == 0:  # whose energy a file has is that of its ground state
+        moment = round(float(ground_state_magnetic_moments[frame.atoms.numbers[0]]))
+        lowest = 1 + moment if (electrons - moment) % 2 == 0 else lowest
     spin = _integer(frame, everything, "spin", (keys.spin,) if keys.spin else SPIN, SPIN_RANGE) or None  # 0: not known
     info["spin"] = lowest if spin is None else spin
     frame.assumed |= {"charge": 0} if charge is None else {}

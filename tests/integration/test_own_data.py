@@ -115,6 +115,8 @@ def test_charge_and_spin_that_are_not_given(tmp_path: Path) -> None:
         {"spin": 1},
     ]
     assert problems(found) == []
+    write(tmp_path / "atoms.xyz", [Atoms(z, info={"REF_energy": -1.0}) for z in ("H", "C", "O", "He")])
+    assert [f.atoms.info["spin"] for f in read_frames([tmp_path / "atoms.xyz"])] == [2, 3, 3, 1]
     structures[0].info["spin"] = 2
     structures[1].info["spin"] = 1.5
     write(tmp_path / "wrong.xyz", structures[:2])
