@@ -146,7 +146,8 @@ def train(case: str, replay: str, data: Path, options: argparse.Namespace) -> di
         f"num_workers={options.workers}", f"+runner.train_eval_unit.tf32={str(options.tf32).lower()}",
         *(() if case.startswith("escn") else (f"runner.train_eval_unit.replay={replay}",)),
         f"runner.max_steps={total}", "runner.max_epochs=null", "runner.cpu_threads=null",
-        f"runner.callbacks=[{callback},{metrics}]", f"job.run_dir={data / 'runs'}", f"job.run_name={case}_{replay}",
+        f"runner.callbacks=[{callback},{metrics}]", "~checkpoint_every", f"job.run_dir={data / 'runs'}",
+        f"job.run_name={case}_{replay}",
     ]  # fmt: skip
     try:
         _cli.main(argparse.Namespace(config=str(ROOT / "configs" / config)), line)
