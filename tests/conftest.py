@@ -112,6 +112,25 @@ def matmul_precision() -> Iterator[Callable[[str], None]]:
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str], list]:
+    """`spy(owner, name)`: arguments and result of every later call of a function, which does what it did."""
+
+    def watch(owner: object, name: str) -> list:
+        calls, inner = [], getattr(owner, name)
+
+        def run(*args: object, **options: object) -> object:
+            call = [args, None]  # of a function that raises, too
+            calls.append(call)
+            call[1] = inner(*args, **options)
+            return call[1]
+
+        monkeypatch.setattr(owner, name, run)
+        return calls
+
+    return watch
+
+
 #: Widths of a network that takes milliseconds.
 TINY = (
     "backbone.sphere_channels=8",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 
+from e2former_fairchem import model as model_module
 from e2former_fairchem import spatial_order as module
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.graph import Graph, build_graph
@@ -62,7 +63,7 @@ def test_small_systems_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_network_does_not_show_it(frozen: bool, device: str, monkeypatch) -> None:
+def test_network_does_not_show_it(frozen: bool, device: str, spy, monkeypatch) -> None:
     """Features and forces are those of the caller's order: in float64 to rounding, and on a GPU, with 4,913 atoms in
     random order, as near to float64 as those are.
     """
@@ -96,13 +97,11 @@ def test_network_does_not_show_it(frozen: bool, device: str, monkeypatch) -> Non
         (forces,) = torch.autograd.grad((weight * x).sum(), pos)
         return [x.detach().double(), forces.double()]
 
-    asked, order = [], module.spatial_order
-    monkeypatch.setattr("e2former_fairchem.model.spatial_order", lambda *a: asked.append(order(*a)) or asked[-1])
-    found = []
+    asked, found = spy(model_module, "spatial_order"), []
     for smallest in (10**6, least, 10**6):  # with frozen weights the second evaluation makes splines
         monkeypatch.setattr(module, "MIN_ATOMS", smallest)
         found.append(features_and_forces(model, dtype))
-    assert [one is None for one in asked] == [True, False, True]
+    assert [order is None for _, order in asked] == [True, False, True]
     for ordered, own, truth in zip(*found[1:], features_and_forces(exact, torch.float64), strict=True):
         if device == "cpu":
             assert float((ordered - own).abs().max()) < 1e-12 * float(own.abs().max())

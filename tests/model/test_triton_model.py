@@ -7,6 +7,7 @@ file's network on three atoms, one file's smallest system, and a toy network's s
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -196,13 +197,11 @@ def forces_and_gradients(model: HydraModel, data: AtomicData) -> list[torch.Tens
 
 
 @pytest.mark.parametrize("score", ["qk", "qk_dot"])
-def test_activation_checkpointing(score: str, float64_default: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_checkpointing(score: str, float64_default: None, spy: Callable) -> None:
     """Blocks are evaluated again in the backward pass, and nothing changes by it."""
     from e2former_fairchem.nn.block import TransformerBlock
 
-    calls, forward = [], TransformerBlock.forward
-    monkeypatch.setattr(TransformerBlock, "forward", lambda self, *a: calls.append(1) or forward(self, *a))
-    found = []
+    calls, found = spy(TransformerBlock, "forward"), []
     for flag in (False, True):
         calls.clear()
         model = network("triton", "cpu", **TOY, cutoff=2.5, score=score, activation_checkpointing=flag)

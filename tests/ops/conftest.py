@@ -34,6 +34,35 @@ def poison_uninitialised() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads, columns, edges and atoms split over programs and runs, as in wide networks and large graphs.
+
+    Of all tests this alone knows the constants that decide it.
+    """
+    from e2former_kernels.common.step import node_runs
+    from e2former_kernels.common.tiles import row_tiles
+    from e2former_kernels.equivariant_attention import fused, gate, second
+    from e2former_kernels.feedforward import op as feedforward
+    from e2former_kernels.norm import op as norm
+    from e2former_kernels.query_key import op as query_key
+    from e2former_kernels.radial import network
+
+    rows = {"row_tiles": lambda rows, heads, *args, **options: row_tiles(rows, min(heads, 2), *args, **options)}
+    numbers = {"TILE_NUMBERS": 16, "MAX_PROGRAMS": 3}
+    for module, constants in {
+        fused: {"SCORE_TILE": 2 * ((2, 1, 2),)} | rows,
+        second: {"WEIGHTS_TILE": (2, 1), "PAIR_TILE": (2, 1), "WEIGHTS_NUMBERS": 16} | rows,
+        gate: {"TILE": (2, 8), "PAIR_TILE": (2, 8)} | numbers,
+        network: numbers,
+        feedforward: {"node_runs": lambda number: node_runs(number, 3)},
+        query_key: {"runs": lambda h, *_: node_runs(h.shape[0], 3), "MAX_PROGRAMS": 2, "TILE_NUMBERS": 8},
+        norm: {"MAX_PROGRAMS": 2},
+    }.items():
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+
+
 @dataclass
 class Make:
     """Random tensors of one dtype on one device."""

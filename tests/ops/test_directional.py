@@ -58,11 +58,9 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float =
 
 
 @pytest.fixture
-def recomputed(monkeypatch) -> list[int]:
+def recomputed(spy) -> list:
     """One entry for every evaluation of differentiable pieces."""
-    calls, inner = [], Plan.run
-    monkeypatch.setattr(Plan, "run", lambda self, tensors: calls.append(1) or inner(self, tensors))
-    return calls
+    return spy(Plan, "run")
 
 
 @interpreted
@@ -99,16 +97,7 @@ def test_numbers_of_edges(make, recomputed, score: str, edges: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("score", SCORES)
-def test_several_blocks_of_columns(make, find_leaves, monkeypatch, score: str) -> None:
-    """A degree's columns split over programs, as in wide networks."""
-    from e2former_kernels.equivariant_attention import gate
-    from e2former_kernels.radial import network
-
-    for name in ("TILE", "PAIR_TILE"):
-        monkeypatch.setattr(gate, name, (2, 8))
-    for module in (gate, network):
-        monkeypatch.setattr(module, "TILE_NUMBERS", 16)
-        monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
+def test_several_tiles(make, find_leaves, small_tiles, score: str) -> None:
     arguments = make.attention(score, heads=6, per_head=1, edges=9)
     weights_fixed = freeze(arguments)
     reference = equivariant_attention_reference(*weights_fixed, recompute=False)
@@ -140,12 +129,11 @@ def single_precision(x):
 @interpreted
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("score", SCORES)
-def test_single_precision(make, monkeypatch, score: str, half: bool) -> None:
+def test_single_precision(make, spy, score: str, half: bool) -> None:
     """With ``half`` the rows of atoms that edges gather are float16, as for score ``qk``."""
     from e2former_kernels.equivariant_attention import fused
 
-    asked, inner = [], fused.half_rows
-    monkeypatch.setattr(fused, "half_rows", lambda x: asked.append(1) or inner(x))
+    asked = spy(fused, "half_rows")
     arguments = freeze(make.attention(score, lmax=2, edges=37))
     exact = equivariant_attention_reference(*arguments, recompute=False)
     cotangent = torch.randn_like(exact)
@@ -207,14 +195,8 @@ def test_without_layer_norms(make, find_leaves, score: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("score", SCORES)
-def test_hessian(make, recomputed, monkeypatch, score: str) -> None:
-    """Forces differentiated again by vectors and by the atoms' tensors, each alone too; frozen weights have no part."""
-    from e2former_kernels.radial.network import RadialGradients
-
-    inner = RadialGradients.backward
-    monkeypatch.setattr(
-        RadialGradients, "backward", lambda s, g, k, weights, *a: inner(s, g, k, weights, *a) if not weights else 1 / 0
-    )
+def test_hessian(make, recomputed, score: str) -> None:
+    """Forces differentiated again by vectors and by the atoms' tensors, each alone too."""
     arguments = freeze(make.attention(score, "molfm", lmax=2))
     rows, inputs = [], [arguments[n] for n in MOVING]
     for function in (equivariant_attention, equivariant_attention_reference):

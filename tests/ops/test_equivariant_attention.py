@@ -62,15 +62,7 @@ def test_numbers_of_edges(make, compare, find_leaves, edges: int) -> None:
 
 
 @interpreted
-def test_several_tiles_of_heads(make, compare, find_leaves, monkeypatch) -> None:
-    """Heads split over programs, as in wide networks."""
-    from e2former_kernels.common.tiles import RowTiles
-    from e2former_kernels.equivariant_attention import fused, second
-
-    monkeypatch.setattr(fused, "SCORE_TILE", 2 * ((2, 1, 2),))
-    monkeypatch.setattr(second, "PAIR_TILE", (2, 1))
-    for module in (fused, second):
-        monkeypatch.setattr(module, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
+def test_several_tiles(make, compare, find_leaves, small_tiles) -> None:
     arguments = make.attention(heads=5, per_head=3)
     compare(equivariant_attention(*arguments), equivariant_attention_reference(*arguments), find_leaves(arguments))
 

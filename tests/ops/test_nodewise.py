@@ -76,21 +76,6 @@ def query_key_case(make):
     )
 
 
-@pytest.fixture
-def short_runs(monkeypatch) -> None:
-    """Three nodes at a time, and several of them in one program of the sums."""
-    import e2former_kernels.feedforward.op as feedforward
-    import e2former_kernels.norm.op as norm
-    import e2former_kernels.query_key.op as qk
-    from e2former_kernels.common.step import node_runs
-
-    monkeypatch.setattr(feedforward, "node_runs", lambda number: node_runs(number, 3))
-    monkeypatch.setattr(qk, "runs", lambda h, *rest: node_runs(h.shape[0], 3))
-    monkeypatch.setattr(qk, "MAX_PROGRAMS", 2)
-    monkeypatch.setattr(qk, "TILE_NUMBERS", 8)
-    monkeypatch.setattr(norm, "MAX_PROGRAMS", 2)
-
-
 @interpreted
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("case", [norm_case, feedforward_case, query_key_case])
@@ -99,7 +84,7 @@ def test_training_on_forces(make, monkeypatch, request, case, short: bool) -> No
     from e2former_kernels.common.runs import Plan
 
     if short:
-        request.getfixturevalue("short_runs")
+        request.getfixturevalue("small_tiles")
     op, reference, arguments, nodes = case(make)
     inputs = [arguments[n] for n in nodes]
     outputs = op(*arguments), reference(*arguments)

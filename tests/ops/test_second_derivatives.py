@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.tiles import RowTiles
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import gaussian_basis, radial_hidden, radial_network
@@ -49,20 +48,11 @@ def of_forces(out: Tensor, first: list[Tensor], inputs: list[Tensor], used: list
 
 
 @pytest.fixture
-def called(monkeypatch) -> list[list[int]]:
-    """Which inputs each call of the attention's hand-written second derivative was asked for."""
+def called(spy) -> list:
+    """Calls of the attention's hand-written second derivative."""
     from e2former_kernels.equivariant_attention import fused
 
-    calls, inner = [], fused.second_derivative
-
-    def spy(step, cotangents, grad, tensors, wanted, again):
-        found = inner(step, cotangents, grad, tensors, wanted, again)
-        assert found is not None
-        calls.append(list(again))
-        return found
-
-    monkeypatch.setattr(fused, "second_derivative", spy)
-    return calls
+    return spy(fused, "second_derivative")
 
 
 @pytest.fixture
@@ -75,7 +65,7 @@ def check(find_leaves, called, monkeypatch):
         first, inputs = [arguments[n] for n in (5, 1, 2, 3)], find_leaves(arguments)
         op = lambda: equivariant_attention(*arguments, form=form, max_run_edges=max_run_edges)  # noqa: E731
         ours = of_forces(op(), first, inputs, **options)
-        assert len(called) == 1
+        assert len(called) == 1 and called[0][1] is not None
         with monkeypatch.context() as patch:
             patch.setattr(FusedAttention, "second", lambda *a: None)
             recomputed = of_forces(op(), first, inputs, **options)
@@ -154,32 +144,17 @@ def test_missing_cotangents(make, check, used: list[int]) -> None:
 
 
 @interpreted
-def test_several_tiles(make, check, monkeypatch) -> None:
-    """Heads and edges split over programs, as in wide networks and large graphs."""
-    from e2former_kernels.equivariant_attention import second
-    from e2former_kernels.radial import network as radial_second
-
-    for name, value in (("WEIGHTS_TILE", (2, 1)), ("PAIR_TILE", (2, 1)), ("WEIGHTS_NUMBERS", 16)):
-        monkeypatch.setattr(second, name, value)
-    monkeypatch.setattr(second, "row_tiles", lambda *a, **k: RowTiles(8, 4, 2, 1))
-    monkeypatch.setattr(radial_second, "TILE_NUMBERS", 16)
-    monkeypatch.setattr(radial_second, "MAX_PROGRAMS", 3)
+def test_several_tiles(make, check, small_tiles) -> None:
     check(make.attention(edges=37, heads=5, per_head=3), max_run_edges=30)
 
 
 @interpreted
-def test_only_what_is_asked_for(make, called, monkeypatch) -> None:
-    """Frozen weights are not differentiated; each input alone gets what it gets among all."""
-    from e2former_kernels.radial.network import RadialGradients
-
+def test_only_what_is_asked_for(make, called) -> None:
+    """Each input alone gets what it gets among all."""
     arguments = make.attention()
     for t in arguments[10]:
         t.requires_grad_(False)
     first = [arguments[n] for n in (5, 1, 2, 3)]
-    inner = RadialGradients.backward
-    monkeypatch.setattr(
-        RadialGradients, "backward", lambda s, g, k, weights, *a: inner(s, g, k, weights, *a) if not weights else 1 / 0
-    )
     cotangent = torch.ones(4, 4, 6, dtype=torch.float64, requires_grad=True)
     gradients = torch.autograd.grad(equivariant_attention(*arguments), first, cotangent, create_graph=True)
     loss = sum(g.square().sum() for g in gradients)
@@ -188,8 +163,8 @@ def test_only_what_is_asked_for(make, called, monkeypatch) -> None:
     for n, t in enumerate(inputs):
         (alone,) = torch.autograd.grad(loss, [t], retain_graph=True)
         assert relative(alone, together[n]) < 1e-14
-    assert called[0] == [0, 1, 2, 3, 4]
-    assert called[1:] == [[n] for n in range(5)]
+    again = [list(given[-1]) for given, _ in called]
+    assert again == [[0, 1, 2, 3, 4], *([n] for n in range(5))]
 
 
 @interpreted
@@ -250,44 +225,21 @@ def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: b
     [(1, True, 7, None, 5), (2, True, 37, 10, 5), (2, False, 7, 4, 1), (4, True, 7, None, 2), (2, True, 0, None, 5)],
 )
 def test_edge_degree(
-    make, find_leaves, monkeypatch, lmax: int, norms: bool, edges: int, run: int | None, exponent: int
+    make, find_leaves, spy, monkeypatch, lmax: int, norms: bool, edges: int, run: int | None, exponent: int
 ) -> None:
     from e2former_kernels.edge_degree import op
 
-    inner, calls = op.second_derivative, []
-
-    def spy(*arguments):
-        calls.append(inner(*arguments))
-        return calls[-1]
-
-    monkeypatch.setattr(op, "second_derivative", spy)
+    calls = spy(op, "second_derivative")
     arguments = (lmax, 3.0, 5, exponent, *make.edges(4, edges), make.radial(lmax + 1, 6, 4, 5, norms))
     first, inputs = [arguments[4]], find_leaves(arguments)
     ours = of_forces(edge_degree_embedding(*arguments, max_run_edges=run), first, inputs)
-    assert len(calls) == 1 and calls[0] is not None
+    assert len(calls) == 1 and calls[0][1] is not None
     monkeypatch.setattr(op, "second_derivative", lambda *a: None)
     recomputed = of_forces(edge_degree_embedding(*arguments, max_run_edges=run), first, inputs)
     reference = of_forces(edge_degree_embedding_reference(*arguments), first, inputs)
     for n, (a, b, c) in enumerate(zip(ours, recomputed, reference, strict=True)):
         assert relative(a, b) < 1e-11, f"input {n} against recomputation"
         assert relative(a, c) < 1e-11, f"input {n} against the reference"
-
-
-@interpreted
-def test_edge_degree_with_frozen_weights(make, monkeypatch) -> None:
-    from e2former_kernels.radial.network import RadialGradients
-
-    vec, *graph = make.edges(4, 7)
-    radial = type(make.radial(1, 1, 1, 1))(*(t.detach() for t in make.radial(3, 6, 4, 5)))
-    inner = RadialGradients.backward
-    monkeypatch.setattr(
-        RadialGradients, "backward", lambda s, g, k, weights, *a: inner(s, g, k, weights, *a) if not weights else 1 / 0
-    )
-    ours, reference = (
-        of_forces(function(2, 3.0, 5, 5, vec, *graph, radial), [vec], [vec])
-        for function in (edge_degree_embedding, edge_degree_embedding_reference)
-    )
-    assert all(relative(a, b) < 1e-11 for a, b in zip(ours, reference, strict=True))
 
 
 @pytest.mark.gpu
