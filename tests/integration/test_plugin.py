@@ -131,7 +131,7 @@ def test_a_broken_installation_does_not_stop_other_fairchem_runs(data: str, tmp_
     ("call", "message"),
     [
         (lambda: resolvers.sample("test"), "expected one of train, val_known, val_new, got 'test'"),
-        (lambda: resolvers.element_references("omol26"), "expected one of sample, omol25, spice or a .json file"),
+        (lambda: resolvers.element_references("omol26"), "expected one of sample, omol25, spice, svp, tzvpd or a"),
         (lambda: resolvers.element_references("/nowhere.json"), "which does not exist"),
         (lambda: resolvers.dataset("data_train", None), "data_train: expected a folder with a data set, got nothing"),
         (lambda: resolvers.checkpoint("checkpoint", None), "checkpoint: expected an inference checkpoint, got nothing"),
