@@ -14,7 +14,7 @@ class InMemorySubset(Subset):
     """A fairchem subset whose structures are read and decoded at first use only.
 
     fairchem's `keep_in_memory` sets the cache on the instance, where `dataset[i]` never looks. Structures are handed
-    out without a copy: the collater clones what it is given.
+    out without a copy: a batch is made of copies.
     """
 
     def __init__(self, subset: Subset) -> None:

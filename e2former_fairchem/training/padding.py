@@ -84,7 +84,7 @@ class PaddedBatch:
 
     memory: [bytes] uint8, all tensors one after the other. places: where they stand. sizes: padded.
     structures, atoms: without padding. captured: whether the step may come from a CUDA graph. sid: names of the
-    structures, for messages.
+    structures, for messages. states: their charges and multiplicities.
 
     The tensors: ``pos``, ``cell``, ``atomic_numbers``, ``batch``, ``natoms``, ``charge``, ``spin`` of the atoms and
     systems; ``source``, ``target``, ``order``, ``row_ptr``, ``source_ptr``, ``shift`` of the edges
@@ -99,6 +99,7 @@ class PaddedBatch:
     atoms: int
     captured: bool
     sid: Sequence[str]
+    states: frozenset[tuple[int, int]]
 
     def pin_memory(self) -> PaddedBatch:
         """In memory that a GPU can read from while the host goes on; the loader calls it."""
@@ -178,7 +179,13 @@ class PaddingCollater:
             atoms=graph.num_nodes,
             captured=spatial_order(batch["pos"], batch["batch"], graph) is None,
             sid=list(batch.sid),
+            states=states(charge, spin),
         )
+
+
+def states(charge: Tensor, spin: Tensor) -> frozenset[tuple[int, int]]:
+    """Charge (e) and multiplicity of structures, each pair once. charge, spin: [B], on the host."""
+    return frozenset(zip(charge.long().tolist(), spin.long().tolist(), strict=True))
 
 
 def counted(counts: Tensor, tasks: Sequence[Task]) -> tuple[Iterator[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchtnt.framework import State
 
 from e2former_fairchem.training.card import check_given
-from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater
+from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater, states
 from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.values import integer
 
@@ -87,10 +87,11 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
 
     def train_step(self, state: State, data: AtomicData | PaddedBatch) -> None:
         """One step; fairchem's where it is not replayed."""
-        self.states_seen |= _states(data)
         if not isinstance(data, PaddedBatch):
+            self.states_seen |= states(data.charge, data.spin)  # still on the host
             super().train_step(state, data)
             return
+        self.states_seen |= data.states
         try:
             losses = self._replays(data)
         except Exception:
@@ -131,12 +132,3 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
             self.logger.log(record, step=step, commit=True)
         if printed:
             logging.info(record)
-
-
-def _states(data: AtomicData | PaddedBatch) -> set[tuple[int, int]]:
-    """Charge and multiplicity of every structure of a batch on the host, padding aside."""
-    held, number = data, data.natoms.numel() if isinstance(data, AtomicData) else data.structures
-    if isinstance(data, PaddedBatch):
-        held = data.tensors(data.memory)
-    charge, spin = (held[key][:number].long().tolist() for key in ("charge", "spin"))
-    return set(zip(charge, spin, strict=True))

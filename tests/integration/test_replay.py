@@ -240,6 +240,7 @@ def test_training_with_padded_batches(build: Callable, batches: Callable, batch_
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
     assert not same(expected, state_of(unit_of(build))), "the weights have moved"
     assert same(found, state_of(again)) and same(found, state_of(resumed))
+    assert ours.states_seen == eager.states_seen == {(0, 1), (-1, 1)}
 
 
 def test_sizes_are_few_and_close() -> None:
