@@ -13,9 +13,10 @@ from ase.calculators.calculator import Calculator
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
+from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 
-from e2former_fairchem.md.engine import check_move, stop_drift, with_results
+from e2former_fairchem.md.engine import check_move, with_results
 from e2former_fairchem.md.settings import BAR, Settings
 
 #: What ASE's barostat keeps from step to step, under names of its own (ASE 3.26 to 3.29).
@@ -100,7 +101,7 @@ class ASEEngine:
                 raise
             check_move(step, time, self._symbols, before, atoms.get_positions(), forces)
             if self.settings.ensemble == "nvt":
-                stop_drift(atoms)
+                Stationary(atoms, preserve_temperature=False)
             self.steps = step
 
     def frame(self) -> Atoms:

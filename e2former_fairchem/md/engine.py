@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 
 from e2former_fairchem.md.settings import GPA
 
@@ -49,17 +50,8 @@ class Engine(Protocol):
 
 def draw_velocities(atoms: Atoms, temperature: float, seed: int) -> None:
     """Maxwell and Boltzmann's velocities at a temperature (K), without motion of the centre of mass."""
-    rng = np.random.default_rng([seed, 0])
-    width = np.sqrt(units.kB * temperature * atoms.get_masses())
-    atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
-    stop_drift(atoms)
-
-
-def stop_drift(atoms: Atoms) -> None:
-    """Take the motion of the centre of mass away."""
-    masses = atoms.get_masses()[:, None]
-    momenta = atoms.get_momenta()
-    atoms.set_momenta(momenta - masses * (momenta.sum(0) / masses.sum()))
+    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=np.random.default_rng([seed, 0]))
+    Stationary(atoms, preserve_temperature=False)
 
 
 def with_results(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray | None) -> Atoms:

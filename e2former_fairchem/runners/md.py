@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.md.velocitydistribution import Stationary
 from fairchem.core.common import distutils
 from fairchem.core.components.runner import Runner
 from omegaconf import DictConfig
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from e2former_fairchem.files import replacing, sha256_of, write_json
 from e2former_fairchem.leaderboard.predictor import Predictor, check_model, describe_settings, inference_settings
 from e2former_fairchem.leaderboard.provenance import environment
-from e2former_fairchem.md.engine import Engine, draw_velocities, stop_drift
+from e2former_fairchem.md.engine import Engine, draw_velocities
 from e2former_fairchem.md.record import LOG, TRAJECTORY, Record, read_log, read_restart
 from e2former_fairchem.md.run import Intervals, run, summarize
 from e2former_fairchem.md.settings import ENSEMBLES, Settings
@@ -200,7 +201,7 @@ class MDRunner(Runner):
     def _start(self, predictor: Predictor) -> Engine:
         atoms = self.atoms.copy()
         if atoms.has("momenta"):
-            stop_drift(atoms)
+            Stationary(atoms, preserve_temperature=False)
         else:
             draw_velocities(atoms, self.settings.temperature, self.settings.seed)
         if self.engine == "nvalchemi":
