@@ -9,7 +9,10 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +27,27 @@ from e2former_fairchem.md.engine import Observables
 LOG = "md.jsonl"
 TRAJECTORY = "trajectory.extxyz"
 RESTART = "restart.npz"
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Have the folder of a run alone: whoever goes on cuts files, which another process must not be writing.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise BlockingIOError(f"{folder}: expected a folder of its own, got one where another run writes") from err
+        except OSError as err:  # some network file systems have no locks
+            logging.warning("%s: cannot be locked (%s); see to it that no other run uses it", folder, err)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_restart(folder: Path, facts: Mapping[str, Any], key: str) -> tuple[int, dict[str, np.ndarray]] | None:
@@ -69,20 +93,12 @@ class Record:
     Args:
         folder: of the run.
         facts: what decides the trajectory, as JSON.
-
-    Raises:
-        BlockingIOError: another process is writing there.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.facts = dict(facts)
         self._files: dict[str, IO[bytes]] = {name: (folder / name).open("ab") for name in (LOG, TRAJECTORY)}
-        try:
-            fcntl.flock(self._files[LOG], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise BlockingIOError(f"{folder}: expected a folder of its own, got one where another run writes") from err
 
     def log(self, step: int, time: float, seen: Observables, speed: float | None) -> None:
         """A line of numbers; time: ps, speed: ns/day since the line before."""

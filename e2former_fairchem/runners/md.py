@@ -21,7 +21,7 @@ from e2former_fairchem.files import replacing, sha256_of, write_json
 from e2former_fairchem.leaderboard.predictor import Predictor, check_model, describe_settings, inference_settings
 from e2former_fairchem.leaderboard.provenance import environment
 from e2former_fairchem.md.engine import Engine, draw_velocities
-from e2former_fairchem.md.record import LOG, TRAJECTORY, Record, read_log, read_restart
+from e2former_fairchem.md.record import LOG, TRAJECTORY, Record, claim, read_log, read_restart
 from e2former_fairchem.md.run import Intervals, run, summarize
 from e2former_fairchem.md.settings import ENSEMBLES, Settings
 from e2former_fairchem.pes.systems import load_systems
@@ -126,6 +126,7 @@ class MDRunner(Runner):
         """Integrate on the first rank.
 
         Raises:
+            BlockingIOError: another run writes into the folder.
             BlownUp: an atom left; the files have all until then.
             SystemExit: a signal came; the same command goes on.
             ValueError: the folder holds another run, or the checkpoint does not serve.
@@ -141,7 +142,8 @@ class MDRunner(Runner):
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
         try:
-            reason = self._integrate(device, stop)
+            with claim(self.output_dir):
+                reason = self._integrate(device, stop)
         finally:
             torch.set_num_threads(threads)
         if reason is not None:

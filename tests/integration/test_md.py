@@ -28,7 +28,7 @@ from fairchem.core._cli import get_hydra_config_from_yaml
 from e2former_fairchem.leaderboard import predictor as prediction
 from e2former_fairchem.md.ase_engine import ASEEngine
 from e2former_fairchem.md.engine import BlownUp, Observables, draw_velocities
-from e2former_fairchem.md.record import read_log
+from e2former_fairchem.md.record import claim, read_log
 from e2former_fairchem.md.settings import Settings
 from e2former_fairchem.pes.systems import load_systems
 from e2former_fairchem.runners.md import MDRunner
@@ -257,6 +257,19 @@ def test_other_files_are_kept(checkpoint: Path, structures: dict, tmp_path: Path
     (tmp_path / "restart.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"restart.npz: expected the restart file of a run, got "):
         simulate(checkpoint, tmp_path, structures["water"], steps=4)
+
+
+def test_a_second_writer_is_refused(checkpoint: Path, structures: dict, tmp_path: Path) -> None:
+    """Before it cuts the first one's files to the last restart."""
+    simulate(checkpoint, tmp_path / "run", structures["water"], steps=4)
+    with (tmp_path / "run" / "md.jsonl").open("a") as log:
+        log.write("written since the last restart")
+    before = (tmp_path / "run" / "md.jsonl").read_text()
+    with claim(tmp_path / "run"), pytest.raises(BlockingIOError, match="got one where another run writes"):
+        simulate(checkpoint, tmp_path / "run", structures["water"], steps=8)
+    assert (tmp_path / "run" / "md.jsonl").read_text() == before
+    simulate(checkpoint, tmp_path / "run", structures["water"], steps=8)
+    assert read_log(tmp_path / "run")["step"].tolist() == list(range(9))
 
 
 @pytest.mark.parametrize(("ensemble", "structure"), [("nve", "water"), ("npt", "crystal")])
