@@ -8,11 +8,13 @@ import functools
 import gc
 import importlib.util
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +66,14 @@ def quick_interpreter() -> None:
     from triton.runtime import interpreter
 
     done = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda function: type(done)()
+
+    @functools.cache
+    def patch_once(function: Callable) -> object:
+        seen = any(value is tl or value is tl.core for value in function.__globals__.values())
+        assert seen, f"{function.__module__}.{function.__qualname__}: Triton's interpreter wants tl among its globals"
+        return type(done)()
+
+    interpreter._patch_lang = patch_once
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
 
@@ -157,18 +166,29 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def forks() -> BaseContext:
+    """Makes processes that have everything imported, by forking one that has nothing but that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["fairchem.core._cli", "e2former_fairchem.training.runner", "e2former_fairchem.runners.md"]
+    )
+    return context
+
+
 @pytest.fixture
-def launch(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def launch(elsewhere: Path, forks: BaseContext, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """`fairchem -c CONFIG OVERRIDES` within this process: a new one takes ten seconds of imports.
 
-    Several ranks are forks of this process for the same reason, but where a GPU forbids it. Left out is fairchem's
-    report on the environment, which asks other programs for three seconds.
+    Several ranks are forks of a process that has everything imported and nothing else: one of this process would wait
+    for threads that it has not. Left out is fairchem's report on the environment, which asks other programs for three
+    seconds.
     """
     from fairchem.core import _cli
     from torch.distributed.launcher import api
 
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(api, "LaunchConfig", functools.partial(api.LaunchConfig, start_method="fork"))
+    assert forks.get_start_method() == "forkserver"
+    monkeypatch.setattr(api, "LaunchConfig", functools.partial(api.LaunchConfig, start_method="forkserver"))
     monkeypatch.setattr("fairchem.core.launchers.slurm_launch.write_environment_report", lambda **_: None)
     environment, level = dict(os.environ), logging.getLogger().level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}

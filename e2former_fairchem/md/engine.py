@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary
 
 from e2former_fairchem.md.settings import GPA
 
@@ -50,7 +50,9 @@ class Engine(Protocol):
 
 def draw_velocities(atoms: Atoms, temperature: float, seed: int) -> None:
     """Maxwell and Boltzmann's velocities at a temperature (K), without motion of the centre of mass."""
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=np.random.default_rng([seed, 0]))
+    # ASE's function for it has one name up to 3.28 and another from 3.29 on, where the first one warns
+    width = np.sqrt(units.kB * temperature * atoms.get_masses())
+    atoms.set_momenta(width[:, None] * np.random.default_rng([seed, 0]).standard_normal((len(atoms), 3)))
     Stationary(atoms, preserve_temperature=False)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -43,11 +43,11 @@ NAMES = (
 TOLERANCE = {"float32": 2e-6, "kernels": 2e-6, "autocast": 2e-2}
 
 
-def run_workers(folder: Path, device: str) -> dict:
-    """What two workers found; see graph_parallel_worker.py. On a CPU they are forks, which have everything imported."""
-    results, context = folder / "results.pt", multiprocessing.get_context("spawn" if device == "cuda" else "fork")
+def run_workers(folder: Path, device: str, forks: BaseContext) -> dict:
+    """What two workers found; see graph_parallel_worker.py."""
+    results = folder / "results.pt"
     arguments = str(folder / "store"), str(results), device
-    workers = [context.Process(target=graph_parallel_worker.main, args=(rank, *arguments)) for rank in range(2)]
+    workers = [forks.Process(target=graph_parallel_worker.main, args=(rank, *arguments)) for rank in range(2)]
     for worker in workers:
         worker.start()
     try:
@@ -73,8 +73,8 @@ def check_case(found: dict, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return run_workers(tmp_path_factory.mktemp("workers"), "cpu")
+def found(tmp_path_factory: pytest.TempPathFactory, forks: BaseContext) -> dict:
+    return run_workers(tmp_path_factory.mktemp("workers"), "cpu", forks)
 
 
 def test_every_case_has_run(found: dict) -> None:
@@ -107,9 +107,9 @@ def test_an_error_is_raised_by_all_workers(found: dict, case: str, message: str)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_give_what_one_gives(tmp_path: Path) -> None:
+def test_two_gpus_give_what_one_gives(tmp_path: Path, forks: BaseContext) -> None:
     """By hand, on a machine with two GPUs: `pytest -m gpu tests/integration/test_graph_parallel.py`."""
-    found = run_workers(tmp_path, "cuda")
+    found = run_workers(tmp_path, "cuda", forks)
     for name in NAMES:
         check_case(found, name)
 

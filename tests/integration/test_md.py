@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import multiprocessing
-import os
 import re
 import signal
-import time
+import sys
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,10 @@ from e2former_fairchem.md.record import claim, read_log
 from e2former_fairchem.md.settings import Settings
 from e2former_fairchem.pes.systems import load_systems
 from e2former_fairchem.runners.md import MDRunner
+
+sys.path.insert(0, str(Path(__file__).parent))
+import md_process
+from md_process import simulate
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +69,6 @@ def engine(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def simulate(checkpoint: Path, folder: Path, structure: str, **changed: Any) -> None:
-    """A run in this process, as the command does it."""
-    given = {"steps": 24, "log_every": 1, "save_every": 4, "restart_every": 5, "plot": False, "inference": "batch"}
-    runner = MDRunner(structure, str(checkpoint), str(folder), **(given | changed))
-    runner._job_config = SimpleNamespace(device_type="CPU")
-    runner.run()
-
-
 def files(folder: Path) -> dict[str, Any]:
     """What a run wrote, without what the clock says."""
     lines = [json.loads(line) for line in (folder / "md.jsonl").read_text().splitlines()]
@@ -82,18 +77,12 @@ def files(folder: Path) -> dict[str, Any]:
     return {"log": lines, "trajectory": (folder / "trajectory.extxyz").read_text()}
 
 
-def interrupted(number: signal.Signals, folder: Path, function: Callable, *arguments: Any, **options: Any) -> int:
-    """Call a function in a process of its own and send it a signal after nine lines of 25; its exit status."""
-    torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads and would wait for them
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments, kwargs=options)
+def run_alone(process: BaseProcess) -> int:
+    """The exit status of a process."""
     process.start()
-    log, deadline = folder / "md.jsonl", time.monotonic() + 60
-    while not log.exists() or len(log.read_text().splitlines()) < 9:
-        assert time.monotonic() < deadline and process.is_alive()
-        time.sleep(0.001)
-    os.kill(process.pid, number)
+    process.join(60)
+    process.kill()  # one that is there still would be waited for at the end
     process.join()
-    assert 9 <= len(log.read_text().splitlines()) < 25
     return process.exitcode
 
 
@@ -125,30 +114,33 @@ def test_a_whole_run(
 
 @pytest.mark.parametrize(("ensemble", "structure"), [("nve", "water"), ("nvt", "water"), ("npt", "crystal")])
 def test_killed_run_goes_on(
-    engine: str, ensemble: str, structure: str, checkpoint: Path, structures: dict, tmp_path: Path
+    engine: str, ensemble: str, structure: str, checkpoint: Path, structures: dict, tmp_path: Path, forks: BaseContext
 ) -> None:
     """SIGKILL at some step: the files are in the end those of a run that nobody killed."""
     options = {"engine": engine, "ensemble": ensemble, "barostat_time": 100.0}
     simulate(checkpoint, tmp_path / "whole", structures[structure], **options)
     arguments = (checkpoint, tmp_path / "killed", structures[structure])
-    assert interrupted(signal.SIGKILL, tmp_path / "killed", simulate, *arguments, **options) == -signal.SIGKILL
+    given = options | {"threads": torch.get_num_threads(), "line": 9}
+    assert run_alone(forks.Process(target=md_process.killed, args=arguments, kwargs=given)) == -signal.SIGKILL
+    assert len((tmp_path / "killed" / "md.jsonl").read_text().splitlines()) == 9
     simulate(*arguments, **options)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
 def test_signal_stops_after_a_step(
-    launch: Callable, config: Path, checkpoint: Path, structures: dict, elsewhere: Path, capfd
+    launch: Callable, forks: BaseContext, config: Path, checkpoint: Path, structures: dict, elsewhere: Path, capfd
 ) -> None:
     overrides = (f"checkpoint={checkpoint}", f"structure={structures['water']}", "job.device_type=CPU", "steps=24")
     overrides = (*overrides, "log_every=1", "inference=batch", "plot=false")
     folder = elsewhere / "runs" / "md"
-    assert interrupted(signal.SIGTERM, folder, launch, config, *overrides) == 128 + signal.SIGTERM
-    done = len((folder / "md.jsonl").read_text().splitlines()) - 1
+    given = {"line": 9, "output": elsewhere / "output.txt"}
+    process = forks.Process(target=md_process.terminated, args=(config, *overrides), kwargs=given)
+    assert run_alone(process) == 128 + signal.SIGTERM
+    assert read_log(folder)["step"].tolist() == list(range(9)), "the step is finished, and no other one begun"
     launch(config, *overrides)
     assert read_log(folder)["step"].tolist() == list(range(25))
-    out = capfd.readouterr()
-    assert "SIGTERM: stopped; the same command goes on from here" in out.out
-    assert f"goes on at step {done} of the run in" in out.out, "not at step 0, although restart_every is 1000"
+    assert "SIGTERM: stopped; the same command goes on from here" in given["output"].read_text()
+    assert "goes on at step 8 of the run in" in capfd.readouterr().out, "not at step 0, although restart_every is 1000"
 
 
 def test_a_structure_that_blows_up(engine: str, checkpoint: Path, structures: dict, tmp_path: Path) -> None:

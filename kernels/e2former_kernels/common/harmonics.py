@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.tiles import triton
+from e2former_kernels.common.tiles import tl, triton  # noqa: F401  (Triton's interpreter looks for tl beside a kernel)
 
 
 def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
