@@ -15,18 +15,22 @@ from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 QUICKSTART = Path(__file__).resolve().parents[1] / "runs" / "quickstart" / "inference_ckpt.pt"
 
 
-def arguments(description: str, **integers: int) -> argparse.Namespace:
-    """The command line: a checkpoint (the quickstart's where none is named) and counts with defaults."""
+def arguments(description: str, several: bool = False, **integers: int) -> argparse.Namespace:
+    """The command line: a checkpoint (the quickstart's where none is named), or several, and counts with defaults."""
     logging.disable(logging.WARNING)  # fairchem tells its settings; an example's output is numbers
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "checkpoint", nargs="?", default=str(QUICKSTART), help="inference checkpoint (default: quickstart's)"
-    )
+    if several:
+        parser.add_argument("checkpoints", nargs="+", metavar="checkpoint", help="inference checkpoint")
+    else:
+        parser.add_argument(
+            "checkpoint", nargs="?", default=str(QUICKSTART), help="inference checkpoint (default: quickstart's)"
+        )
     for name, default in integers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default: {default}")
     args = parser.parse_args()
-    if not Path(args.checkpoint).is_file():
-        parser.error(f"checkpoint: expected a file, got {args.checkpoint} (fairchem -c configs/quickstart.yaml)")
+    for checkpoint in args.checkpoints if several else [args.checkpoint]:
+        if not Path(checkpoint).is_file():
+            parser.error(f"checkpoint: expected a file, got {checkpoint} (fairchem -c configs/quickstart.yaml)")
     return args
 
 

@@ -40,6 +40,11 @@ RUNS = {
         [r"NO2 +charge -1 spin 1: +-?\d", r"electron affinity: [-+]\d.* \(\+0\.944\)", r"ionisation energy: [-+]\d"],
         (),
     ),
+    "ensemble": (
+        ["--steps", "2"],
+        [rf"O-H 0\.90 Å: {NUMBER} ± 0\.000 eV, forces ± 0\.000 eV/Å", r"O-H 1\.90 Å"],  # one checkpoint, twice
+        (),
+    ),
     "batched": (
         ["--number", "3", "--steps", "2"],
         [r"3 structures: \d+ ms in one batch", r"difference of an energy: 0\.00", r"relaxed 3 structures concurrently"],
@@ -108,7 +113,7 @@ def test_example(name, run, checkpoint) -> None:
     if name in RAY:  # Ray changes the logging of its process
         out = process(name, str(checkpoint), *arguments)
     else:
-        out = run(name, str(checkpoint), *arguments)
+        out = run(name, *[str(checkpoint)] * (1 + (name == "ensemble")), *arguments)
     for pattern in expected:
         assert re.search(pattern, out), f"{pattern!r} not in {out}"
     if name == "cell_relaxation":

@@ -1,0 +1,87 @@
+"""ASE calculators made of fairchem's: several checkpoints as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase.calculators.mixing import AverageCalculator
+from ase.data import chemical_symbols
+from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
+
+from e2former_fairchem.training.card import read_card
+from e2former_fairchem.training.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["EnsembleCalculator"]
+
+
+class _ChargeAndSpinCount:
+    """Results are old where `atoms.info` changed, too: ASE compares positions, elements and cell only."""
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        return super().check_state(atoms, tol) or (["info"] if self.atoms.info != atoms.info else [])
+
+
+def _member(checkpoint: str, task_name: str | None, options: dict[str, Any]) -> tuple[FAIRChemCalculator, dict]:
+    """A calculator, and what it must have in common with the others of an ensemble, by name."""
+    level = read_card(read_checkpoint(checkpoint, any_backbone=True)).get("level_of_theory")
+    try:
+        calculator = FAIRChemCalculator.from_model_checkpoint(checkpoint, task_name, **options)
+    except (RuntimeError, ValueError) as err:
+        raise ValueError(f"{checkpoint}: {err}") from err
+    properties = ", ".join(sorted(calculator.implemented_properties))
+    facts = {"task": calculator.task_name, "properties": properties, "level of theory": level}
+    for task in calculator.predictor.dataset_to_tasks[calculator.task_name]:
+        if task.property == "energy" and task.element_references is not None:
+            values = np.nan_to_num(task.element_references.element_references.cpu().numpy()).round(4)
+            facts |= {f"element reference of {chemical_symbols[z]}": float(values[z]) for z in np.flatnonzero(values)}
+    return calculator, facts
+
+
+class EnsembleCalculator(_ChargeAndSpinCount, AverageCalculator):
+    """Several checkpoints as one ASE calculator: means, and the spread of the members as a measure of uncertainty.
+
+    ``results`` has the means of energy, forces and stress, and for n members x_m with the mean x
+
+    - ``energy_std``: sqrt(sum_m (E_m - E)^2 / (n - 1)), eV, of the whole structure,
+    - ``forces_std`` [N]: sqrt(sum_m |F_m - F|^2 / (n - 1)) of each atom, eV/Å,
+    - ``energy_contributions``, ``forces_contributions``, ...: lists of the members' own (ASE's `AverageCalculator`).
+
+    Every member gets the same atoms, with their charge and multiplicity. Members cost n evaluations and the memory of n
+    networks.
+
+    Args:
+        checkpoints: paths of two or more inference checkpoints of fairchem models, of any backbone.
+        task_name: as of fairchem's calculator; may be left out where the checkpoints have one.
+        options: further arguments of `FAIRChemCalculator.from_model_checkpoint`, for every member.
+
+    Raises:
+        FileNotFoundError: a checkpoint is not there.
+        ValueError: fewer than two checkpoints, or members that differ in task, properties, level of theory (the card's)
+            or element references (more than 0.1 meV).
+    """
+
+    def __init__(self, checkpoints: Sequence[str | Path], task_name: str | None = None, **options: Any) -> None:
+        paths = [str(path) for path in checkpoints]
+        if len(paths) < 2:
+            raise ValueError(f"checkpoints: expected two or more, got {paths}")
+        members, facts = zip(*(_member(path, task_name, options) for path in paths), strict=True)
+        for path, other in zip(paths, facts, strict=True):
+            for name in facts[0] | other:
+                expected, found = facts[0].get(name), other.get(name)
+                if expected != found:
+                    raise ValueError(f"{path}: expected the {name} of {paths[0]}, {expected}, got {found}")
+        super().__init__(members)
+
+    def calculate(self, atoms: Atoms, properties: list[str], system_changes: list[str]) -> None:
+        """ASE's interface; see the class for what ``results`` has."""
+        super().calculate(atoms, properties, system_changes)
+        self.results["energy_std"] = float(np.std(self.results["energy_contributions"], ddof=1))
+        if "forces" in self.results:
+            variance = np.var(self.results["forces_contributions"], axis=0, ddof=1)  # [N, 3]
+            self.results["forces_std"] = np.sqrt(variance.sum(1))

@@ -1,0 +1,83 @@
+"""Calculators made of fairchem's: several checkpoints as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
+
+from e2former_fairchem import EnsembleCalculator
+from e2former_fairchem.training.card import write_card
+
+OPTIONS = {"inference_settings": "traineval", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def trained(write_checkpoint, tmp_path_factory) -> Callable[..., Path]:
+    """A small checkpoint, another one for every number of channels, with a level of theory and references in it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def write(channels: int = 8, level: str | None = "PBE", hydrogen: float | None = None, **options) -> Path:
+        path = folder / f"{channels}_{level}_{hydrogen}.pt"
+        write_checkpoint(path, num_layers=1, sphere_channels=channels, **options)
+        write_card(path, {} if level is None else {"level_of_theory": level})
+        if hydrogen is not None:
+            content = torch.load(path, weights_only=False)
+            references = {"_target_": "fairchem.core.modules.normalization.element_references.ElementReferences"}
+            values = {"_target_": "torch.tensor", "data": [0.0, hydrogen]}
+            content.tasks_config[0]["element_references"] = references | {"element_references": values}
+            torch.save(content, path)
+        return path
+
+    return write
+
+
+def of(calculator, atoms: Atoms) -> Atoms:
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    return atoms
+
+
+def test_ensemble(trained, structures) -> None:
+    """Means and deviations are those of the members, also after a change of the charge alone."""
+    paths = [trained(channels) for channels in (8, 16, 24)]
+    ensemble = EnsembleCalculator(paths, "omol", **OPTIONS)
+    members = [FAIRChemCalculator.from_model_checkpoint(str(path), "omol", **OPTIONS) for path in paths]
+    atoms = of(ensemble, structures["crystal"])
+    before = None
+    for charge, spin in ((0, 1), (1, 2)):
+        atoms.info.update(charge=charge, spin=spin)
+        energy, forces, stress = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
+        singles = [of(member, atoms) for member in members]
+        energies = np.array([single.get_potential_energy() for single in singles])
+        each = np.array([single.get_forces() for single in singles])
+        assert energy == pytest.approx(energies.mean()) != before
+        assert np.allclose(forces, each.mean(0), atol=1e-7)
+        assert np.allclose(stress, np.mean([single.get_stress() for single in singles], axis=0), atol=1e-9)
+        found = ensemble.results
+        assert found["energy_std"] == pytest.approx(np.sqrt(((energies - energies.mean()) ** 2).sum() / 2))
+        assert np.allclose(found["forces_std"], np.sqrt(((each - each.mean(0)) ** 2).sum((0, 2)) / 2), rtol=1e-4)
+        before = energy
+
+
+def test_members_of_an_ensemble_agree(trained, tmp_path) -> None:
+    one = trained(hydrogen=-13.5)
+    for other, message in (
+        (trained(16, level="r2SCAN", hydrogen=-13.5), "level of theory of .*PBE, got r2SCAN"),
+        (trained(16, level=None, hydrogen=-13.5), "level of theory of .*PBE, got None"),
+        (trained(16, hydrogen=-13.6), "element reference of H of .*-13.5, got -13.6"),
+        (trained(16), "element reference of H of .*-13.5, got None"),
+    ):
+        with pytest.raises(ValueError, match=f"{other}: expected the {message}"):
+            EnsembleCalculator([one, other], "omol", **OPTIONS)
+    with pytest.raises(ValueError, match=f"{one}: Invalid task_name 'omat'"):
+        EnsembleCalculator([one, one], "omat", **OPTIONS)
+    with pytest.raises(ValueError, match="checkpoints: expected two or more"):
+        EnsembleCalculator([one], "omol", **OPTIONS)
+    with pytest.raises(FileNotFoundError, match=r"absent.pt"):
+        EnsembleCalculator([one, tmp_path / "absent.pt"], "omol", **OPTIONS)
