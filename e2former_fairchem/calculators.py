@@ -48,8 +48,8 @@ class EnsembleCalculator(_ChargeAndSpinCount, AverageCalculator):
 
     ``results`` has the means of energy, forces and stress, and for n members x_m with the mean x
 
-    - ``energy_std``: sqrt(sum_m (E_m - E)^2 / (n - 1)), eV, of the whole structure,
-    - ``forces_std`` [N]: sqrt(sum_m |F_m - F|^2 / (n - 1)) of each atom, eV/Å,
+    - ``energy_std``: `sqrt(sum_m (E_m - E)^2 / (n - 1))`, eV, of the whole structure,
+    - ``forces_std`` [N]: `sqrt(sum_m |F_m - F|^2 / (n - 1))` of each atom, eV/Å,
     - ``energy_contributions``, ``forces_contributions``, ...: lists of the members' own (ASE's `AverageCalculator`).
 
     Every member gets the same atoms, with their charge and multiplicity. Members cost n evaluations and the memory of n
