@@ -1,23 +1,27 @@
-"""ASE calculators made of fairchem's: several checkpoints as one."""
+"""What can be had of fairchem's ASE calculator: several checkpoints as one, node embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ase.calculators.mixing import AverageCalculator
 from ase.data import chemical_symbols
 from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
+from fairchem.core.units.mlip_unit import MLIPPredictUnit
+from fairchem.core.units.mlip_unit.utils import tf32_context_manager
+from torch import Tensor
 
+from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import read_checkpoint
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["EnsembleCalculator"]
+__all__ = ["Embeddings", "EnsembleCalculator", "embeddings"]
 
 
 class _ChargeAndSpinCount:
@@ -85,3 +89,37 @@ class EnsembleCalculator(_ChargeAndSpinCount, AverageCalculator):
         if "forces" in self.results:
             variance = np.var(self.results["forces_contributions"], axis=0, ddof=1)  # [N, 3]
             self.results["forces_std"] = np.sqrt(variance.sum(1))
+
+
+class Embeddings(NamedTuple):
+    """What the network knows of each atom and its surroundings.
+
+    Both are on the calculator's device, in its precision, and without gradients.
+    """
+
+    #: [N, C], the same in every orientation.
+    invariant: Tensor
+    #: [N, (lmax+1)^2, C] in e3nn's order and sign, in which rows l^2 to (l+1)^2 - 1 turn as the spherical harmonics of
+    #: degree l (row 0 is `invariant`, and rows 1 to 3 turn as x, y, z).
+    equivariant: Tensor
+
+
+def embeddings(calculator: FAIRChemCalculator, atoms: Atoms) -> Embeddings:
+    """Node embeddings of a structure: the network's output, from which the heads make energies and forces.
+
+    Args:
+        calculator: fairchem's, with a checkpoint of this network and one worker.
+        atoms: the structure, charge and multiplicity in its info as for an energy, which is evaluated too where the
+            calculator has not done it already.
+
+    Raises:
+        TypeError: another backbone, or several workers.
+    """
+    predictor = calculator.predictor
+    backbone = predictor.model.module.backbone if isinstance(predictor, MLIPPredictUnit) else predictor
+    if not isinstance(backbone, E2FormerV2Backbone):
+        raise TypeError(f"calculator: expected one E2FormerV2Backbone in this process, got {type(backbone).__name__}")
+    calculator.get_property("energy", atoms)  # checks the structure; fairchem moves and freezes the weights in it
+    with tf32_context_manager(predictor.inference_settings.tf32):
+        found = backbone(calculator.a2g(atoms).to(predictor.device))["node_embedding"].detach()
+    return Embeddings(found[:, 0], found)

@@ -1,4 +1,4 @@
-"""Calculators made of fairchem's: several checkpoints as one."""
+"""What can be had of fairchem's calculator: several checkpoints as one, node embeddings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from e3nn import o3
 from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
 
-from e2former_fairchem import EnsembleCalculator
+from e2former_fairchem import EnsembleCalculator, embeddings
+from e2former_fairchem.testing import random_rotation
 from e2former_fairchem.training.card import write_card
 
 OPTIONS = {"inference_settings": "traineval", "device": "cpu"}
@@ -81,3 +83,24 @@ def test_members_of_an_ensemble_agree(trained, tmp_path) -> None:
         EnsembleCalculator([one], "omol", **OPTIONS)
     with pytest.raises(FileNotFoundError, match=r"absent.pt"):
         EnsembleCalculator([one, tmp_path / "absent.pt"], "omol", **OPTIONS)
+
+
+def test_embeddings(trained, structures) -> None:
+    """A turned molecule has the same invariants; degree l turns with e3nn's matrix of that degree."""
+    calculator = FAIRChemCalculator.from_model_checkpoint(str(trained()), "omol", **OPTIONS)
+    atoms, rotation = structures["ethanol"], random_rotation(3)
+    turned = atoms.copy()
+    turned.positions = atoms.positions @ rotation.T
+    before, after = embeddings(calculator, atoms), embeddings(calculator, turned)
+    assert before.invariant.shape == (9, 8) and before.equivariant.shape == (9, 9, 8)
+    assert not before.equivariant.requires_grad
+    assert torch.allclose(after.invariant, before.invariant, atol=1e-5)
+    matrix = o3.Irreps("0e+1e+2e").D_from_matrix(torch.tensor(rotation)).float()
+    assert torch.allclose(after.equivariant, matrix @ before.equivariant, atol=1e-5)
+    assert float((after.equivariant - before.equivariant)[:, 1:].abs().max()) > 0.01
+    ion = atoms.copy()
+    ion.info.update(charge=1, spin=2)
+    assert float((embeddings(calculator, ion).invariant - before.invariant).abs().max()) > 1e-3
+    calculator.predictor.model.module.backbone = torch.nn.Identity()
+    with pytest.raises(TypeError, match="expected one E2FormerV2Backbone in this process, got Identity"):
+        embeddings(calculator, atoms)

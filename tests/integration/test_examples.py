@@ -45,6 +45,15 @@ RUNS = {
         [rf"O-H 0\.90 Å: {NUMBER} ± 0\.000 eV, forces ± 0\.000 eV/Å", r"O-H 1\.90 Å"],  # one checkpoint, twice
         (),
     ),
+    "embeddings": (
+        [],
+        [
+            r"9 atoms, 16 channels, 9 rows of degrees 0 to 2",
+            r"H3, 0\.97 Å from O: \+1\.000",
+            r"H8, .*: [-+][01]\.\d{3}",
+        ],
+        (),
+    ),
     "batched": (
         ["--number", "3", "--steps", "2"],
         [r"3 structures: \d+ ms in one batch", r"difference of an energy: 0\.00", r"relaxed 3 structures concurrently"],
