@@ -133,7 +133,7 @@ def test_example(name, run, checkpoint) -> None:
 def process(name: str, *arguments: str) -> str:
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

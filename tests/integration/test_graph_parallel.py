@@ -201,7 +201,7 @@ def test_parallel_calculator(write_checkpoint, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-c", CALCULATOR, str(checkpoint)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     said = dict(line.split(" | ", 1) for line in process.stdout.splitlines() if " | " in line)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
     for sent in ("merge_mole", "everything"):

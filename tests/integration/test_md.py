@@ -80,7 +80,7 @@ def files(folder: Path) -> dict[str, Any]:
 def run_alone(process: BaseProcess) -> int:
     """The exit status of a process."""
     process.start()
-    process.join(60)
+    process.join(300)
     process.kill()  # one that is there still would be waited for at the end
     process.join()
     return process.exitcode
