@@ -4,8 +4,8 @@ Importing this package registers the short names ``e2former_v2``, ``e2former_v2_
 ``e2former_v2_direct_force_head`` and ``e2former_v2_gradient_head`` with fairchem; configurations and checkpoints
 written by this package hold full import paths, which need no registration.
 
-``train`` trains on one's own structures (:func:`e2former_fairchem.own_data.train.train`); ``EnsembleCalculator`` and
-``embeddings`` are in :mod:`e2former_fairchem.calculators`.
+``train`` trains on one's own structures (:func:`e2former_fairchem.own_data.train.train`); ``EnsembleCalculator``,
+``DispersionCalculator`` and ``embeddings`` are in :mod:`e2former_fairchem.calculators`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from typing import Any
 import e2former_fairchem.backbone
 import e2former_fairchem.heads  # noqa: F401  (both register on import)
 
-__all__ = ["EnsembleCalculator", "__version__", "embeddings", "train"]
+__all__ = ["DispersionCalculator", "EnsembleCalculator", "__version__", "embeddings", "train"]
 
 #: Name: the module to import when it is asked for.
-_LATER = {"EnsembleCalculator": "calculators", "embeddings": "calculators", "train": "own_data.train"}
+_LATER = {
+    "DispersionCalculator": "calculators",
+    "EnsembleCalculator": "calculators",
+    "embeddings": "calculators",
+    "train": "own_data.train",
+}
 
 
 def __getattr__(name: str) -> Any:

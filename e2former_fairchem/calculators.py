@@ -1,4 +1,4 @@
-"""What can be had of fairchem's ASE calculator: several checkpoints as one, node embeddings."""
+"""What can be had of fairchem's ASE calculator: several checkpoints as one, dispersion, node embeddings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from ase.calculators.mixing import AverageCalculator
 from ase.data import chemical_symbols
 from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
+from fairchem.core.calculate.dftd3_calculator import DFTD3Calculator
 from fairchem.core.units.mlip_unit import MLIPPredictUnit
 from fairchem.core.units.mlip_unit.utils import tf32_context_manager
 from torch import Tensor
@@ -21,19 +22,27 @@ from e2former_fairchem.training.checkpoint import read_checkpoint
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Embeddings", "EnsembleCalculator", "embeddings"]
+__all__ = ["DispersionCalculator", "Embeddings", "EnsembleCalculator", "embeddings"]
 
 
 class _ChargeAndSpinCount:
     """Results are old where `atoms.info` changed, too: ASE compares positions, elements and cell only."""
 
+    def calculate(self, atoms: Atoms, properties: list[str], system_changes: list[str]) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self.atoms = atoms.copy()  # fairchem's calculator writes a missing charge into the atoms that it is given
+
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         return super().check_state(atoms, tol) or (["info"] if self.atoms.info != atoms.info else [])
 
 
+def _level_of_theory(checkpoint: str | Path) -> str | None:
+    return read_card(read_checkpoint(checkpoint, any_backbone=True)).get("level_of_theory")
+
+
 def _member(checkpoint: str, task_name: str | None, options: dict[str, Any]) -> tuple[FAIRChemCalculator, dict]:
     """A calculator, and what it must have in common with the others of an ensemble, by name."""
-    level = read_card(read_checkpoint(checkpoint, any_backbone=True)).get("level_of_theory")
+    level = _level_of_theory(checkpoint)
     try:
         calculator = FAIRChemCalculator.from_model_checkpoint(checkpoint, task_name, **options)
     except (RuntimeError, ValueError) as err:
@@ -89,6 +98,41 @@ class EnsembleCalculator(_ChargeAndSpinCount, AverageCalculator):
         if "forces" in self.results:
             variance = np.var(self.results["forces_contributions"], axis=0, ddof=1)  # [N, 3]
             self.results["forces_std"] = np.sqrt(variance.sum(1))
+
+
+class DispersionCalculator(_ChargeAndSpinCount, DFTD3Calculator):
+    """A checkpoint that learned plain PBE, with the dispersion of PBE-D3(BJ) that its labels lack.
+
+    The sum is fairchem's `DFTD3Calculator`, which knows more functionals and has no way to tell which one a checkpoint
+    learned. Here its card says so. ``results`` has energy, forces and stress with dispersion, and both parts as
+    ``energy_contributions`` (eV), ``forces_contributions`` (eV/Å), ``stress_contributions`` (eV/Å^3). Stress is that
+    of periodic structures. The cutoff of dispersion is 15 Å.
+
+    Args:
+        checkpoint: path of an inference checkpoint of a fairchem model, of any backbone.
+        task_name: as of fairchem's calculator; may be left out where the checkpoint has one.
+        param_file: table of D3's coefficients. None takes fairchem's, `~/.cache/nvalchemiops/dftd3_parameters.pt`, for
+            which fairchem downloads D3's source the first time.
+        options: further arguments of `FAIRChemCalculator.from_model_checkpoint`.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not there.
+        ValueError: the level of theory on the checkpoint's card is not PBE (`PBE`, or `PBE/` and a basis), or none is
+            on it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        task_name: str | None = None,
+        param_file: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        level = _level_of_theory(checkpoint)
+        if level is None or level.partition("/")[0].strip().upper() != "PBE":
+            raise ValueError(f"{checkpoint}: expected the level of theory PBE, for which this D3 is, got {level}")
+        calculator = FAIRChemCalculator.from_model_checkpoint(str(checkpoint), task_name, **options)
+        super().__init__(calculator, "pbe", device=options.get("device"), param_file=param_file)
 
 
 class Embeddings(NamedTuple):

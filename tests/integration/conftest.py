@@ -115,6 +115,17 @@ def write_checkpoint() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def d3_table(tmp_path_factory) -> Path:
+    """A table in which every pair has C6 = 6.5 atomic units, r2r4 = 2 and no dependence on the surroundings."""
+    table = {"rcov": torch.ones(95), "r4r2": torch.full((95,), 2.0)}
+    table |= {"c6ab": torch.zeros(95, 95, 5, 5), "cn_ref": torch.full((95, 95, 5, 5), -1.0)}
+    table["c6ab"][1:, 1:, 0, 0], table["cn_ref"][1:, :, 0] = 6.5, 0.0
+    path = tmp_path_factory.mktemp("d3") / "table.pt"
+    torch.save(table, path)
+    return path
+
+
 def _task(name: str, level: str, dim: list[int]) -> dict[str, Any]:
     unit = "fairchem.core.units.mlip_unit.mlip_unit"
     return {

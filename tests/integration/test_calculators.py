@@ -1,4 +1,4 @@
-"""What can be had of fairchem's calculator: several checkpoints as one, node embeddings."""
+"""What can be had of fairchem's calculator: several checkpoints as one, dispersion, node embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ase import Atoms
 from e3nn import o3
 from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
 
-from e2former_fairchem import EnsembleCalculator, embeddings
+from e2former_fairchem import DispersionCalculator, EnsembleCalculator, embeddings
 from e2former_fairchem.testing import random_rotation
 from e2former_fairchem.training.card import write_card
 
@@ -25,7 +25,7 @@ def trained(write_checkpoint, tmp_path_factory) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def write(channels: int = 8, level: str | None = "PBE", hydrogen: float | None = None, **options) -> Path:
-        path = folder / f"{channels}_{level}_{hydrogen}.pt"
+        path = folder / f"{channels}_{str(level).replace('/', '_')}_{hydrogen}.pt"
         write_checkpoint(path, num_layers=1, sphere_channels=channels, **options)
         write_card(path, {} if level is None else {"level_of_theory": level})
         if hydrogen is not None:
@@ -65,6 +65,9 @@ def test_ensemble(trained, structures) -> None:
         assert found["energy_std"] == pytest.approx(np.sqrt(((energies - energies.mean()) ** 2).sum() / 2))
         assert np.allclose(found["forces_std"], np.sqrt(((each - each.mean(0)) ** 2).sum((0, 2)) / 2), rtol=1e-4)
         before = energy
+    atoms.info.clear()
+    assert atoms.get_potential_energy() != before
+    assert ensemble.check_state(atoms) == []
 
 
 def test_members_of_an_ensemble_agree(trained, tmp_path) -> None:
@@ -83,6 +86,32 @@ def test_members_of_an_ensemble_agree(trained, tmp_path) -> None:
         EnsembleCalculator([one], "omol", **OPTIONS)
     with pytest.raises(FileNotFoundError, match=r"absent.pt"):
         EnsembleCalculator([one, tmp_path / "absent.pt"], "omol", **OPTIONS)
+
+
+def test_dispersion(trained, d3_table) -> None:
+    """The checkpoint's energy, and -s6 C6/(r^6 + f^6) - s8 C8/(r^8 + f^8) with PBE's constants (Grimme et al. 2011)."""
+    path = trained(level="PBE/def2-TZVP")
+    atoms = Atoms("HF", [[0, 0, 0], [0, 0, 4.0]], info={"charge": 0, "spin": 1})
+    plain = of(FAIRChemCalculator.from_model_checkpoint(str(path), "omol", **OPTIONS), atoms)
+    found = of(DispersionCalculator(path, "omol", param_file=d3_table, **OPTIONS), atoms)
+    r, ratio = 4.0 / 0.529177210544, 3 * 2.0 * 2.0
+    damping = 0.4289 * ratio**0.5 + 4.4407
+    d3 = -27.211386 * 6.5 * (1 / (r**6 + damping**6) + 0.7875 * ratio / (r**8 + damping**8))
+    assert found.get_potential_energy() - plain.get_potential_energy() == pytest.approx(d3, rel=1e-2)
+    assert found.calc.results["energy_contributions"] == pytest.approx([plain.get_potential_energy(), d3])
+    assert found.get_forces()[0, 2] > plain.get_forces()[0, 2]
+    before = found.get_potential_energy()
+    found.info.update(charge=1, spin=2)
+    assert found.get_potential_energy() != before
+    found.info.clear()
+    assert found.get_potential_energy() == before
+    assert found.calc.check_state(found) == []
+
+
+@pytest.mark.parametrize("level", ["PBE0", "PBE-D3(BJ)/PAW", "wB97M-V/def2-SVP", None])
+def test_dispersion_is_refused_where_labels_are_not_plain_pbe(level, trained, d3_table) -> None:
+    with pytest.raises(ValueError, match="expected the level of theory PBE, for which this D3 is, got"):
+        DispersionCalculator(trained(level=level), "omol", param_file=d3_table, **OPTIONS)
 
 
 def test_embeddings(trained, structures) -> None:

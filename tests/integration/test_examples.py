@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from e2former_fairchem.training.card import write_card
 from e2former_fairchem.training.checkpoint import read_checkpoint
 from e2former_fairchem.training.report_callback import Report
 
@@ -110,7 +111,7 @@ def run(monkeypatch: pytest.MonkeyPatch, elsewhere: Path, capfd) -> Iterator[Cal
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES} == {*RUNS, "common", "fine_tuning"}
+    assert {path.stem for path in EXAMPLES} == {*RUNS, "common", "dispersion", "fine_tuning"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RAY else n for n in RUNS])
@@ -142,6 +143,23 @@ def test_no_checkpoint(run, capfd) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("relaxation", "absent.pt")
     assert "expected a file, got absent.pt (fairchem -c configs/quickstart.yaml)" in capfd.readouterr().err
+
+
+def test_dispersion(run, tmp_path, write_checkpoint, d3_table, monkeypatch) -> None:
+    """With the coefficients where fairchem keeps them; refused without PBE on the card."""
+    path = write_checkpoint(tmp_path / "small.pt", num_layers=1, sphere_channels=8)
+    with pytest.raises(ValueError, match="expected the level of theory PBE"):
+        run("dispersion", str(path))
+    write_card(path, {"level_of_theory": "PBE"})
+    table = tmp_path / ".cache" / "nvalchemiops" / "dftd3_parameters.pt"
+    table.parent.mkdir(parents=True)
+    table.symlink_to(d3_table)
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: tmp_path))
+    out = run("dispersion", str(path), "--steps", "2")
+    near, far = (
+        float(e) for e in re.findall(rf"^\d\.\d Å: {NUMBER} eV, of which dispersion ({NUMBER}) eV$", out, re.M)
+    )
+    assert near < far < 0
 
 
 def test_fine_tuning(launch, run, tmp_path, write_checkpoint, monkeypatch) -> None:
