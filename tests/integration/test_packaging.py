@@ -97,7 +97,13 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {n.split("/")[0] for n in names if ".dist-info/" not in n}
-    assert tops == {"e2former_fairchem", "e2former_fairchem_cli.py", "e2former_kernels", "hydra_plugins"}
+    assert tops == {
+        "e2former_fairchem",
+        "e2former_fairchem_cli.py",
+        "e2former_fairchem_openmm.py",
+        "e2former_kernels",
+        "hydra_plugins",
+    }
     assert "hydra_plugins/__init__.py" not in names  # a namespace that other plugins share
     for needed in (
         "e2former_fairchem/configs/own_data.yaml",
