@@ -1,7 +1,8 @@
-"""The Python lines of README and docs run as they stand, on a checkpoint where the quickstart puts its own."""
+"""The Python lines of README and docs run as they stand; those of the tutorial train what they need."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -11,10 +12,9 @@ import pytest
 
 #: Every page with Python lines, each with the test of them.
 PAGES = {
-    "README.md": "test_relaxation_and_dynamics",
+    "README.md": "test_relaxation",
     "docs/md.md": "tests/integration/test_md.py",
     "docs/own_data.md": "tests/integration/test_own_data.py",
-    "docs/tutorial.md": "test_relaxation_and_dynamics",
     "docs/weights.md": "test_published_weights",
     "docs/workflows.md": "test_the_mixins_exist",
 }
@@ -32,30 +32,41 @@ def blocks(repo: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
-def test_relaxation_and_dynamics(
-    page: str,
-    blocks: dict[str, str],
-    write_checkpoint: Callable,
-    elsewhere: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+def test_relaxation(
+    blocks: dict[str, str], write_checkpoint: Callable, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 steps stand for all of them."""
+    """20 steps stand for all of them, on a checkpoint where the quickstart puts its own."""
     from ase.optimize import LBFGS
 
     checkpoint = write_checkpoint(elsewhere / "own.pt")
     target = elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
     target.parent.mkdir(parents=True)
     shutil.move(checkpoint, target)
-    shortened = blocks[page].replace("run(2000)", "run(20)").replace("steps=200", "steps=20")
-    assert shortened != blocks[page]
+    shortened = blocks["README.md"].replace("steps=200", "steps=20")
+    assert shortened != blocks["README.md"]
     monkeypatch.setattr(LBFGS, "log", lambda self, *args: None)
     names: dict = {}
-    exec(compile(shortened, page, "exec"), names)
+    exec(compile(shortened, "README.md", "exec"), names)
     assert "energy" in names["atoms"].calc.results
-    if page == "docs/tutorial.md":
-        assert re.search(r"energy drift -?\d+\.\d{3} meV/atom in 1 ps", capsys.readouterr().out)
+
+
+def test_tutorial(launch: Callable, repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The notebook's cells in their order, with smaller numbers in the first one; none has outputs."""
+    from e2former_fairchem.training.report_callback import Report
+
+    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
+    cells = [cell for cell in json.loads((repo / "docs" / "tutorial.ipynb").read_text())["cells"] if "outputs" in cell]
+    assert not any(cell["outputs"] for cell in cells)
+    sizes, *others = ("".join(cell["source"]) for cell in cells)
+    sizes, found = re.subn(r"= \d+, \d+, \d+", "= 40, 1, 20", sizes)
+    assert found == 1 and len(others) == 5
+    names: dict = {}
+    for text in (sizes, *others):
+        exec(compile(text, "tutorial.ipynb", "exec"), names)
+    out = capsys.readouterr().out
+    assert re.search(r"energy drift -?\d+\.\d{3} meV/atom in 0\.01 ps", out)
+    assert re.search(r"forces of frames held out: \d\.\d{3} -> \d\.\d{3} eV/Å", out)
+    assert names["result"].checkpoint.is_file() and names["tuned"].checkpoint.is_file()
 
 
 def test_published_weights(
