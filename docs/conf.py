@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from pathlib import Path
 
 project = "e2former-fairchem"
 author = copyright = "The e2former-fairchem authors"
@@ -26,7 +27,7 @@ html_show_sphinx = False
 
 def notebook_as_page(app, docname, source):
     """A notebook is a page of its cells; it has no outputs, so that nothing of nbsphinx or myst-nb is needed."""
-    if app.env.doc2path(docname).endswith(".ipynb"):
+    if Path(app.env.doc2path(docname)).suffix == ".ipynb":
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source[0])["cells"]]
         source[0] = "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells)
 
