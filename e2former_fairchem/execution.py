@@ -63,7 +63,7 @@ class Execution:
         compute_again: of node features keep only what takes more than a norm and a matrix product to compute again.
         replays: repeated evaluations come from CUDA graphs.
         geometry: of the edges, computed once for all layers where the reference keeps edge tensors.
-        edges: of the graph, for the kernels, with what their calls share.
+        edges: of the graph, with what calls of operations share.
         why_not: of the executions further down in the table, the reasons.
     """
 
@@ -88,19 +88,19 @@ class Execution:
 
     def on(self, config: E2FormerV2Config, graph: Graph, species: Tensor) -> Execution:
         """The same on a graph, with what its layers share. species: [num_senders], atomic numbers."""
+        edges = graph.edge_list(species)
         if self.kernels:
-            return replace(self, edges=None if self.name == "compiled" else graph.edge_list(species))
+            return replace(self, edges=edges)
         numbers = graph.num_edges * 6 * (config.lmax + 1) ** 2 * config.sphere_channels
         recompute = {"auto": numbers > KEEP_NUMBERS, "dense": False}.get(config.convolution, True)
         if recompute:
-            return replace(self, recompute=True)
+            return replace(self, edges=edges, recompute=True)
         geometry = edge_geometry(graph.vec, config.cutoff, config.num_radial_basis, config.envelope_exponent)
-        return replace(self, geometry=geometry)
+        return replace(self, edges=edges, geometry=geometry)
 
     def on_long_range(self, graph: Graph, species: Tensor) -> Execution:
         """The same on the long-range graph, whose networks have no splines."""
-        edges = None if self.edges is None else graph.edge_list(species)
-        return replace(self, elements=None, compute_again=False, geometry=None, edges=edges)
+        return replace(self, elements=None, compute_again=False, geometry=None, edges=graph.edge_list(species))
 
 
 REFERENCE = Execution()

@@ -115,21 +115,14 @@ class Graph:
         return self.senders
 
     def edge_list(self, species: Tensor) -> EdgeList:
-        """The edges as the kernels take them, the same object for all layers.
+        """The edges as the operations take them, the same object for all layers.
 
         Args:
             species: [num_senders], atomic numbers.
         """
         if self._edge_list is None or self._edge_list.species is not species:
-            self._edge_list = EdgeList(
-                self.source,
-                self.target,
-                self.row_ptr,
-                species,
-                self.source_order,
-                self.source_ptr,
-                one_run=self.one_run,
-            )
+            given = self.source, self.target, self.row_ptr, species, self.senders
+            self._edge_list = EdgeList(*given, one_run=self.one_run)
         return self._edge_list
 
 

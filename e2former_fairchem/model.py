@@ -184,19 +184,18 @@ class E2FormerV2(nn.Module):
         images = image_nodes(pos, batch, charge.numel(), graph, species) if execution.node_factored else None
         own = graph.own(batch)
         system = gather_rows(self.charge_spin(charge, spin), own, lambda: (None, _pointer(own, charge.numel())))
-        x = self.edge_degree(species, graph, execution)
+        x = self.edge_degree(graph, execution)
         if self.atom_embedding is not None:
             token = self.atom_embedding(graph.own(atomic_numbers), system)
             x = torch.cat([x[:, :1] + token.unsqueeze(1), x[:, 1:]], 1)
         for block in self.blocks:
-            x = self._run(block, x, system, species, graph, execution, images)
+            x = self._run(block, x, system, graph, execution, images)
         if self.long_range is None:
             return self.norm(x, execution=execution)
         y = self.long_range.norm_in(x)
-        species = long_graph.present(atomic_numbers)
-        execution = execution.on_long_range(long_graph, species)
+        execution = execution.on_long_range(long_graph, long_graph.present(atomic_numbers))
         for block in self.long_range.blocks:
-            y = self._run(block, y, system, species, long_graph, execution, None)
+            y = self._run(block, y, system, long_graph, execution, None)
         return self.long_range.mix(torch.cat([x, self.long_range.norm_out(y)], -1))
 
     def _run(self, block: TransformerBlock, *args) -> Tensor:

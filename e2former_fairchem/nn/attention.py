@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH, E2FormerV2Config
 from e2former_fairchem.execution import REFERENCE, Execution
@@ -18,7 +17,7 @@ from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.so3 import path_table
-from e2former_kernels.common.backend import Mode, float32_products
+from e2former_kernels.common.backend import float32_products
 from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
@@ -26,7 +25,7 @@ from e2former_kernels.equivariant_attention import (
     equivariant_attention,
     equivariant_attention_reference,
 )
-from e2former_kernels.linear import grouped_linear
+from e2former_kernels.linear import grouped_linear, grouped_linear_reference
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.table import RadialTable
 
@@ -70,10 +69,11 @@ class DirectionalGate(nn.Module):
         )
 
 
-def of_rows(rows: Tensor, weights: list[Tensor], mode: Mode, bias: Tensor | None = None) -> Tensor:
+def of_rows(rows: Tensor, weights: list[Tensor], execution: Execution, bias: Tensor | None = None) -> Tensor:
     """Maps of path rows [N, P, C] to the rows of each degree, [N, (lmax+1)^2, out]; weights: [out, paths * C] each."""
-    degrees = [2 * l + 1 for l in range(len(weights))]
-    return grouped_linear(rows.flatten(1), weights, degrees, bias, mode).unflatten(1, (len(weights) ** 2, -1))
+    given = rows.flatten(1), weights, [2 * l + 1 for l in range(len(weights))], bias
+    y = grouped_linear(*given, execution.mode) if execution.kernels else grouped_linear_reference(*given)
+    return y.unflatten(1, (len(weights) ** 2, -1))
 
 
 class PathProjection(nn.Module):
@@ -97,14 +97,7 @@ class PathProjection(nn.Module):
 
     def forward(self, rows: Tensor, execution: Execution = REFERENCE) -> Tensor:
         """rows: [N, P, C] -> [N, (lmax+1)^2, out]."""
-        if execution.kernels:
-            return of_rows(rows, execution.made(self, "scaled", self.scaled), execution.mode)
-        blocks = rows.split([(2 * l + 1) * paths for l, paths in enumerate(self.row_paths)], 1)
-        parts = []
-        for paths, block, weight in zip(self.row_paths, blocks, self.weights, strict=True):
-            block = block.unflatten(1, (-1, paths)).flatten(2)
-            parts.append(F.linear(block, weight / math.sqrt(paths)))
-        return torch.cat(parts, 1)
+        return of_rows(rows, execution.made(self, "scaled", self.scaled), execution)
 
 
 class EquivariantAttention(nn.Module):
@@ -173,13 +166,12 @@ class EquivariantAttention(nn.Module):
     def forward(
         self,
         h: Tensor,
-        atomic_numbers: Tensor,
         graph: Graph,
         execution: Execution,
         images: ImageNodes | None,
         h_again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """h: [N, (lmax+1)^2, C], normalised. atomic_numbers: of the graph's senders. images: for ``eaas``.
+        """h: [N, (lmax+1)^2, C], normalised. images: for ``eaas``.
 
         h_again: gives h once more, so that the backward pass need not keep what is made of it.
         Returns [N, (lmax+1)^2, C].
@@ -187,7 +179,7 @@ class EquivariantAttention(nn.Module):
         query, key = self.query_key(h, execution, h_again)
         key, value = graph.fetch(key, self.value(h, execution))
         factored = execution.node_factored and self.spec.order == 1
-        source, order, edges, half = graph.source, graph.senders, execution.edges, execution.half
+        edges, half = execution.edges, execution.half
         contract = axis_aligned_contraction if execution.kernels else axis_aligned_contraction_reference
 
         def sent(value: Tensor) -> Tensor:
@@ -197,31 +189,15 @@ class EquivariantAttention(nn.Module):
 
         if factored:
             assert images is not None
-            key, value, source, half = images.of_images(key), sent(value), images.image, False  # far images are large
-            if images.edges is not None:
-                atomic_numbers, order = images.edges.species, None
-                edges = None if edges is None else images.edges
+            key, value, half = images.of_images(key), sent(value), False  # far images are large
+            edges = edges if images.edges is None else images.edges
         radial, table = self.radial_and_splines(execution)
         dot = dot_weights = None
         if self.dot is not None:
             dot = self.dot.project(h, execution)
             dot_weights = self.dot(self.target_embedding.weight, self.source_embedding.weight, execution)
         form = execution.form if self.spec.order == 1 else "relative"
-        arguments = (
-            self.spec,
-            query,
-            key,
-            value,
-            dot,
-            graph.vec,
-            source,
-            graph.target,
-            graph.row_ptr,
-            atomic_numbers,
-            radial,
-            dot_weights,
-            self.coupling,
-        )
+        arguments = (self.spec, query, key, value, dot, graph.vec, edges, radial, dot_weights, self.coupling)
         if execution.kernels and form != "dense":
 
             def again() -> Tensor:
@@ -231,10 +207,7 @@ class EquivariantAttention(nn.Module):
             rows = equivariant_attention(
                 *arguments,
                 form=form,
-                source_order=None if order is None else order.order,
-                source_ptr=None if order is None else order.pointer,
                 table=table,
-                edges=edges,
                 half=half,
                 mode=execution.mode,
                 value_again=None if h_again is None else again,
@@ -269,6 +242,5 @@ class EquivariantAttention(nn.Module):
             return self.out(rows, execution)
         if not execution.kernels or not self.one_map or execution.mode.autocast is not None:
             return self.out(self.paths(rows, execution), execution)
-        mode = execution.mode
-        weights = execution.made(self, "behind paths", lambda: self.behind_paths(mode.precision))
-        return of_rows(rows, weights, mode, self.out.bias)
+        weights = execution.made(self, "behind paths", lambda: self.behind_paths(execution.mode.precision))
+        return of_rows(rows, weights, execution, self.out.bias)

@@ -39,25 +39,20 @@ class TransformerBlock(nn.Module):
         self,
         x: Tensor,
         system: Tensor,
-        atomic_numbers: Tensor,
         graph: Graph,
         execution: Execution,
         images: ImageNodes | None,
     ) -> Tensor:
-        """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C].
-
-        atomic_numbers: of the graph's senders.
-        """
+        """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C]."""
         if serves(self, execution):
-            x = half_attention(self, x, system, atomic_numbers, graph, execution)
+            x = half_attention(self, x, system, graph, execution)
         else:
-            x = self.attend(system, atomic_numbers, graph, execution, images, x, graph.vec)
+            x = self.attend(system, graph, execution, images, x, graph.vec)
         return self.feedforward.of_norm(x, self.norm2, execution)
 
     def attend(
         self,
         system: Tensor,
-        atomic_numbers: Tensor,
         graph: Graph,
         execution: Execution,
         images: ImageNodes | None,
@@ -70,4 +65,4 @@ class TransformerBlock(nn.Module):
         if execution.compute_again:
             again = partial(self.norm1, x.detach(), system.detach(), execution=execution)
         graph = graph if vec is graph.vec else graph.with_vec(vec)
-        return x + self.attention(h, atomic_numbers, graph, execution, images, again)
+        return x + self.attention(h, graph, execution, images, again)

@@ -12,7 +12,7 @@ from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.execution import Execution
 from e2former_fairchem.nn.linear import kaiming_linear
 from e2former_fairchem.nn.radial import EMBEDDING_SCALE, RadialMLP, SpeciesEmbedding
-from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
@@ -65,7 +65,7 @@ class EdgeDegreeEmbedding(nn.Module):
 
     def __init__(self, config: E2FormerV2Config) -> None:
         super().__init__()
-        self.config = config
+        self.spec = EmbeddingSpec(config.lmax, config.cutoff, config.num_radial_basis, config.envelope_exponent)
         width = config.num_radial_basis
         self.source_embedding = SpeciesEmbedding(config.max_num_elements, width)
         self.target_embedding = SpeciesEmbedding(config.max_num_elements, width)
@@ -78,32 +78,13 @@ class EdgeDegreeEmbedding(nn.Module):
             layer_norm=config.edge_layer_norm,
         )
 
-    def forward(self, atomic_numbers: Tensor, graph: Graph, execution: Execution) -> Tensor:
-        """atomic_numbers: of the graph's senders; graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
-        config = self.config
+    def forward(self, graph: Graph, execution: Execution) -> Tensor:
+        """graph: the short-range graph. Returns [N, (lmax+1)^2, C]."""
         radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
-        arguments = (
-            config.lmax,
-            config.cutoff,
-            config.num_radial_basis,
-            config.envelope_exponent,
-            graph.vec,
-            graph.source,
-            graph.target,
-            graph.row_ptr,
-            atomic_numbers,
-            radial,
-        )
+        arguments = self.spec, graph.vec, execution.edges, radial
         if execution.kernels:
             table = None
             if execution.elements is not None:
-                table = execution.frozen.splines(self, execution.elements, radial, config.cutoff, last=False)
-            return edge_degree_embedding(
-                *arguments,
-                source_order=graph.source_order,
-                source_ptr=graph.source_ptr,
-                table=table,
-                edges=execution.edges,
-                mode=execution.mode,
-            )
+                table = execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff, last=False)
+            return edge_degree_embedding(*arguments, table=table, mode=execution.mode)
         return edge_degree_embedding_reference(*arguments, recompute=execution.recompute, geometry=execution.geometry)

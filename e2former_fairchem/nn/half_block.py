@@ -53,12 +53,10 @@ def _weights(block: TransformerBlock, execution: Execution) -> BlockWeights:
 
 
 @torch.compiler.disable
-def half_attention(
-    block: TransformerBlock, x: Tensor, system: Tensor, atomic_numbers: Tensor, graph: Graph, execution: Execution
-) -> Tensor:
-    """x + attention(norm1(x) + system). x: [N, (lmax+1)^2, C]; system: [N, C]; atomic_numbers: [N]."""
+def half_attention(block: TransformerBlock, x: Tensor, system: Tensor, graph: Graph, execution: Execution) -> Tensor:
+    """x + attention(norm1(x) + system). x: [N, (lmax+1)^2, C]; system: [N, C]."""
     from e2former_kernels.equivariant_attention.half_block import HalfBlock, attention_block
-    from e2former_kernels.equivariant_attention.op import GraphTensors, Pieces, make_step
+    from e2former_kernels.equivariant_attention.op import Pieces, make_step
 
     attention = block.attention
     spec, nodes = attention.spec, x.shape[0]
@@ -66,16 +64,7 @@ def half_attention(
     nothing = x.new_empty(1)  # the step's queries, keys and values are rows that the block makes
     heads = nothing.expand(nodes, spec.num_heads, attention.query_key.head_dim)
     pieces = Pieces(graph.vec, heads, heads, nothing.expand(x.shape), None, radial, None)
-    tensors = GraphTensors(
-        graph.source,
-        graph.target,
-        graph.row_ptr,
-        atomic_numbers,
-        attention.coupling,
-        graph.source_order,
-        graph.source_ptr,
-    )
-    step = make_step(spec, pieces, tensors, "relative", execution.mode, table, edges=execution.edges, half=True)
+    step = make_step(spec, pieces, execution.edges, attention.coupling, "relative", execution.mode, table, half=True)
     half = HalfBlock(step, [t for _, t in pieces.flat()], _weights(block, execution), system)
-    operations = partial(block.attend, system, atomic_numbers, graph, execution, None)
+    operations = partial(block.attend, system, graph, execution, None)
     return attention_block(half, operations, x, graph.vec)

@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 class ImageNodes:
     """Positions for the node-factored form: of every atom, and of every periodic image that some atom sees.
 
-    position: [N, 3] and image_position: [I, 3], Å, from the centre of each system. image: [E], each edge's image.
+    position: [N, 3] and image_position: [I, 3], Å, from the centre of each system.
     The atoms themselves are the first images. image_source: [I], the real atom of each image; None where images are the
     atoms and no more. by_atom: images of an atom, and edges: with images as senders; None likewise.
     """
 
     position: Tensor
     image_position: Tensor
-    image: Tensor
     image_source: Tensor | None = None
     by_atom: Transposed | None = None
     edges: EdgeList | None = None
@@ -52,7 +51,7 @@ def image_nodes(pos: Tensor, batch: Tensor, num_systems: int, graph: Graph, spec
     position = graph.present(pos - centre)
     own = position if graph.halo is None else position[: graph.num_nodes]
     if graph.offset is None:
-        return ImageNodes(own, position, graph.source)
+        return ImageNodes(own, position)
     far = graph.offset.any(1).nonzero().squeeze(1)
     key = torch.cat([graph.source.unsqueeze(1), graph.offset.to(graph.source.dtype)], 1).index_select(0, far)
     unique, found = torch.unique(key, dim=0, return_inverse=True)
@@ -64,4 +63,4 @@ def image_nodes(pos: Tensor, batch: Tensor, num_systems: int, graph: Graph, spec
     source = torch.cat([torch.arange(atoms, device=pos.device), source])
     edges = EdgeList(image, graph.target, graph.row_ptr, species.index_select(0, source))
     by_atom = Transposed(source, atoms)
-    return ImageNodes(own, torch.cat([position, image_position]), image, source, by_atom, edges)
+    return ImageNodes(own, torch.cat([position, image_position]), source, by_atom, edges)

@@ -100,13 +100,13 @@ class AttentionCase:
     def call(self, form: str, table: RadialTable | None = None) -> Tensor:
         """``triton``, or ``dense``: the edge-materialised PyTorch implementation."""
         s = self.system
-        index = (self.vec, s.source, s.target, s.row_ptr, s.numbers, self.radial, self.dot_weights, self.coupling)
-        arguments = (self.spec, self.query, self.key, self.value, self.dot, *index)
+        weights = self.radial, self.dot_weights, self.coupling
+        arguments = (self.spec, self.query, self.key, self.value, self.dot, self.vec, s.edge_list(), *weights)
         if form == "triton":
             trained = any(w.requires_grad for w in self.weights)
             mode = Mode(trained, precision=torch.get_float32_matmul_precision())
             options = {"table": table, "half": not trained and mode.precision != "highest", "mode": mode}
-            return equivariant_attention(*arguments, source_order=s.order, source_ptr=s.ptr, **options)
+            return equivariant_attention(*arguments, **options)
         return equivariant_attention_reference(*arguments, form="dense", recompute=False)
 
     def forward(self, form: str, table: RadialTable | None = None) -> Tensor:

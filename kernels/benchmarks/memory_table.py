@@ -68,9 +68,9 @@ class EdgeDegree:
         layer, config = trunk.edge_degree, trunk.config
         radial = layer.radial(layer.target_embedding.weight, layer.source_embedding.weight)
         self.radial = RadialWeights(*(None if t is None else t.detach().clone().requires_grad_() for t in radial))
-        self.lmax, self.num_basis, self.exponent = config.lmax, config.num_radial_basis, config.envelope_exponent
+        self.spec = layer.spec._replace(cutoff=CUTOFF)
         torch.manual_seed(1)
-        self.grad = torch.randn(atoms // 3 * 3, (self.lmax + 1) ** 2, config.sphere_channels, device=device)
+        self.grad = torch.randn(atoms // 3 * 3, (config.lmax + 1) ** 2, config.sphere_channels, device=device)
 
     def connect(self, system: System) -> None:
         """Take the edges of ``system``."""
@@ -99,14 +99,12 @@ class EdgeDegree:
 
     def call(self, form: str, table: RadialTable | None = None) -> Tensor:
         """``triton``, or ``dense``: PyTorch."""
-        s = self.system
-        given = (self.lmax, CUTOFF, self.num_basis, self.exponent, self.vec, s.source, s.target, s.row_ptr, s.numbers)
+        given = self.spec, self.vec, self.system.edge_list(), self.radial
         if form == "triton":
             trained = torch.is_grad_enabled() and any(w.requires_grad for w in self.weights)
             mode = Mode(trained, precision=torch.get_float32_matmul_precision())
-            options = {"source_order": s.order, "source_ptr": s.ptr, "table": table, "mode": mode}
-            return edge_degree_embedding(*given, self.radial, **options)
-        return edge_degree_embedding_reference(*given, self.radial, recompute=False)
+            return edge_degree_embedding(*given, table=table, mode=mode)
+        return edge_degree_embedding_reference(*given, recompute=False)
 
     def forward(self, form: str, table: RadialTable | None = None) -> Tensor:
         with torch.no_grad():
@@ -162,8 +160,6 @@ def rows_of(operation: str, atoms: int, args, results: Results) -> None:
             if operation == "attention" and name == "forward":
                 forms["dense"] = ("dense", None)
             for op, (form, splines) in forms.items():
-                # lists of runs are kept with these two: each row makes its own
-                system.source, system.target = system.source.clone(), system.target.clone()
                 call = lambda n=name, f=form, s=splines: case.passes()[n](f, s)  # noqa: E731
                 row = measure(call, args.repeats, 1)
                 results.add(f"{op}/{name}/{atoms}/{neighbours}", row | {"edges": system.edges})

@@ -62,8 +62,7 @@ def main() -> None:
 
     def run() -> None:
         out = equivariant_attention(
-            layer.spec, query, key, value, None, vec, system.source, system.target, system.row_ptr, system.numbers,
-            radial, None, layer.coupling, source_order=system.order, source_ptr=system.ptr, table=table,
+            layer.spec, query, key, value, None, vec, system.edge_list(), radial, None, layer.coupling, table=table,
             half=args.precision != "highest", mode=Mode(precision=args.precision),
         )  # fmt: skip
         torch.autograd.grad(out.sum(), inputs)

@@ -26,6 +26,7 @@ from e2former_fairchem.graph import Graph  # noqa: E402
 from e2former_fairchem.model import E2FormerV2  # noqa: E402
 from e2former_fairchem.nn.output import EnergyMLP  # noqa: E402
 from e2former_fairchem.segments import Transposed, gather_rows  # noqa: E402
+from e2former_kernels.common.runs import EdgeList  # noqa: E402
 
 __all__ = [
     "GIB", "PAPER", "ROOT", "TINY", "Network", "Results", "System", "attempt", "ceilings", "common_arguments",
@@ -106,6 +107,10 @@ class System:
         self.batch = torch.zeros(self.atoms, dtype=torch.long, device=device)
         graph = self.graph(self.pos)
         self.order, self.ptr = graph.source_order, graph.source_ptr
+
+    def edge_list(self) -> EdgeList:
+        """The edges as the operations take them; nothing made of them is kept."""
+        return EdgeList(self.source, self.target, self.row_ptr, self.numbers, lambda: (self.order, self.ptr))
 
     def graph(self, pos: Tensor) -> Graph:
         """Graph whose vectors are differentiable in ``pos``."""

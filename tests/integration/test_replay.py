@@ -301,10 +301,10 @@ def test_edges_of_several_runs(
     """Up to twice the edges of a run are one run; with more the step is taken without a graph, and said once a size."""
     number = torch.arange(100)
     edges = {"source": number, "target": number, "row_ptr": torch.arange(101), "species": number}
-    (whole,) = EdgeList(**edges, one_run=2).runs(50)
-    assert whole.num_edges == 100 and len(EdgeList(**edges).runs(50)) == 2
+    (whole,) = EdgeList(**edges, one_run=2).runs_of(50)
+    assert whole.num_edges == 100 and len(EdgeList(**edges).runs_of(50)) == 2
     with pytest.raises(SeveralRuns, match="100 edges, 49 in a run"):
-        EdgeList(**edges, one_run=2).runs(49)
+        EdgeList(**edges, one_run=2).runs_of(49)
     expected = train(padded(unit_of(build)), batches())
     unit, plain = padded(unit_of(build)), Replays._compute
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # before triton is first imported, which is w
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from e2former_kernels.common.backend import Mode
+from e2former_kernels.common.runs import EdgeList
 from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights
 from e2former_kernels.radial.reference import RadialWeights
 
@@ -40,7 +41,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Of all tests this alone knows the constants that decide it.
     """
-    from e2former_kernels.common.step import node_runs
+    from e2former_kernels.common.runs import node_runs
     from e2former_kernels.common.tiles import row_tiles
     from e2former_kernels.equivariant_attention import fused, gate, second
     from e2former_kernels.feedforward import op as feedforward
@@ -91,14 +92,22 @@ class Make:
             self(groups, outputs, scale=0.5),
         )
 
-    def edges(self, nodes: int, edges: int) -> tuple[Tensor, ...]:
-        """vec, source, target, row_ptr, species; atom 1 (if there is one) receives nothing."""
+    def edges(self, nodes: int, edges: int, run: int | None = None) -> tuple[Tensor, EdgeList]:
+        """vec and the edges, in runs of at most ``run``; atom 1 (if there is one) receives nothing."""
         target = torch.randint(0, nodes, (edges,))
         target = torch.where(target == 1, torch.zeros_like(target), target).sort().values.to(self.device)
         source = torch.randint(0, nodes, (edges,)).to(self.device)
         row_ptr = torch.searchsorted(target, torch.arange(nodes + 1, device=self.device))
         species = torch.randint(0, ELEMENTS, (nodes,)).to(self.device)
-        return self(edges, 3), source, target, row_ptr, species
+        return self(edges, 3), EdgeList(source, target, row_ptr, species, max_edges=run)
+
+    @staticmethod
+    def in_runs(arguments: Sequence, run: int | None) -> list:
+        """The same arguments, of an operation on edges, with edges in runs of at most ``run``."""
+        return [
+            EdgeList(a.source, a.target, a.row_ptr, a.species, max_edges=run) if isinstance(a, EdgeList) else a
+            for a in arguments
+        ]
 
     def attention(
         self,
@@ -114,6 +123,7 @@ class Make:
         basis: int = 5,
         hidden: int = 4,
         cutoff: float = 3.0,
+        run: int | None = None,
         **options,
     ) -> tuple:
         """Positional arguments of ``equivariant_attention``."""
@@ -121,7 +131,7 @@ class Make:
             lmax=lmax, num_heads=heads, num_basis=basis, cutoff=cutoff, score=score, norm=norm, order=order, **options
         )
         rows = (lmax + 1) ** 2
-        vec, source, target, row_ptr, species = self.edges(nodes, edges)
+        vec, edges = self.edges(nodes, edges, run)
         dot = dot_weights = None
         if score == "qk_dot":
             dot = self(nodes, rows, basis)
@@ -135,7 +145,7 @@ class Make:
         coupling = self(PATHS[lmax], 3, rows).detach() if order == 1 else None
         nodes_in = (self(nodes, heads, width), self(nodes, heads, width), self(nodes, rows, heads * per_head), dot)
         weights = (self.radial(1, outputs, hidden, basis), dot_weights, coupling)
-        return (spec, *nodes_in, vec, source, target, row_ptr, species, *weights)
+        return (spec, *nodes_in, vec, edges, *weights)
 
 
 @pytest.fixture
@@ -229,6 +239,14 @@ def _radial(tensors: dict[str, Tensor], prefix: str = "radial") -> RadialWeights
     return RadialWeights(*(tensors.get(f"{prefix}.{n}") for n in RadialWeights._fields))
 
 
+def _indices(edges: EdgeList) -> dict[str, Tensor]:
+    return {n: getattr(edges, n) for n in ("source", "target", "row_ptr", "species")}
+
+
+def _edges(tensors: dict[str, Tensor], run: int | None) -> EdgeList:
+    return EdgeList(*(tensors[n] for n in ("source", "target", "row_ptr", "species")), max_edges=run)
+
+
 def _table(tensors: dict) -> dict:
     """Splines of the radial networks among the tensors, as an option of the operation."""
     return {"table": tensors["table"]} if "table" in tensors else {}
@@ -246,48 +264,43 @@ def attention_operation(
 ) -> Operation:
     from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
-    runs = {"max_run_edges": sizes.pop("run", None)}
-    spec, *given = make.attention(score, edges=size, nodes=nodes, **sizes)
-    names = ("query", "key", "value", "dot", "vec", "source", "target", "row_ptr", "species")
-    tensors = {n: t for n, t in zip(names, given, strict=False) if t is not None}
-    tensors |= _named("radial", given[9]) | ({} if given[11] is None else {"coupling": given[11]})
-    if given[10] is not None:
-        tensors |= {f"dot_weights.{n}": t for n, t in given[10]._asdict().items() if isinstance(t, Tensor)}
-        tensors |= {} if given[10].radial is None else _named("dot_weights.radial", given[10].radial)
+    run = sizes.get("run")
+    spec, *given, edges, radial, dot_weights, coupling = make.attention(score, edges=size, nodes=nodes, **sizes)
+    names = ("query", "key", "value", "dot", "vec")
+    tensors = {n: t for n, t in zip(names, given, strict=True) if t is not None} | _indices(edges)
+    tensors |= _named("radial", radial) | ({} if coupling is None else {"coupling": coupling})
+    if dot_weights is not None:
+        tensors |= {f"dot_weights.{n}": t for n, t in dot_weights._asdict().items() if isinstance(t, Tensor)}
+        tensors |= {} if dot_weights.radial is None else _named("dot_weights.radial", dot_weights.radial)
 
-    def call(function: Callable, **options) -> Callable[[dict[str, Tensor]], Tensor]:
-        def run(t: dict[str, Tensor]) -> Tensor:
-            given = _radial(t), _dot_weights(t), t.get("coupling")
-            if "max_run_edges" in options:  # the kernels' alone
-                more = {"half": t.get("half", False), "mode": mode_of(given[0], compiled)}
-                return function(spec, *(t.get(n) for n in names), *given, **options, **more, **_table(t))
-            return function(spec, *(t.get(n) for n in names), *given, **options)
+    def arguments(t: dict[str, Tensor]) -> tuple:
+        return spec, *(t.get(n) for n in names), _edges(t, run), _radial(t), _dot_weights(t), t.get("coupling")
 
-        return run
+    def kernels(t: dict[str, Tensor]) -> Tensor:
+        options = {"half": t.get("half", False), "mode": mode_of(_radial(t), compiled), **_table(t)}
+        return equivariant_attention(*arguments(t), **options)
 
-    run, reference = call(equivariant_attention, **runs), call(equivariant_attention_reference)
-    return Operation(run, reference, tensors, ("vec", "query", "key", "value"))
+    reference = lambda t: equivariant_attention_reference(*arguments(t))  # noqa: E731
+    return Operation(kernels, reference, tensors, ("vec", "query", "key", "value"))
 
 
 def edge_degree_operation(
     make: Make, size: int = 7, compiled: bool = False, nodes: int = 4, lmax: int = 2, **sizes
 ) -> Operation:
-    from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+    from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 
     run = sizes.pop("run", None)
     width, hidden, basis = sizes.get("width", 6), sizes.get("hidden", 4), sizes.get("basis", 5)
-    names = ("vec", "source", "target", "row_ptr", "species")
-    tensors = dict(zip(names, make.edges(nodes, size), strict=True))
-    tensors |= _named("radial", make.radial(lmax + 1, width, hidden, basis))
+    vec, edges = make.edges(nodes, size)
+    tensors = {"vec": vec} | _indices(edges) | _named("radial", make.radial(lmax + 1, width, hidden, basis))
 
-    def reference(t: dict[str, Tensor]) -> Tensor:
-        return edge_degree_embedding_reference(lmax, 3.0, basis, 5, *(t[n] for n in names), _radial(t))
+    def arguments(t: dict[str, Tensor]) -> tuple:
+        return EmbeddingSpec(lmax, 3.0, basis), t["vec"], _edges(t, run), _radial(t)
 
     def kernels(t: dict[str, Tensor]) -> Tensor:
-        radial = _radial(t)
-        options = {"max_run_edges": run, "mode": mode_of(radial, compiled), **_table(t)}
-        return edge_degree_embedding(lmax, 3.0, basis, 5, *(t[n] for n in names), radial, **options)
+        return edge_degree_embedding(*arguments(t), mode=mode_of(_radial(t), compiled), **_table(t))
 
+    reference = lambda t: edge_degree_embedding_reference(*arguments(t))  # noqa: E731
     return Operation(kernels, reference, tensors, ("vec",))
 
 

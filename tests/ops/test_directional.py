@@ -30,7 +30,7 @@ def frozen(x):
 
 
 def freeze(arguments: tuple) -> list:
-    return [a if n in MOVING else frozen(a) if n in (10, 11) else a for n, a in enumerate(arguments)]
+    return [a if n in MOVING else frozen(a) if n in (7, 8) else a for n, a in enumerate(arguments)]
 
 
 def of_moving(out: Tensor, arguments: list, cotangent: Tensor) -> list[Tensor]:
@@ -60,7 +60,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float =
 @pytest.fixture
 def recomputed(spy) -> list:
     """One entry for every evaluation of differentiable pieces."""
-    return spy(Plan, "run")
+    return spy(Plan, "values")
 
 
 @interpreted
@@ -79,7 +79,7 @@ def test_frozen_weights(make, recomputed, score: str, norm: str, order: int, lma
     cotangent = torch.randn_like(reference)
     expected = of_moving(reference, arguments, cotangent)
     for run in (None, 3):
-        assert_close(of_moving(equivariant_attention(*arguments, max_run_edges=run), arguments, cotangent), expected)
+        assert_close(of_moving(equivariant_attention(*make.in_runs(arguments, run)), arguments, cotangent), expected)
     assert not recomputed
 
 
@@ -159,7 +159,7 @@ def test_training(make, find_leaves, recomputed, score: str, norm: str, order: i
     arguments = make.attention(score, norm, order, lmax=lmax)
     inputs = find_leaves(arguments)
     expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
-    assert_close(of_training(equivariant_attention(*arguments, max_run_edges=run), arguments, inputs), expected)
+    assert_close(of_training(equivariant_attention(*make.in_runs(arguments, run)), arguments, inputs), expected)
     assert not recomputed
 
 
@@ -170,7 +170,7 @@ def test_training_with_numbers_of_edges(make, find_leaves, recomputed, score: st
     arguments = make.attention(score, edges=edges, heads=5, per_head=3, lmax=2, inverse_distance="v2")
     inputs = find_leaves(arguments)
     expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
-    assert_close(of_training(equivariant_attention(*arguments, max_run_edges=20), arguments, inputs), expected)
+    assert_close(of_training(equivariant_attention(*make.in_runs(arguments, 20)), arguments, inputs), expected)
     assert not recomputed
 
 
@@ -179,7 +179,7 @@ def test_training_with_numbers_of_edges(make, find_leaves, recomputed, score: st
 def test_training_the_same_bits_twice(make, find_leaves, score: str) -> None:
     arguments = make.attention(score, lmax=2)
     inputs = find_leaves(arguments)
-    a, b = (of_training(equivariant_attention(*arguments, max_run_edges=4), arguments, inputs) for _ in range(2))
+    a, b = (of_training(equivariant_attention(*make.in_runs(arguments, 4)), arguments, inputs) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
 
 
@@ -187,7 +187,7 @@ def test_training_the_same_bits_twice(make, find_leaves, score: str) -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_without_layer_norms(make, find_leaves, score: str) -> None:
     arguments = list(make.attention(score, lmax=2))
-    arguments[10] = make.radial(1, 3 if score == "qk_dot" else 6, 4, 5, norms=False)
+    arguments[7] = make.radial(1, 3 if score == "qk_dot" else 6, 4, 5, norms=False)
     inputs = find_leaves(arguments)
     expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
     assert_close(of_training(equivariant_attention(*arguments), arguments, inputs), expected)
@@ -218,7 +218,7 @@ def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves, r
     inputs, rows = find_leaves(arguments), []
     for function in (equivariant_attention, equivariant_attention_reference):
         out = function(*arguments)
-        (slope,) = torch.autograd.grad(out.square().sum(), arguments[11].bias, create_graph=True)
+        (slope,) = torch.autograd.grad(out.square().sum(), arguments[8].bias, create_graph=True)
         rows.append(list(torch.autograd.grad(slope[1], inputs, materialize_grads=True)))
     assert recomputed
     assert_close(*rows)

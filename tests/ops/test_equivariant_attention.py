@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 from e2former_kernels.common.backend import resolve_backend, triton_installed
+from e2former_kernels.common.runs import EdgeList
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
@@ -25,7 +27,7 @@ CASES = [
 def test_equals_the_reference(make, compare, find_leaves, score: str, norm: str, order: int) -> None:
     arguments = make.attention(score, norm, order)
     compare(
-        equivariant_attention(*arguments, max_run_edges=4),
+        equivariant_attention(*make.in_runs(arguments, 4)),
         equivariant_attention_reference(*arguments),
         find_leaves(arguments),
     )
@@ -89,11 +91,11 @@ def test_bell_envelope_and_other_options(make, compare, find_leaves) -> None:
 def test_sum_form_of_any_rows(make, compare, find_leaves) -> None:
     """As ``eaas`` has them, also of images: senders that are no receivers."""
     arguments = list(make.attention(edges=9))
-    key, value, species = make(6, 3, 2), make(6, 5, 6), torch.tensor([*arguments[9].tolist(), 1, 3])
-    source = torch.randint(0, 6, (9,))
-    arguments[2], arguments[3], arguments[6], arguments[9] = key, value, source, species
+    edges, species = arguments[6], torch.tensor([*arguments[6].species.tolist(), 1, 3])
+    edges = EdgeList(torch.randint(0, 6, (9,)), edges.target, edges.row_ptr, species)
+    arguments[2], arguments[3], arguments[6] = make(6, 3, 2), make(6, 5, 6), edges
     compare(
-        equivariant_attention(*arguments, form="sum", max_run_edges=4),
+        equivariant_attention(*make.in_runs(arguments, 4), form="sum"),
         equivariant_attention_reference(*arguments, form="sum"),
         find_leaves(arguments),
     )
@@ -105,7 +107,7 @@ def test_far_edges_and_ties(make) -> None:
     arguments = list(make.attention(norm="molfm"))
     arguments[5] = torch.cat([arguments[5][:3].detach(), arguments[5][:3].detach(), torch.full((1, 3), 4.0).double()])
     arguments[5].requires_grad_()
-    arguments[6] = torch.zeros_like(arguments[6])
+    arguments[6].source.zero_()
     op, reference = equivariant_attention(*arguments), equivariant_attention_reference(*arguments)
     assert (op - reference).abs().max() < 1e-11
     a, b = (torch.autograd.grad(x.square().sum(), arguments[5])[0] for x in (op, reference))
@@ -123,6 +125,11 @@ def test_frozen_weights_get_no_gradient_work(make, monkeypatch) -> None:
     torch.autograd.grad(out.sum(), arguments[5], create_graph=True)
 
 
+def change_edges(name: str, change, edges: EdgeList) -> EdgeList:
+    index = {n: getattr(edges, n) for n in ("source", "target", "row_ptr", "species")}
+    return EdgeList(**index | {name: change(index[name])})
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("position", "change", "error", "name"),
@@ -132,14 +139,14 @@ def test_frozen_weights_get_no_gradient_work(make, monkeypatch) -> None:
         (3, lambda t: t[:, 1:], ValueError, "value"),
         (3, lambda t: t[..., 1:], ValueError, "value"),
         (5, lambda t: t[:, :2], ValueError, "vec"),
-        (7, lambda t: t[1:], ValueError, "target"),
-        (9, lambda t: t[1:], ValueError, "species"),
-        (6, lambda t: t.int(), TypeError, "source"),
+        (6, partial(change_edges, "target", lambda t: t[1:]), ValueError, "target"),
+        (6, partial(change_edges, "species", lambda t: t[1:]), ValueError, "species"),
+        (6, partial(change_edges, "source", lambda t: t.int()), TypeError, "source"),
         (1, lambda t: t.float(), TypeError, "query"),
-        (12, lambda t: t[:, :2], ValueError, "coupling"),
+        (9, lambda t: t[:, :2], ValueError, "coupling"),
         (3, lambda t: t.to("meta"), RuntimeError, "meta"),
         (2, lambda t: t.to("meta"), ValueError, "key"),
-        (10, lambda r: r._replace(out=r.out[:, 1:]), ValueError, "radial"),
+        (7, lambda r: r._replace(out=r.out[:, 1:]), ValueError, "radial"),
     ],
 )
 def test_wrong_arguments_are_named(make, position: int, change, error: type, name: str) -> None:
@@ -219,9 +226,9 @@ def test_gpu_one_atom_or_edge(make) -> None:
     out = equivariant_attention(*arguments)
     first = torch.autograd.grad(out.square().sum(), arguments[1:4] + arguments[5:6], create_graph=True)
     sum(g.square().sum() for g in first).backward()
-    for tensor in arguments[10]:
+    for tensor in arguments[7]:
         tensor.requires_grad_(False)
-    table = build_radial_table(arguments[10], 3.0, range(4), tolerance=1e-3)
+    table = build_radial_table(arguments[7], 3.0, range(4), tolerance=1e-3)
     again = equivariant_attention(*arguments, table=table)
     (grad,) = torch.autograd.grad(again.square().sum(), arguments[5])
     assert (again - out).abs().max() < 1e-2 * out.abs().max() and grad.isfinite().all()

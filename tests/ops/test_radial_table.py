@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import Mode, triton_installed
-from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import RadialWeights, gaussian_basis, radial_network
 from e2former_kernels.radial.table import build_radial_table, hermite
@@ -54,12 +54,12 @@ def test_no_table_where_none_is_good_or_small_enough(make) -> None:
 def test_attention_with_a_table(make, find_leaves, norm: str, order: int, size: int | None) -> None:
     """Value and gradients of query, key, value and edges; second derivatives are the network's."""
     arguments = list(make.attention("qk", norm, order, edges=11, heads=5, basis=9))
-    for tensor in find_leaves(arguments[10]):
+    for tensor in find_leaves(arguments[7]):
         tensor.requires_grad_(False)
     with torch.no_grad():  # edges around the atoms of the cutoff sphere
         arguments[5].mul_(0.8)
-    table = build_radial_table(arguments[10], 3.0, range(4), tolerance=1e-9)
-    op = equivariant_attention(*arguments, table=table, max_run_edges=size)
+    table = build_radial_table(arguments[7], 3.0, range(4), tolerance=1e-9)
+    op = equivariant_attention(*make.in_runs(arguments, size), table=table)
     reference = equivariant_attention_reference(*arguments)
     inputs = find_leaves(arguments)
     inside = arguments[5].detach().norm(dim=1) < 3.0
@@ -83,12 +83,12 @@ def test_attention_with_a_table(make, find_leaves, norm: str, order: int, size: 
 @pytest.mark.parametrize(("lmax", "norms", "size"), [(2, True, None), (1, False, 3)])
 def test_edge_degree_with_a_table(make, lmax: int, norms: bool, size: int | None) -> None:
     """Several networks without their last layer: value and gradient by the edges, and by the last layer's weights."""
-    vec, *graph, species = make.edges(4, 11)
+    vec, edges = make.edges(4, 11, size)
     radial = make.radial(lmax + 1, 6, 5, 9, norms)
     hidden = type(radial)(*(None if t is None else t.detach() for t in radial[:-2]), *radial[-2:])
     table = build_radial_table(hidden, CUTOFF, range(4), last=False, tolerance=1e-9)
-    arguments = (lmax, CUTOFF, 9, 5, vec, *graph, species, hidden)
-    op = edge_degree_embedding(*arguments, table=table, max_run_edges=size)
+    arguments = (EmbeddingSpec(lmax, CUTOFF, 9), vec, edges, hidden)
+    op = edge_degree_embedding(*arguments, table=table)
     reference = edge_degree_embedding_reference(*arguments)
     assert (op - reference).abs().max() < 1e-8 * reference.abs().max()
     cotangent = torch.randn(op.shape, dtype=op.dtype)
@@ -145,10 +145,10 @@ def test_strided_inputs(operation, name: str) -> None:
 @interpreted
 def test_tables_that_do_not_belong_are_named(make) -> None:
     arguments = list(make.attention())
-    table = build_radial_table(arguments[10], 3.0, range(4))
+    table = build_radial_table(arguments[7], 3.0, range(4))
     with pytest.raises(ValueError, match="table: expected None where the radial network's weights are trained"):
         equivariant_attention(*arguments, table=table, mode=Mode(trained=True))
-    for tensor in arguments[10]:
+    for tensor in arguments[7]:
         tensor.requires_grad_(False)
     with pytest.raises(ValueError, match="table.knots"):
         equivariant_attention(*arguments, table=table._replace(knots=table.knots[..., 1:]))

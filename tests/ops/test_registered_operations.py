@@ -129,7 +129,7 @@ def test_compiled_whole(operation, name: str) -> None:
 @pytest.mark.parametrize("option", ["bell", "runs", "sum", "splines", "splines_of_embedding"])
 def test_compiled_options(make, option: str) -> None:
     """Every argument beside the tensors arrives where the operation runs."""
-    from e2former_kernels.edge_degree import edge_degree_embedding
+    from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding
     from e2former_kernels.equivariant_attention import equivariant_attention
     from e2former_kernels.radial.table import build_radial_table
 
@@ -137,20 +137,18 @@ def test_compiled_options(make, option: str) -> None:
     kinds = {"bell": kinds}
     arguments, options = list(make.attention(edges=9, **kinds.get(option, {}))), {}
     inputs, function = arguments[1:4] + [arguments[5]], equivariant_attention
-    source, species = arguments[6], arguments[9]
     if option == "runs":
-        order = torch.argsort(source, stable=True)
-        ptr = torch.searchsorted(source[order], torch.arange(species.numel() + 1))
-        options = {"max_run_edges": 4, "source_order": order, "source_ptr": ptr}
+        arguments = make.in_runs(arguments, 4)
     elif option == "sum":
-        arguments[3] = inputs[2] = make(species.numel(), 5, 6)
-        options = {"form": "sum", "max_run_edges": 4}
+        arguments = make.in_runs(arguments, 4)
+        arguments[3] = inputs[2] = make(arguments[6].species.numel(), 5, 6)
+        options = {"form": "sum"}
     elif option == "splines":
-        arguments[10] = RadialWeights(*(t.detach() for t in arguments[10]))
-        options = {"table": build_radial_table(arguments[10], 3.0, range(4), tolerance=1e-3)}
+        arguments[7] = RadialWeights(*(t.detach() for t in arguments[7]))
+        options = {"table": build_radial_table(arguments[7], 3.0, range(4), tolerance=1e-3)}
     elif option == "splines_of_embedding":
         radial = RadialWeights(*(t.detach() for t in make.radial(3, 6, 5, 9)))
-        arguments, inputs = [2, 3.0, 9, 5, *arguments[5:10], radial], inputs[-1:]
+        arguments, inputs = [EmbeddingSpec(2, 3.0, 9), *arguments[5:7], radial], inputs[-1:]
         function = edge_degree_embedding
         options = {"table": build_radial_table(radial, 3.0, range(4), last=False, tolerance=1e-3)}
     expected = function(*arguments, **options)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
+from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import gaussian_basis, radial_hidden, radial_network
 
@@ -56,14 +57,14 @@ def called(spy) -> list:
 
 
 @pytest.fixture
-def check(find_leaves, called, monkeypatch):
+def check(make, find_leaves, called, monkeypatch):
     """Compare with the reference, and with the recomputation that steps without a second derivative go through."""
 
-    def run(arguments: tuple, form: str = "relative", max_run_edges: int | None = 4, **options) -> None:
+    def compare(arguments: tuple, form: str = "relative", run: int | None = 4, **options) -> None:
         from e2former_kernels.equivariant_attention.fused import FusedAttention
 
         first, inputs = [arguments[n] for n in (5, 1, 2, 3)], find_leaves(arguments)
-        op = lambda: equivariant_attention(*arguments, form=form, max_run_edges=max_run_edges)  # noqa: E731
+        op = lambda: equivariant_attention(*make.in_runs(arguments, run), form=form)  # noqa: E731
         ours = of_forces(op(), first, inputs, **options)
         assert len(called) == 1 and called[0][1] is not None
         with monkeypatch.context() as patch:
@@ -75,7 +76,7 @@ def check(find_leaves, called, monkeypatch):
             assert relative(a, c) < 1e-11, f"input {n} against the reference"
         assert len(called) == 1
 
-    return run
+    return compare
 
 
 @interpreted
@@ -87,13 +88,13 @@ def test_attention(make, check, norm: str, order: int) -> None:
 @interpreted
 @pytest.mark.parametrize("norm", NORMS)
 def test_sum_form(make, check, norm: str) -> None:
-    check(make.attention(norm=norm), form="sum", max_run_edges=None)
+    check(make.attention(norm=norm), form="sum", run=None)
 
 
 @interpreted
 @pytest.mark.parametrize("edges", [0, 1, 37])
 def test_numbers_of_edges(make, check, edges: int) -> None:
-    check(make.attention(edges=edges, heads=5, per_head=3, lmax=2, norm="molfm"), max_run_edges=None)
+    check(make.attention(edges=edges, heads=5, per_head=3, lmax=2, norm="molfm"), run=None)
 
 
 @interpreted
@@ -116,7 +117,7 @@ def test_geometry(make, check, options: dict) -> None:
 @interpreted
 def test_without_layer_norms(make, check) -> None:
     arguments = list(make.attention())
-    arguments[10] = make.radial(1, 6, 4, 5, norms=False)
+    arguments[7] = make.radial(1, 6, 4, 5, norms=False)
     check(tuple(arguments))
 
 
@@ -124,8 +125,9 @@ def test_without_layer_norms(make, check) -> None:
 def test_senders_beyond_the_receivers(make, check) -> None:
     """A rank of a split graph: atoms that send and do not receive."""
     arguments = list(make.attention(edges=9))
+    edges, (source, species) = arguments[6], (torch.randint(0, 6, (9,)), torch.randint(0, 4, (6,)))
     arguments[2], arguments[3] = make(6, 3, 2), make(6, 4, 6)
-    arguments[6], arguments[9] = torch.randint(0, 6, (9,)), torch.randint(0, 4, (6,))
+    arguments[6] = EdgeList(source, edges.target, edges.row_ptr, species)
     check(tuple(arguments))
 
 
@@ -133,8 +135,9 @@ def test_senders_beyond_the_receivers(make, check) -> None:
 def test_equal_scores_share_the_maximum_with_the_first_edge(make, check) -> None:
     arguments = list(make.attention(norm="molfm"))
     vec = torch.cat([arguments[5][:3], arguments[5][:3], torch.full((1, 3), 4.0).double()])
-    arguments[5], arguments[6] = vec.detach().requires_grad_(), torch.zeros_like(arguments[6])
-    check(tuple(arguments), max_run_edges=None)
+    arguments[5] = vec.detach().requires_grad_()
+    arguments[6].source.zero_()
+    check(tuple(arguments), run=None)
 
 
 @interpreted
@@ -145,14 +148,14 @@ def test_missing_cotangents(make, check, used: list[int]) -> None:
 
 @interpreted
 def test_several_tiles(make, check, small_tiles) -> None:
-    check(make.attention(edges=37, heads=5, per_head=3), max_run_edges=30)
+    check(make.attention(edges=37, heads=5, per_head=3), run=30)
 
 
 @interpreted
 def test_only_what_is_asked_for(make, called) -> None:
     """Each input alone gets what it gets among all."""
     arguments = make.attention()
-    for t in arguments[10]:
+    for t in arguments[7]:
         t.requires_grad_(False)
     first = [arguments[n] for n in (5, 1, 2, 3)]
     cotangent = torch.ones(4, 4, 6, dtype=torch.float64, requires_grad=True)
@@ -170,7 +173,7 @@ def test_only_what_is_asked_for(make, called) -> None:
 @interpreted
 def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves) -> None:
     arguments = make.attention()
-    weights = list(arguments[10])
+    weights = list(arguments[7])
     inputs = find_leaves(arguments)
     ours = of_forces(equivariant_attention(*arguments), weights, inputs)
     reference = of_forces(equivariant_attention_reference(*arguments), weights, inputs)
@@ -229,13 +232,14 @@ def test_edge_degree(
 ) -> None:
     from e2former_kernels.edge_degree import op
 
-    calls = spy(op, "second_derivative")
-    arguments = (lmax, 3.0, 5, exponent, *make.edges(4, edges), make.radial(lmax + 1, 6, 4, 5, norms))
-    first, inputs = [arguments[4]], find_leaves(arguments)
-    ours = of_forces(edge_degree_embedding(*arguments, max_run_edges=run), first, inputs)
+    calls = spy(op._Embedding, "second")
+    spec = EmbeddingSpec(lmax, 3.0, 5, exponent)
+    arguments = (spec, *make.edges(4, edges, run), make.radial(lmax + 1, 6, 4, 5, norms))
+    first, inputs = [arguments[1]], find_leaves(arguments)
+    ours = of_forces(edge_degree_embedding(*arguments), first, inputs)
     assert len(calls) == 1 and calls[0][1] is not None
-    monkeypatch.setattr(op, "second_derivative", lambda *a: None)
-    recomputed = of_forces(edge_degree_embedding(*arguments, max_run_edges=run), first, inputs)
+    monkeypatch.setattr(op._Embedding, "second", lambda *a: None)
+    recomputed = of_forces(edge_degree_embedding(*arguments), first, inputs)
     reference = of_forces(edge_degree_embedding_reference(*arguments), first, inputs)
     for n, (a, b, c) in enumerate(zip(ours, recomputed, reference, strict=True)):
         assert relative(a, b) < 1e-11, f"input {n} against recomputation"
@@ -257,8 +261,8 @@ def test_gpu(make, find_leaves, called, norm: str, order: int) -> None:
 def test_edge_degree_gpu(make, find_leaves) -> None:
     torch.set_float32_matmul_precision("highest")
     make.device = "cuda"
-    arguments = (2, 3.0, 32, 5, *make.edges(50, 700), make.radial(3, 32, 16, 32))
-    _check_on_gpu(edge_degree_embedding, edge_degree_embedding_reference, arguments, (4,), find_leaves)
+    arguments = (EmbeddingSpec(2, 3.0, 32), *make.edges(50, 700), make.radial(3, 32, 16, 32))
+    _check_on_gpu(edge_degree_embedding, edge_degree_embedding_reference, arguments, (1,), find_leaves)
 
 
 def _check_on_gpu(op, reference, arguments: tuple, first: tuple[int, ...], find_leaves) -> None:

@@ -1,1 +1,1 @@
-"""Pieces shared by the operations: harmonics, radial network, envelope, chunked evaluation, argument checks."""
+"""Pieces shared by the operations: harmonics, radial network, envelope, evaluation in runs, argument checks."""

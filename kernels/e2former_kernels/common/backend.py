@@ -62,6 +62,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on ``device``; None when they can."""
     if not triton_installed():

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_problem
+
+if TYPE_CHECKING:
+    from e2former_kernels.common.runs import EdgeList
+
+#: A tensor that may be missing, its dimensions' names, its shape.
+Expected = tuple[Tensor | None, str, tuple[int, ...]]
+
+
+def check_device(operation: str, device: torch.device) -> None:
+    """Raise ``RuntimeError`` where Triton cannot run."""
+    problem = triton_problem(device)
+    if problem is not None:
+        raise RuntimeError(f"{operation}: {problem}; use {operation}_reference")
 
 
 def check_shape(name: str, tensor: Tensor, dims: str, shape: tuple[int, ...]) -> None:
@@ -14,55 +29,57 @@ def check_shape(name: str, tensor: Tensor, dims: str, shape: tuple[int, ...]) ->
         raise ValueError(f"{name}: expected [{dims}] = {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_senders(species: Tensor, nodes: int) -> None:
-    """Raise ``ValueError`` unless ``species`` is [N'], the receivers' rows first and then those that only send."""
-    if species.dim() != 1 or species.numel() < nodes:
-        raise ValueError(f"species: expected at least [N] = ({nodes},) rows, got {tuple(species.shape)}")
+def check_tensors(like_name: str, like: Tensor, dtype: bool = True, **tensors: Expected) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless tensors have their shape, and device and dtype of ``like``."""
+    for name, (tensor, dims, shape) in tensors.items():
+        if tensor is not None:
+            check_shape(name, tensor, dims, shape)
+            check_same(like_name, like, dtype, **{name: tensor})
 
 
-def check_same_dtype(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ``TypeError`` unless every tensor given has the dtype of ``reference``."""
+def check_same(like_name: str, like: Tensor, dtype: bool = True, **tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless tensors are on the device of ``like``, with ``dtype`` TypeError unless of its own."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype != reference.dtype:
-            raise TypeError(f"{name}: expected dtype {reference.dtype} as {reference_name} has, got {tensor.dtype}")
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device} as {like_name} has, got {tensor.device}")
+        if dtype and tensor is not None and tensor.dtype != like.dtype:
+            raise TypeError(f"{name}: expected dtype {like.dtype} as {like_name} has, got {tensor.dtype}")
 
 
-def check_same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ``ValueError`` unless every tensor given is on the device of ``reference``."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device} as {reference_name} has, got {tensor.device}")
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless a tensor is float32 or float64."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {tensor.dtype}")
 
 
-def check_edge_list(vec: Tensor, source: Tensor, target: Tensor, row_ptr: Tensor, species: Tensor) -> None:
-    """Raise ValueError or TypeError unless they are [E, 3], [E], [E], [N+1] and at least [N], the indices int64."""
-    for name, index in (("source", source), ("target", target), ("row_ptr", row_ptr), ("species", species)):
+def check_edges(vec: Tensor, edges: EdgeList) -> None:
+    """Raise ValueError or TypeError unless vec is [E, 3] and the edges' indices are int64, and on its device.
+
+    They are source and target [E], row_ptr [N+1], species [N'], the receivers' rows first and then those that only
+    send.
+    """
+    nodes = edges.row_ptr.numel() - 1
+    for name in ("source", "target", "row_ptr", "species"):
+        index = getattr(edges, name)
         if index.dtype != torch.int64:
             raise TypeError(f"{name}: expected dtype torch.int64, got {index.dtype}")
         if index.dim() != 1:
             raise ValueError(f"{name}: expected one dimension, got {tuple(index.shape)}")
-    check_shape("vec", vec, "E, 3", (source.numel(), 3))
-    check_shape("target", target, "E", (source.numel(),))
-    check_senders(species, row_ptr.numel() - 1)
+        check_same("vec", vec, False, **{name: index})
+    check_shape("vec", vec, "E, 3", (edges.source.numel(), 3))
+    check_shape("target", edges.target, "E", (edges.source.numel(),))
+    if edges.species.numel() < nodes:
+        raise ValueError(f"species: expected at least [N] = ({nodes},) rows, got {tuple(edges.species.shape)}")
 
 
-def check_node_operation(
-    operation: str, name: str, x: Tensor, degrees: int, **tensors: tuple[Tensor | None, str, tuple[int, ...]]
-) -> None:
+def check_nodes(operation: str, name: str, x: Tensor, degrees: int, **tensors: Expected) -> None:
     """Check the arguments of an operation on features ``x`` [N, degrees^2, C] that runs on Triton.
 
-    tensors: name = (tensor, its dimensions' names, its shape). Raises RuntimeError on a device without Triton, else
-    ValueError or TypeError that names the argument whose shape, device or dtype is not what it must be.
+    Raises RuntimeError on a device without Triton, else ValueError or TypeError that names the argument whose shape,
+    device or dtype is not what it must be.
     """
-    problem = triton_problem(x.device)
-    if problem is not None:
-        raise RuntimeError(f"{operation}: {problem}; use {operation}_reference")
+    check_device(operation, x.device)
     if x.dim() != 3 or x.shape[1] != degrees**2:
         raise ValueError(f"{name}: expected [N, (lmax+1)^2, C] with {degrees**2} rows, got {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
-    for n, (tensor, dims, shape) in tensors.items():
-        if tensor is not None:
-            check_shape(n, tensor, dims, shape)
-            check_same_device(name, x, **{n: tensor})
-            check_same_dtype(name, x, **{n: tensor})
+    check_float(name, x)
+    check_tensors(name, x, **tensors)

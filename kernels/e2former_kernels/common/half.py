@@ -25,11 +25,6 @@ class Rows(NamedTuple):
     numbers: Tensor
     factor: Tensor | None
 
-    def of(self, nodes: slice) -> tuple[Tensor, Tensor]:
-        """The arguments of a kernel for some nodes."""
-        numbers = self.numbers[nodes]
-        return numbers, numbers if self.factor is None else self.factor[nodes]
-
 
 @triton.jit
 def _half_rows_kernel(x, out, scale, N, stride, group_stride, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):

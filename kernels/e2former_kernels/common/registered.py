@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.runs import evaluate
-from e2former_kernels.common.step import Step
+from e2former_kernels.common.step import Change, Step, evaluate, recomputed_second
 from e2former_kernels.compat import is_fake, will_engine_execute_node, with_autograd
 
 
@@ -91,15 +90,125 @@ def _wanted(ctx, number: int) -> list[int]:
 
 
 def _placed(found: Sequence[Tensor], at: Sequence[int], number: int) -> list[Tensor | None]:
-    out: list[Tensor | None] = [None] * number
-    for n, t in zip(at, found, strict=True):
-        out[n] = t
-    return out
+    by = dict(zip(at, found, strict=True))
+    return [by.get(n) for n in range(number)]
 
 
-def _nothing(*arguments: Sequence[int] | Sequence[float] | str | bool) -> list[list | None]:
-    """Gradients by arguments that are no tensors: torch.library takes an empty list for one of tensors."""
-    return [None if a or isinstance(a, str | bool) else [] for a in arguments]
+def _keep(ctx, inputs: tuple, output: object) -> None:
+    """Keep the arguments: lists of tensors as autograd keeps them."""
+    ctx.set_materialize_grads(False)
+    tensors, ctx.outline = [], []
+    for given in inputs:
+        some = not isinstance(given, str | bool) and len(given) > 0 and isinstance(given[0], Tensor)
+        ctx.outline.append(slice(len(tensors), len(tensors) + len(given)) if some else given)
+        tensors += given if some else ()
+    ctx.save_for_backward(*tensors)
+
+
+def _kept(ctx) -> list:
+    saved = ctx.saved_tensors
+    return [list(saved[given]) if isinstance(given, slice) else given for given in ctx.outline]
+
+
+def _nothing(arguments: Sequence) -> list[list | None]:
+    """No gradients by arguments: torch.library takes a list for one of tensors, which an empty one is."""
+    plain = [isinstance(a, str | bool) or (len(a) > 0 and not isinstance(a[0], Tensor)) for a in arguments]
+    return [None if p else [None] * len(a) for p, a in zip(plain, arguments, strict=True)]
+
+
+# Arguments of all: tensors, Settings, and of the mode what bodies see.
+_GIVEN = "Tensor[] tensors, Tensor[] index, SymInt[] integers, float[] numbers, str words, bool trained, str precision"
+
+
+class _Operation:
+    """Value, gradient and second derivative; their arguments are those of :data:`_GIVEN` behind what each adds.
+
+    wanted, by: as in :class:`e2former_kernels.common.step.Step`; present: which of ``wanted`` have cotangents.
+    """
+
+    def __init__(self, name: str, make: MakeStep, shape: Shape) -> None:
+        self.name, self.make, self.shape = name, make, shape
+        self.value = self._define("", f"({_GIVEN}) -> Tensor", self._value, self._like_value, self._after_value)
+        first = "SymInt[] wanted, Tensor[] grad"
+        self.gradient = self._define(
+            "_gradient", f"({first}, {_GIVEN}) -> Tensor[]", self._gradient, self._like_gradient, self._after_gradient
+        )
+        first = "SymInt[] by, SymInt[] present, SymInt[] wanted, Tensor[] cotangents, Tensor[] grad"
+        self.second = self._define(
+            "_second", f"({first}, {_GIVEN}) -> Tensor[]", self._second, self._like_second, self._after_second
+        )
+
+    def _define(self, suffix: str, schema: str, body: Callable, fake: Callable, backward: Callable) -> Callable:
+        name = f"e2former_kernels::{self.name}{suffix}"
+        operation = torch.library.custom_op(name, body, mutates_args=(), schema=schema)
+        operation.register_fake(fake)
+        operation.register_autograd(backward, setup_context=_keep)
+        return operation
+
+    def _step(self, tensors, index, integers, numbers, words, trained, precision) -> Step:
+        """The step of which the tensors are the inputs."""
+        mode = Mode(trained, True, precision)
+        return self.make(list(tensors), list(index), Settings(integers, numbers, words), mode)
+
+    def _value(self, tensors, *rest) -> Tensor:
+        with _body(tensors[0].device):
+            return self._step(tensors, *rest).forward(list(tensors))
+
+    def _like_value(self, tensors, index, integers, numbers, words, *_) -> Tensor:
+        return self.shape(tensors, index, Settings(integers, numbers, words))
+
+    def _after_value(self, ctx, grad: Tensor):
+        tensors, *rest = _kept(ctx)
+        wanted = _wanted(ctx, len(tensors))
+        found = self.gradient(wanted, [grad], tensors, *rest) if wanted else []
+        return _placed(found, wanted, len(tensors)), *_nothing(rest)
+
+    def _gradient(self, wanted, grad, tensors, *rest) -> list[Tensor]:
+        with _body(grad[0].device):
+            found = self._step(tensors, *rest).backward(grad[0], list(tensors), list(wanted))
+            return _own(found, [*grad, *tensors])
+
+    def _like_gradient(self, wanted, grad, tensors, *_) -> list[Tensor]:
+        return [tensors[n].new_empty(tensors[n].shape) for n in wanted]
+
+    def _after_gradient(self, ctx, cotangents: list[Tensor | None]):
+        wanted, grad, tensors, *rest = _kept(ctx)
+        present = [n for n, c in enumerate(cotangents) if c is not None]
+        by = _wanted(ctx, 1 + len(tensors)) if present else []
+        given = [cotangents[n] for n in present]
+        found = self.second(by, present, wanted, given, grad, tensors, *rest) if by else []
+        by_grad, *by_tensors = _placed(found, by, 1 + len(tensors))
+        return *_nothing([wanted]), [by_grad], by_tensors, *_nothing(rest)
+
+    def _second(self, by, present, wanted, cotangents, grad, tensors, *rest) -> list[Tensor]:
+        saved = [*grad, *tensors]
+        with _body(saved[0].device):
+            step = self._step(tensors, *rest)
+            change = Change(_placed(cotangents, present, len(wanted)), grad[0], list(wanted))
+            found = step.second(change, saved[1:], list(by))
+            if found is None:
+                found = recomputed_second(step, change, saved[1:], list(by))
+            found = [torch.zeros_like(saved[n]) if t is None else t for n, t in zip(by, found, strict=True)]
+            return _own(found, [*cotangents, *saved])
+
+    def _like_second(self, by, present, wanted, cotangents, grad, tensors, *_) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t in ([*grad, *tensors][n] for n in by)]
+
+    def _after_second(self, ctx, grads: list[Tensor | None]):
+        """The third derivative, and with it all further ones: recomputed by autograd functions."""
+        by, present, wanted, cotangents, grad, tensors, *rest = _kept(ctx)
+        saved = [*grad, *tensors]
+        inputs, used = [*cotangents, *saved], [wanted[n] for n in present]
+        if any(is_fake(t) for t in inputs):
+            raise NotImplementedError(f"{self.name}: torch.compile has value, first and second derivative, no third")
+        third = _wanted(ctx, len(inputs))
+        grads = [torch.zeros_like(saved[n]) if g is None else g for n, g in zip(by, grads, strict=True)]
+        with torch.autocast(saved[0].device.type, enabled=False):
+            plan = self._step(tensors, *rest).plan(tensors).vjp(used, tensors).vjp(by, saved).vjp(third, inputs)
+            found = _placed(evaluate(plan, *grads, *inputs) if third else [], third, len(inputs))
+        number = len(cotangents)
+        by_saved = found[number : number + 1], found[number + 1 :]
+        return *_nothing([by, present, wanted]), found[:number], *by_saved, *_nothing(rest)
 
 
 def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
@@ -109,140 +218,7 @@ def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
     which bodies see whether weights are trained and the precision. Arguments are checked when bodies run. Nothing is
     kept between value and derivatives. Autocast is off in all of them.
     """
-
-    def step_of(tensors, index, integers, numbers, words, trained, precision) -> Step:
-        mode = Mode(trained, True, precision)
-        return make(list(tensors), list(index), Settings(integers, numbers, words), mode)
-
-    @torch.library.custom_op(f"e2former_kernels::{name}", mutates_args=())
-    def value(
-        tensors: Sequence[Tensor],
-        index: Sequence[Tensor],
-        integers: Sequence[int],
-        numbers: Sequence[float],
-        words: str,
-        trained: bool,
-        precision: str,
-    ) -> Tensor:
-        with _body(tensors[0].device):
-            step = step_of(tensors, index, integers, numbers, words, trained, precision)
-            return step.forward(list(tensors))
-
-    @torch.library.custom_op(f"e2former_kernels::{name}_gradient", mutates_args=())
-    def gradient(
-        grad: Tensor,
-        tensors: Sequence[Tensor],
-        index: Sequence[Tensor],
-        integers: Sequence[int],
-        numbers: Sequence[float],
-        words: str,
-        trained: bool,
-        precision: str,
-        wanted: Sequence[int],
-    ) -> list[Tensor]:
-        with _body(grad.device):
-            step = step_of(tensors, index, integers, numbers, words, trained, precision)
-            return _own(step.backward(grad, list(tensors), list(wanted)), [grad, *tensors])
-
-    @torch.library.custom_op(f"e2former_kernels::{name}_second", mutates_args=())
-    def second(
-        cotangents: Sequence[Tensor],
-        grad: Tensor,
-        tensors: Sequence[Tensor],
-        index: Sequence[Tensor],
-        integers: Sequence[int],
-        numbers: Sequence[float],
-        words: str,
-        trained: bool,
-        precision: str,
-        wanted: Sequence[int],
-        present: Sequence[int],
-        again: Sequence[int],
-    ) -> list[Tensor]:
-        with _body(grad.device):
-            step, inputs = step_of(tensors, index, integers, numbers, words, trained, precision), list(tensors)
-            given = _placed(cotangents, present, len(wanted))
-            kernels = getattr(step, "second", None)
-            found = None if kernels is None else kernels(given, grad, inputs, list(wanted), list(again))
-            if found is None:
-                saved = [grad, *inputs]
-                given = [torch.zeros_like(inputs[n]) if c is None else c for n, c in zip(wanted, given, strict=True)]
-                found = step.plan.vjp(wanted, inputs).vjp(again, saved).run([*given, *saved])
-            found = [
-                torch.zeros_like([grad, *inputs][n]) if t is None else t for n, t in zip(again, found, strict=True)
-            ]
-            return _own(found, [*cotangents, grad, *tensors])
-
-    @value.register_fake
-    def _(tensors, index, integers, numbers, words, trained, precision):
-        return shape(tensors, index, Settings(integers, numbers, words))
-
-    @gradient.register_fake
-    def _(grad, tensors, index, integers, numbers, words, trained, precision, wanted):
-        return [tensors[n].new_empty(tensors[n].shape) for n in wanted]
-
-    @second.register_fake
-    def _(cotangents, grad, tensors, index, integers, numbers, words, trained, precision, wanted, present, again):
-        return [t.new_empty(t.shape) for t in ([grad, *tensors][n] for n in again)]
-
-    def keep(ctx, *tensors: Sequence[Tensor]) -> None:
-        ctx.counts = [len(t) for t in tensors]
-        ctx.save_for_backward(*(t for several in tensors for t in several))
-
-    def kept(ctx) -> list[list[Tensor]]:
-        rest = iter(ctx.saved_tensors)
-        return [[next(rest) for _ in range(number)] for number in ctx.counts]
-
-    def keep_value(ctx, inputs, output) -> None:
-        tensors, index, *ctx.rest = inputs
-        keep(ctx, tensors, index)
-
-    def value_backward(ctx, grad: Tensor):
-        tensors, index = kept(ctx)
-        wanted = _wanted(ctx, len(tensors))
-        found = gradient(grad, tensors, index, *ctx.rest, wanted) if wanted else []
-        return _placed(found, wanted, len(tensors)), [None] * len(index), *_nothing(*ctx.rest)
-
-    def keep_gradient(ctx, inputs, output) -> None:
-        grad, tensors, index, *ctx.rest, ctx.wanted = inputs
-        ctx.set_materialize_grads(False)
-        keep(ctx, [grad, *tensors], index)
-
-    def gradient_backward(ctx, cotangents: list[Tensor | None]):
-        (grad, *tensors), index = kept(ctx)
-        again = _wanted(ctx, 1 + len(tensors))
-        present = [n for n, c in enumerate(cotangents) if c is not None]
-        again = again if present else []
-        found = []
-        if again:
-            given = [cotangents[n] for n in present]
-            found = second(given, grad, tensors, index, *ctx.rest, ctx.wanted, present, again)
-        by_grad, *by_tensors = _placed(found, again, 1 + len(tensors))
-        return by_grad, by_tensors, [None] * len(index), *_nothing(*ctx.rest, ctx.wanted)
-
-    def keep_second(ctx, inputs, output) -> None:
-        cotangents, grad, tensors, index, *ctx.rest, ctx.wanted, ctx.present, ctx.again = inputs
-        keep(ctx, cotangents, [grad, *tensors], index)
-
-    def second_backward(ctx, grads: list[Tensor]):
-        """The third derivative, and with it all further ones: recomputed by autograd functions."""
-        cotangents, primals, index = kept(ctx)
-        inputs = [*cotangents, *primals]
-        if any(is_fake(t) for t in inputs):
-            raise NotImplementedError(f"{name}: torch.compile has value, first and second derivative of it, no third")
-        third = _wanted(ctx, len(inputs))
-        wanted = [ctx.wanted[n] for n in ctx.present]
-        with torch.autocast(grads[0].device.type, enabled=False):
-            plan = step_of(primals[1:], index, *ctx.rest).plan
-            plan = plan.vjp(wanted, primals[1:]).vjp(ctx.again, primals).vjp(third, inputs)
-            found = evaluate(plan, *grads, *inputs) if third else []
-        out, number = _placed(found, third, len(inputs)), len(cotangents)
-        rest = _nothing(*ctx.rest, ctx.wanted, ctx.present, ctx.again)
-        return out[:number], out[number], out[number + 1 :], [None] * len(index), *rest
-
-    value.register_autograd(value_backward, setup_context=keep_value)
-    gradient.register_autograd(gradient_backward, setup_context=keep_gradient)
-    second.register_autograd(second_backward, setup_context=keep_second)
+    value = _Operation(name, make, shape).value
 
     def call(
         tensors: Sequence[Tensor], mode: Mode, index: Sequence[Tensor] = (), settings: Settings = NO_SETTINGS

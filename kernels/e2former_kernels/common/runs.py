@@ -2,7 +2,7 @@
 
 A message-passing step is a sum over edges. Sorted by receiver, the edges split into runs of whole receivers, and the
 step splits with them: its value, its vector-Jacobian product, the product's own vector-Jacobian product, and so on, are
-all "for every run: gather, compute, scatter". :func:`chunked` uses this one observation for all of them, so no tensor
+all "for every run: gather, compute, scatter". :class:`Plan` uses this one observation for all of them, so no tensor
 with an edge dimension outlives its run in forward, backward, double backward or beyond, while the per-edge computation
 is written once, as ordinary differentiable PyTorch.
 """
@@ -10,6 +10,7 @@ is written once, as ordinary differentiable PyTorch.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,44 +18,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.compat import will_engine_execute_node
-
 MIN_RUN_EDGES = 64  # however wide the network
+MAX_RUN_NODES = 8192  # nodes worked on at a time by operations on nodes
 
 
-class EdgeRun(NamedTuple):
-    """A run of receivers, all their edges, and the senders of those edges counted from zero.
+class NodeRun(NamedTuple):
+    """Consecutive nodes."""
 
-    nodes, edges: slices of the receivers and of the edge list. senders: [s] atoms that send to this run, ascending,
-    or None where every atom counts (one run for the whole graph). source: [e] row of ``senders``. target: [e] receiver
-    from the run's first. row_ptr: [n+1]. order, order_ptr: [e], [s+1], the run's edges sorted by sender. image_chunk:
-    the same run with periodic images as senders, where an operation needs them.
+    nodes: slice
+
+
+@functools.lru_cache(maxsize=64)
+def node_runs(number: int, size: int = MAX_RUN_NODES) -> Sequence[NodeRun]:
+    """All nodes in as few runs of at most ``size`` as there can be, of equal length."""
+    runs = max(-(-number // size), 1)
+    bounds = [number * n // runs for n in range(runs + 1)]
+    return tuple(NodeRun(slice(*pair)) for pair in itertools.pairwise(bounds))
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeRun:
+    """A run of receivers and all their edges.
+
+    nodes, edges: slices of the receivers and of the edge list, and their lengths. source: [e] sender of each edge.
+    target: [e] receiver from the run's first. row_ptr: [n+1]. species: of all atoms. senders: [s] atoms that send to
+    this run, ascending, or None where every atom counts (one run for the whole graph). order, order_ptr: [e], [s+1],
+    the run's edges sorted by sender.
     """
 
     nodes: slice
     edges: slice
-    senders: Tensor | None
+    num_nodes: int
+    num_edges: int
     source: Tensor
     target: Tensor
     row_ptr: Tensor
+    species: Tensor
+    senders: Tensor | None
     order: Tensor
     order_ptr: Tensor
-    image_chunk: EdgeRun | None = None
 
-    @property
-    def num_nodes(self) -> int:
-        """Number of receivers."""
-        return self.nodes.stop - self.nodes.start
-
-    @property
-    def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """source, target, row_ptr, order, order_ptr: the index arguments of the kernels."""
-        return self.source, self.target, self.row_ptr, self.order, self.order_ptr
-
-    @property
-    def num_edges(self) -> int:
-        """Number of edges."""
-        return self.edges.stop - self.edges.start
+    @functools.cached_property
+    def elements(self) -> tuple[Tensor, Tensor]:
+        """Atomic numbers of receiver and sender of every edge, [e] each."""
+        receivers = self.species[self.nodes].index_select(0, self.target)
+        return receivers, self.species.index_select(0, self.source)
 
 
 def _pointer(sorted_index: Tensor, rows: int) -> Tensor:
@@ -74,34 +82,6 @@ def _boundaries(row_ptr: Tensor, max_edges: int) -> list[tuple[int, int, int, in
     return bounds
 
 
-def run_size(edges: int, numbers: int, budget: int, single: int | None = None) -> int:
-    """Edges of a run: all of them where they take at most ``single`` numbers (default: the budget), else by the budget.
-
-    numbers: working memory of an edge. One run needs no list of its senders and can be captured in a CUDA graph.
-    """
-    if edges * numbers <= (budget if single is None else single):
-        return max(edges, 1)
-    return max(budget // numbers, MIN_RUN_EDGES)
-
-
-class LazyRuns(Sequence[EdgeRun]):
-    """Runs that are made when somebody asks for them: most evaluations never do."""
-
-    def __init__(self, make: Callable[[], list[EdgeRun]]) -> None:
-        self._make, self._made = make, None
-
-    def _chunks(self) -> list[EdgeRun]:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-    def __len__(self) -> int:
-        return len(self._chunks())
-
-    def __getitem__(self, n):
-        return self._chunks()[n]
-
-
 class SeveralRuns(RuntimeError):
     """More edges than one run takes, of an :class:`EdgeList` with ``one_run``."""
 
@@ -113,12 +93,12 @@ class EdgeList:
         source, target: [E] int64, sender and receiver of every edge; ``target`` ascends.
         row_ptr: [N+1], the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
         species: [N'], atomic numbers of the senders; receivers come first.
-        source_order: [E], the stable permutation that sorts the edges by sender; made when None.
-        source_ptr: [senders + 1], its pointer; made when None.
+        transpose: gives the stable permutation [E] that sorts the edges by sender and its pointer [senders + 1]; made
+            here when None.
         one_run: all that is made depends on the number of edges alone, not on the edges. For CUDA graphs, whose replays
             see other edges in the same memory. A number above one: for up to so many times the edges that a run takes
             otherwise; :class:`SeveralRuns` for more.
-        senders: number of rows that ``source`` counts; None: those of ``species``.
+        max_edges: of a run; None: what fits in a working memory that does not depend on the number of edges.
     """
 
     def __init__(
@@ -127,21 +107,48 @@ class EdgeList:
         target: Tensor,
         row_ptr: Tensor,
         species: Tensor,
-        source_order: Tensor | None = None,
-        source_ptr: Tensor | None = None,
+        transpose: Callable[[], tuple[Tensor, Tensor]] | None = None,
         *,
         one_run: int = 0,
-        senders: int | None = None,
+        max_edges: int | None = None,
     ) -> None:
-        self.source, self.target, self.row_ptr, self.species = (
-            t.contiguous() for t in (source, target, row_ptr, species)
-        )
-        self.source_order, self.source_ptr, self.one_run = source_order, source_ptr, one_run
-        self.senders = species.numel() if senders is None else senders
+        index = (source, target, row_ptr, species)
+        self.source, self.target, self.row_ptr, self.species = (t.contiguous() for t in index)
+        self.transpose, self.one_run, self.max_edges = transpose, one_run, max_edges
         self._runs: dict[int, list[EdgeRun]] = {}
-        self._elements: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def runs(self, max_edges: int) -> list[EdgeRun]:
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], max_edges: int | None) -> EdgeList:
+        """The list of :meth:`tensors`."""
+        return cls(*tensors[:4], lambda: (tensors[4], tensors[5]), max_edges=max_edges or None)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the edges are made of."""
+        return [self.source, self.target, self.row_ptr, self.species, *self.by_sender()]
+
+    def by_sender(self) -> tuple[Tensor, Tensor]:
+        """The permutation that sorts the edges by sender, and its pointer."""
+        if self.transpose is not None:
+            return self.transpose()
+        order = torch.argsort(self.source, stable=True)
+        return order, _pointer(self.source.index_select(0, order), self.species.numel())
+
+    def runs(self, numbers: int, budget: int, single: int | None = None) -> list[EdgeRun]:
+        """Runs of whole receivers whose edges take at most ``budget`` numbers; a receiver with more gets its own.
+
+        numbers: working memory of an edge. single: all edges are one run where they take at most so many (default: the
+        budget). One run needs no list of its senders and can be captured in a CUDA graph.
+        """
+        edges = max(self.source.numel(), 1)
+        if self.max_edges is not None:
+            size = self.max_edges
+        elif edges * numbers <= (budget if single is None else single):
+            size = edges
+        else:
+            size = max(budget // numbers, MIN_RUN_EDGES)
+        return self.runs_of(size)
+
+    def runs_of(self, max_edges: int) -> list[EdgeRun]:
         """Runs of whole receivers with at most ``max_edges`` edges; a receiver with more gets a run of its own."""
         max_edges = min(max_edges, max(self.source.numel(), 1))  # one run is one run
         if self.one_run:
@@ -153,112 +160,56 @@ class EdgeList:
                 self._runs[max_edges] = self._build(max_edges)
         return self._runs[max_edges]
 
-    def elements(self, chunk: EdgeRun) -> tuple[Tensor, Tensor]:
-        """Atomic numbers of receiver and sender of every edge of a run, [e] each."""
-        key = chunk.nodes.start, chunk.nodes.stop
-        if key not in self._elements:
-            receivers = self.species[chunk.nodes].index_select(0, chunk.target)
-            self._elements[key] = receivers, self.species.index_select(0, self.source[chunk.edges])
-        return self._elements[key]
-
     def _build(self, max_edges: int) -> list[EdgeRun]:
         source, target, row_ptr = self.source, self.target, self.row_ptr
-        num_nodes, num_edges = row_ptr.numel() - 1, source.numel()
-        if num_edges <= max_edges:
-            order, pointer = self.source_order, self.source_ptr
-            if order is None:
-                order = torch.argsort(source, stable=True)
-            if pointer is None:
-                pointer = _pointer(source.index_select(0, order), self.senders)
-            whole = (slice(0, num_nodes), slice(0, num_edges))
-            return [EdgeRun(*whole, None, source, target, row_ptr, order, pointer)]
-        chunks = []
+        nodes, edges, runs = row_ptr.numel() - 1, source.numel(), []
+        if edges <= max_edges:
+            whole = slice(0, nodes), slice(0, edges), nodes, edges
+            return [EdgeRun(*whole, source, target, row_ptr, self.species, None, *self.by_sender())]
         for start, stop, first, last in _boundaries(row_ptr, max_edges):
-            present, local = torch.unique(source[first:last], return_inverse=True)
+            senders, local = torch.unique(source[first:last], return_inverse=True)
             order = torch.argsort(local, stable=True)
-            chunks.append(
-                EdgeRun(
-                    slice(start, stop),
-                    slice(first, last),
-                    present,
-                    local,
-                    target[first:last] - start,
-                    row_ptr[start : stop + 1] - first,
-                    order,
-                    _pointer(local.index_select(0, order), present.numel()),
-                )
-            )
-        return chunks
+            places = slice(start, stop), slice(first, last), stop - start, last - first
+            own = source[first:last], target[first:last] - start, row_ptr[start : stop + 1] - first
+            pointer = _pointer(local.index_select(0, order), senders.numel())
+            runs.append(EdgeRun(*places, *own, self.species, senders, order, pointer))
+        return runs
 
 
-# How an argument or a result relates to a chunk. A node tensor of kind SOURCE arrives gathered to the chunk's edges
-# (and is scattered back by addition), TARGET is the slice of the chunk's receivers, EDGE the slice of its edges, WHOLE
-# is seen in full (and results of that kind are summed over chunks).
+# How an argument or a result relates to a run. A node tensor of kind SOURCE arrives gathered to the run's edges (and is
+# scattered back by addition), TARGET is the slice of the run's receivers, EDGE the slice of its edges, WHOLE is seen in
+# full (and results of that kind are summed over runs).
 SOURCE, TARGET, EDGE, WHOLE = "source", "target", "edge", "whole"
 
 
-class Chunk(NamedTuple):
-    """A run of receivers with all their edges."""
-
-    nodes: slice
-    edges: slice
-    source: Tensor  # [e] atom index of each edge's neighbour
-    target: Tensor  # [e] receiver, counted from the first receiver of the chunk
-
-    @property
-    def num_nodes(self) -> int:
-        return self.nodes.stop - self.nodes.start
-
-
-def make_chunks(row_ptr: Tensor, source: Tensor, target: Tensor, max_edges: int) -> list[Chunk]:
-    """Split a receiver-sorted edge list into runs of whole receivers of at most ``max_edges`` edges.
-
-    row_ptr: [N+1]; source, target: [E]. A receiver with more than ``max_edges`` edges gets a chunk of its own.
-    """
-    num_nodes, num_edges = row_ptr.numel() - 1, source.numel()
-    if num_edges <= max_edges:
-        return [Chunk(slice(0, num_nodes), slice(0, num_edges), source, target)]
-    ptr = row_ptr.tolist()
-    chunks, start = [], 0
-    while start < num_nodes:
-        stop = start + 1
-        while stop < num_nodes and ptr[stop + 1] - ptr[start] <= max_edges:
-            stop += 1
-        edges = slice(ptr[start], ptr[stop])
-        chunks.append(Chunk(slice(start, stop), edges, source[edges], target[edges] - start))
-        start = stop
-    return chunks
-
-
-def _take(x: Tensor, kind: str, chunk: Chunk) -> Tensor:
+def _take(x: Tensor, kind: str, run: EdgeRun | NodeRun) -> Tensor:
     if kind == SOURCE:
-        return x.index_select(0, chunk.source)
+        return x.index_select(0, run.source)
     if kind == TARGET:
-        return x[chunk.nodes]
-    return x[chunk.edges] if kind == EDGE else x
+        return x[run.nodes]
+    return x[run.edges] if kind == EDGE else x
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A function of one chunk, what its arguments and results are, and where to run it."""
+    """A function of one run, what its arguments and results are, and the runs."""
 
     function: Callable[..., Sequence[Tensor]]
-    chunks: Sequence[Chunk]
+    runs: Sequence[EdgeRun | NodeRun]
     arguments: tuple[str, ...]
     results: tuple[str, ...]
     rows: tuple[int | None, ...]  # number of rows of each SOURCE result
 
-    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Evaluate all chunks and put the results together."""
+    def values(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The results of all runs, put together."""
         parts: list[list[Tensor]] = [[] for _ in self.results]
         sums: list[Tensor | None] = [None] * len(self.results)
-        # detached, or an argument's own history would join two arguments inside a chunk's derivative
+        # detached, or an argument's own history would join two arguments inside a run's derivative
         tensors = [t.detach() for t in tensors]
         with torch.no_grad():
-            for chunk in self.chunks:
-                values = self.function(
-                    chunk, *(_take(t, k, chunk) for t, k in zip(tensors, self.arguments, strict=True))
-                )
+            for run in self.runs:
+                given = [_take(t, k, run) for t, k in zip(tensors, self.arguments, strict=True)]
+                values = self.function(run, *given)
                 for n, (value, kind) in enumerate(zip(values, self.results, strict=True)):
                     if kind in (TARGET, EDGE):
                         parts[n].append(value)
@@ -267,109 +218,41 @@ class Plan:
                     else:
                         if sums[n] is None:
                             sums[n] = value.new_zeros((self.rows[n], *value.shape[1:]))
-                        sums[n].index_add_(0, chunk.source, value)
+                        sums[n].index_add_(0, run.source, value)
         return tuple((p[0] if len(p) == 1 else torch.cat(p)) if p else s for p, s in zip(parts, sums, strict=True))
 
     def vjp(self, wanted: Sequence[int], tensors: Sequence[Tensor]) -> Plan:
         """The plan of (gradients of the results, arguments) -> gradients of the wanted arguments."""
         function, num_results = self.function, len(self.results)
 
-        def pullback(chunk: Chunk, *args: Tensor) -> list[Tensor]:
+        def pullback(run: EdgeRun | NodeRun, *args: Tensor) -> list[Tensor]:
             create_graph = torch.is_grad_enabled()
             cotangents, primals = args[:num_results], list(args[num_results:])
             for n in wanted:
                 if not primals[n].requires_grad:
                     primals[n] = primals[n].detach().requires_grad_()
             with torch.enable_grad():
-                values = function(chunk, *primals)
+                values = function(run, *primals)
                 used = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
                 inputs = [primals[n] for n in wanted]
                 if not used:
                     return [torch.zeros_like(x) for x in inputs]
-                grads = torch.autograd.grad(
-                    [v for v, _ in used],
-                    inputs,
-                    [c.to(v.dtype) for v, c in used],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+                outputs, given = zip(*((v, c.to(v.dtype)) for v, c in used), strict=True)
+                options = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+                return list(torch.autograd.grad(outputs, inputs, given, **options))
 
         kinds = tuple(self.arguments[n] for n in wanted)
         rows = tuple(tensors[n].shape[0] if k == SOURCE else None for n, k in zip(wanted, kinds, strict=True))
-        return Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows)
-
-
-def wanted_inputs(ctx, first: int) -> list[int]:
-    """Which inputs of an autograd function, counted from the ``first`` (all tensors), the pass asks for.
-
-    ``needs_input_grad`` only knows which inputs require gradients: while forces are taken with ``autograd.grad(energy,
-    positions)`` it is true for every weight. The engine knows better.
-    """
-    inputs = zip(ctx.needs_input_grad[first:], ctx.next_functions, strict=True)
-    return [n for n, (needed, (node, _)) in enumerate(inputs) if needed and node is not None and _runs(node)]
-
-
-def _runs(node) -> bool:
-    """Whether the pass comes to an autograd node."""
-    try:
-        return will_engine_execute_node(node)
-    except RuntimeError:  # a leaf whose gradient the pass itself was asked for
-        return True
-
-
-def evaluate(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Results of a plan, differentiable to any order: a derivative evaluates the plan of the derivative."""
-    return _evaluated_on(tensors[0].device.type).apply(plan, *tensors)
-
-
-@functools.cache
-def _evaluated_on(device_type: str) -> type[torch.autograd.Function]:
-    """The autograd function of :func:`evaluate`, whose derivatives run under the autocast of their value."""
-
-    class Evaluated(torch.autograd.Function):
-        @staticmethod
-        @torch.amp.custom_fwd(device_type=device_type)
-        def forward(ctx, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-            ctx.plan = plan
-            ctx.save_for_backward(*tensors)
-            return plan.run(tensors)
-
-        @staticmethod
-        @torch.amp.custom_bwd(device_type=device_type)
-        def backward(ctx, *grads: Tensor):
-            tensors = ctx.saved_tensors
-            wanted = wanted_inputs(ctx, 1)
-            if not wanted:
-                return (None,) * (1 + len(tensors))
-            out: list[Tensor | None] = [None] * (1 + len(tensors))
-            values = evaluate(ctx.plan.vjp(wanted, tensors), *grads, *tensors)
-            for n, value in zip(wanted, values, strict=True):
-                out[1 + n] = value
-            return tuple(out)
-
-    return Evaluated
-
-
-def chunked(
-    function: Callable[..., Tensor],
-    chunks: Sequence[Chunk],
-    arguments: Sequence[tuple[str, Tensor]],
-) -> Tensor:
-    """Evaluate ``function(chunk, *gathered_arguments) -> [receivers of the chunk, ...]`` over all chunks.
-
-    function: differentiable per-chunk computation; tensors that need gradients must come in as arguments, whatever
-    else it uses it may close over. chunks: from :func:`make_chunks`. arguments: (kind, tensor) in call order.
-    Returns the concatenated result for all receivers, differentiable to any order. Working memory is one chunk's.
-    """
-    return evaluate(plan_of(function, chunks, arguments), *(t for _, t in arguments))[0]
+        return Plan(pullback, self.runs, self.results + self.arguments, kinds, rows)
 
 
 def plan_of(
-    function: Callable[..., Tensor],
-    chunks: Sequence[Chunk],
-    arguments: Sequence[tuple[str, Tensor]],
+    function: Callable[..., Tensor], runs: Sequence[EdgeRun | NodeRun], arguments: Sequence[tuple[str, Tensor]]
 ) -> Plan:
-    """The plan behind :func:`chunked`: its ``vjp`` is the plan of the derivative, and so on."""
+    """The plan of ``function(run, *arguments) -> [receivers of the run, ...]``.
+
+    function: differentiable; tensors that need gradients must come in as arguments, whatever else it uses it may close
+    over. arguments: (kind, tensor) in call order.
+    """
     kinds = tuple(k for k, _ in arguments)
-    return Plan(lambda chunk, *args: (function(chunk, *args),), chunks, kinds, (TARGET,), (None,))
+    return Plan(lambda run, *args: (function(run, *args),), runs, kinds, (TARGET,), (None,))

@@ -3,103 +3,112 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.runs import TARGET, WHOLE, Plan, evaluate, plan_of, wanted_inputs
+from e2former_kernels.common.runs import TARGET, WHOLE, Plan, node_runs, plan_of
 from e2former_kernels.compat import current_graph_task_id, foreach_add_, will_engine_execute_node
-
-Again = tuple[Tensor, Callable[[], Tensor] | None]
 
 
 @contextlib.contextmanager
-def computed_again(*inputs: Again) -> Iterator[None]:
-    """Autograd nodes made inside keep no copy of the given tensors: they call for them when they run.
+def computed_again(tensor: Tensor, make: Callable[[], Tensor] | None) -> Iterator[None]:
+    """Autograd nodes made inside keep no copy of the tensor: they call ``make`` when they run.
 
-    inputs: pairs of a contiguous tensor and a function that gives the same numbers again, from tensors that are kept
-    anyway. None instead of a function: the tensor is kept. The graph that the tensor belongs to is remembered, so
-    derivatives of every order are those of the tensor itself.
+    tensor: contiguous. make: gives the same numbers again, from tensors that are kept anyway; None: the tensor is kept.
+    The graph that the tensor belongs to is remembered, so derivatives of every order are those of the tensor itself.
     """
-    makers = [(t.data_ptr(), t.numel(), make) for t, make in inputs if make is not None and t.requires_grad]
-    if not makers or not torch.is_grad_enabled():
+    if make is None or not tensor.requires_grad or not torch.is_grad_enabled():
         yield
         return
+    address, numbers = tensor.data_ptr(), tensor.numel()
 
-    def pack(tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], Sequence[int]]:
-        for address, numbers, make in makers:
-            if tensor.data_ptr() == address and tensor.numel() == numbers and tensor.is_contiguous():
-                return make, tensor.shape
-        return tensor
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        same = kept.data_ptr() == address and kept.numel() == numbers and kept.is_contiguous()
+        return kept.shape if same else kept
 
-    def unpack(packed: Tensor | tuple[Callable[[], Tensor], Sequence[int]]) -> Tensor:
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        make, shape = packed
         with torch.no_grad():
-            return make().view(shape)
+            return make().view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
-MAX_RUN_NODES = 8192  # nodes worked on at a time by operations on nodes
+class Change(NamedTuple):
+    """What a second derivative was asked for: gradients of <grad, change of the value along the cotangents>.
 
-
-class NodeRun(NamedTuple):
-    """Consecutive nodes."""
-
-    nodes: slice
-
-
-def node_runs(number: int, size: int = MAX_RUN_NODES) -> list[NodeRun]:
-    """All nodes in as few runs of at most ``size`` as there can be, of equal length."""
-    runs = max(-(-number // size), 1)
-    bounds = [number * n // runs for n in range(runs + 1)]
-    return [NodeRun(slice(*pair)) for pair in itertools.pairwise(bounds)]
-
-
-def node_plan(function: Callable[..., Tensor], nodes: Sequence[Tensor], weights: Sequence[Tensor]) -> Plan:
-    """Plan of ``function(*node_tensors, *weights)``, which maps rows of nodes to rows of the same nodes."""
-    arguments = [(TARGET, t) for t in nodes] + [(WHOLE, t) for t in weights]
-    return plan_of(lambda run, *tensors: function(*tensors), node_runs(nodes[0].shape[0]), arguments)
-
-
-class Step(Protocol):
-    """What :func:`run_step` runs. plan: the same function for :func:`e2former_kernels.common.runs.evaluate`.
-
-    A step may also have ``second(cotangents, grad, tensors, wanted, again)``: its second derivative with fused kernels,
-    without a graph. With L = sum over ``wanted`` of <cotangent, gradient of that tensor>, it returns dL by the inputs
-    numbered in ``again``, where 0 is ``grad`` and 1 + n is tensor n; None for a cotangent stands for zeros. It returns
-    None where its kernels do not cover ``wanted``: then, for steps without it, and for derivatives beyond the second,
-    the derivative is recomputed through ``plan``. None among the results stands for zeros; the others are tensors of
-    their own, to which more may be added.
-
-    A step with ``second`` may also have ``both(grad, tensors, wanted, change)``: the gradients of <grad, value> and of
-    <change.grad, change of the value along change.cotangents>, added up, in one pass instead of those of ``backward``
-    and ``second``; and ``leaves(change)``, which says whether ``both`` covers it.
-
-    linear: in the first tensor (false where it is missing): then the gradient by it does not depend on it.
+    cotangents: of the gradients by the tensors ``wanted``; None stands for zeros.
     """
 
-    plan: Plan
+    cotangents: list[Tensor | None]
+    grad: Tensor
+    wanted: list[int]
+
+    def along(self) -> dict[int, Tensor | None]:
+        """The cotangents by the position of their tensor."""
+        return dict(zip(self.wanted, self.cotangents, strict=True))
+
+
+class Step:
+    """What :func:`run_step` runs.
+
+    linear: in the first tensor: then the gradient by it does not depend on it.
+    """
+
+    linear: ClassVar[bool] = False
+
+    def plan(self, tensors: Sequence[Tensor]) -> Plan:
+        """The same function for :func:`evaluate`: derivatives for which there are no kernels are recomputed."""
+        raise NotImplementedError
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         """Value, without a graph."""
+        raise NotImplementedError
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         """Gradients of the tensors numbered in ``wanted``, without a graph."""
+        raise NotImplementedError
+
+    def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
+        """The second derivative with fused kernels, without a graph; None where they do not cover ``change.wanted``.
+
+        With L = sum over ``wanted`` of <cotangent, gradient of that tensor>, dL by the inputs numbered in ``by``, where
+        0 is ``grad`` and 1 + n is tensor n. None among the results stands for zeros; the others are tensors of their
+        own, to which more may be added.
+        """
+        return None
+
+    def both(self, grad: Tensor, tensors: list[Tensor], wanted: list[int], change: Change) -> list[Tensor]:
+        """Gradients of <grad, value> and of ``change``, added up, in one pass instead of two."""
+        raise NotImplementedError
+
+    def leaves(self, change: Change) -> bool:
+        """Whether :meth:`both` covers ``change``."""
+        return False
 
 
-class Change(NamedTuple):
-    """What a second derivative was asked for: gradients of <grad, change of the value along the cotangents>."""
+class NodeStep(Step):
+    """An operation on rows of nodes.
 
-    cotangents: list[Tensor | None]  # of the gradients by the tensors ``wanted``
-    grad: Tensor
-    wanted: list[int]
+    nodes: how many of the tensors are rows of nodes, the first ones.
+    """
+
+    nodes: int = 1
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        """The operation in plain PyTorch."""
+        raise NotImplementedError
+
+    def plan(self, tensors: Sequence[Tensor]) -> Plan:
+        """The reference on runs of nodes."""
+        arguments = [(TARGET if n < self.nodes else WHOLE, t) for n, t in enumerate(tensors)]
+        return plan_of(lambda run, *given: self.reference(*given), node_runs(tensors[0].shape[0]), arguments)
 
 
 class _Left:
@@ -160,12 +169,37 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def wanted_inputs(ctx, first: int) -> list[int]:
+    """Which inputs of an autograd function, counted from the ``first`` (all tensors), the pass asks for.
+
+    ``needs_input_grad`` only knows which inputs require gradients: while forces are taken with ``autograd.grad(energy,
+    positions)`` it is true for every weight. The engine knows better.
+    """
+    inputs = zip(ctx.needs_input_grad[first:], ctx.next_functions, strict=True)
+    return [n for n, (needed, (node, _)) in enumerate(inputs) if needed and node is not None and _comes_to(node)]
+
+
+def _comes_to(node) -> bool:
+    """Whether the pass comes to an autograd node."""
+    try:
+        return will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient the pass itself was asked for
+        return True
+
+
+def _placed(found: dict[int, Tensor], first: int, number: int) -> tuple[Tensor | None, ...]:
+    """Gradients by position of the ``number`` tensors that follow ``first`` other inputs, as autograd takes them."""
+    return (None,) * first + tuple(found.get(n) for n in range(number))
+
+
 class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step: Step, *tensors: Tensor) -> Tensor:
-        ctx.step, ctx.left = step, _Left()
-        ctx.save_for_backward(*tensors)
-        with _no_autocast(tensors[0].device):
+        ctx.step, ctx.left, (first, *rest) = step, _Left(), tensors
+        if step.linear and not any(ctx.needs_input_grad[2:]):  # its shape is all that derivatives ask for
+            first = first.new_empty(()).expand(first.shape)
+        ctx.save_for_backward(first, *rest)
+        with _no_autocast(first.device):
             return step.forward(list(tensors))
 
     @staticmethod
@@ -173,7 +207,7 @@ class _Value(torch.autograd.Function):
         tensors = ctx.saved_tensors
         wanted = wanted_inputs(ctx, 1)
         if torch.is_grad_enabled():
-            if wanted == [0] and getattr(ctx.step, "linear", False):
+            if wanted == [0] and ctx.step.linear:
                 tensors = (tensors[0].detach(), *tensors[1:])
             found = _Gradient.apply(ctx.step, wanted, ctx, grad, *tensors) if wanted else ()
             return _placed(dict(zip(wanted, found, strict=True)), 1, len(tensors))
@@ -187,13 +221,8 @@ class _Value(torch.autograd.Function):
         return _placed(ctx.left.add(dict(zip(wanted, found, strict=True))), 1, len(tensors))
 
 
-def _placed(found: dict[int, Tensor], first: int, number: int) -> tuple[Tensor | None, ...]:
-    """Gradients by position of the ``number`` tensors that follow ``first`` other inputs, as autograd takes them."""
-    return (None,) * first + tuple(found.get(n) for n in range(number))
-
-
 class _Gradient(torch.autograd.Function):
-    """The first derivative; its own derivatives are recomputed run by run."""
+    """The first derivative."""
 
     @staticmethod
     def forward(ctx, step: Step, wanted: list[int], value, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -205,44 +234,77 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents: Tensor | None):
-        saved = ctx.saved_tensors
-        again = wanted_inputs(ctx, 3)
-        if not again or all(c is None for c in cotangents):
-            return (None,) * (3 + len(saved))
-        found = None
-        if hasattr(ctx.step, "second") and not torch.is_grad_enabled():
-            with _no_autocast(saved[0].device):
-                found = _Gradient.second(ctx, list(cotangents), saved, again)
-        if found is None:
-            plan = ctx.step.plan.vjp(ctx.wanted, saved[1:]).vjp(again, saved)
-            given = [
-                torch.zeros_like(saved[1 + n]) if c is None else c for n, c in zip(ctx.wanted, cotangents, strict=True)
-            ]
-            with _no_autocast(saved[0].device):
-                found = evaluate(plan, *given, *saved)
-            return _placed(dict(zip(again, found, strict=True)), 3, len(saved))
-        return _placed(found, 3, len(saved))
-
-    @staticmethod
-    def second(
-        ctx, cotangents: list[Tensor | None], saved: tuple[Tensor, ...], again: list[int]
-    ) -> dict[int, Tensor] | None:
-        """What ``Step.second`` returns, by position, less what is left to the first derivative."""
-        step, left, (grad, *tensors) = ctx.step, ctx.value.left, saved
-        later = [n for n in again if n] if left.wait(ctx.value) else []
-        if later and hasattr(step, "both"):
-            change = Change(cotangents, grad, ctx.wanted)
-            if step.leaves(change) and left.leave_change(change):
-                again, later = [n for n in again if not n], []
-        found = step.second(cotangents, grad, tensors, ctx.wanted, again) if again else []
-        if found is None:
-            return None
-        found = {n: g for n, g in zip(again, found, strict=True) if g is not None}
-        if later:
-            left.leave({n - 1: found.pop(n) for n in later if n in found})
-        return found
+        grad, *tensors = ctx.saved_tensors
+        by = wanted_inputs(ctx, 3)
+        if not by or all(c is None for c in cotangents):
+            return (None,) * (4 + len(tensors))
+        change = Change(list(cotangents), grad, ctx.wanted)
+        with _no_autocast(grad.device):
+            found = None if torch.is_grad_enabled() else _second(ctx, change, tensors, by)
+            if found is None:
+                found = dict(zip(by, recomputed_second(ctx.step, change, tensors, by), strict=True))
+        return _placed(found, 3, 1 + len(tensors))
 
 
-def run_step(step: Step, tensors: list[Tensor]) -> Tensor:
-    """Value of ``step`` at ``tensors``, differentiable to any order in each of them."""
-    return _Value.apply(step, *tensors)
+def _second(ctx, change: Change, tensors: list[Tensor], by: list[int]) -> dict[int, Tensor] | None:
+    """What ``Step.second`` returns, by position, less what is left to the first derivative."""
+    step, left = ctx.step, ctx.value.left
+    later = [n for n in by if n] if left.wait(ctx.value) else []
+    if later and step.leaves(change) and left.leave_change(change):
+        by, later = [n for n in by if not n], []
+    found = step.second(change, tensors, by) if by else []
+    if found is None:
+        return None
+    found = {n: g for n, g in zip(by, found, strict=True) if g is not None}
+    if later:
+        left.leave({n - 1: found.pop(n) for n in later if n in found})
+    return found
+
+
+def recomputed_second(step: Step, change: Change, tensors: list[Tensor], by: list[int]) -> Sequence[Tensor]:
+    """The second derivative as ``Step.second`` has it, from the plan; differentiable."""
+    saved = change.grad, *tensors
+    plan = step.plan(tensors).vjp(change.wanted, tensors).vjp(by, saved)
+    given = [torch.zeros_like(tensors[n]) if c is None else c for n, c in change.along().items()]
+    return evaluate(plan, *given, *saved)
+
+
+def run_step(
+    step: Step, tensors: list[Tensor], one: Tensor | None = None, again: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """Value of ``step`` at ``tensors``, differentiable to any order in each of them.
+
+    again: gives ``one`` of them once more, see :func:`computed_again`; without it, it is kept.
+    """
+    if again is None:
+        return _Value.apply(step, *tensors)
+    with computed_again(one, again):
+        return _Value.apply(step, *tensors)
+
+
+def evaluate(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Results of a plan, differentiable to any order: a derivative evaluates the plan of the derivative."""
+    return _evaluated_on(tensors[0].device.type).apply(plan, *tensors)
+
+
+@functools.cache
+def _evaluated_on(device_type: str) -> type[torch.autograd.Function]:
+    """The autograd function of :func:`evaluate`, whose derivatives run under the autocast of their value."""
+
+    class Evaluated(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type=device_type)
+        def forward(ctx, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+            ctx.plan = plan
+            ctx.save_for_backward(*tensors)
+            return plan.values(tensors)
+
+        @staticmethod
+        @torch.amp.custom_bwd(device_type=device_type)
+        def backward(ctx, *grads: Tensor):
+            tensors = ctx.saved_tensors
+            wanted = wanted_inputs(ctx, 1)
+            found = evaluate(ctx.plan.vjp(wanted, tensors), *grads, *tensors) if wanted else ()
+            return _placed(dict(zip(wanted, found, strict=True)), 1, len(tensors))
+
+    return Evaluated

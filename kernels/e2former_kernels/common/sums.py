@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_problem
-from e2former_kernels.common.tiles import ceil_div
 
 
 @triton.jit
@@ -81,10 +81,10 @@ def column_sums(*matrices: Tensor) -> Sequence[Tensor]:
     if number == 1 or triton_problem(first.device) is not None or not all(x.numel() for x in matrices):
         return [x.sum(0) for x in matrices]
     widths, rows = [x.shape[1] for x in matrices], [x.shape[0] for x in matrices]
-    steps = ceil_div(max(rows), ROWS * MAX_PARTS)
+    steps = math.ceil(max(rows) / (ROWS * MAX_PARTS))
     missing = AT_ONCE - number
-    parts = first.new_empty(ceil_div(max(rows), ROWS * steps), sum(widths))
-    column_sums_kernel[parts.shape[0], sum(ceil_div(w, COLUMNS) for w in widths)](
+    parts = first.new_empty(math.ceil(max(rows) / (ROWS * steps)), sum(widths))
+    column_sums_kernel[parts.shape[0], sum(math.ceil(w / COLUMNS) for w in widths)](
         *matrices, *[first] * missing, *(x.stride(0) for x in matrices), *[0] * missing, *rows, *[0] * missing,
         *widths, *[0] * missing, parts, parts.shape[1], steps, BR=ROWS, BC=COLUMNS, num_warps=4,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def degree_sums(x: Tensor) -> Tensor:
         return torch.stack([x[l * l : (l + 1) ** 2].sum(0) for l in range(degrees)])
     x = x.contiguous()
     out, numbers = x.new_empty(degrees, *x.shape[1:]), x[0].numel()
-    degree_sums_kernel[degrees, ceil_div(numbers, 1024)](x, out, numbers, BLOCK=1024)
+    degree_sums_kernel[degrees, math.ceil(numbers / 1024)](x, out, numbers, BLOCK=1024)
     return out
 
 

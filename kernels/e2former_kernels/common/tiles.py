@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,17 +14,13 @@ try:
 except ModuleNotFoundError:  # files with a formula's PyTorch form and its Triton form side by side: nobody calls these
     triton, tl = SimpleNamespace(jit=lambda function: function), None
 
-__all__ = ["RowTiles", "ceil_div", "next_power", "row_tiles", "tl", "triton"]
+__all__ = ["RowTiles", "next_power", "row_tiles", "tl", "triton"]
 
 
+@functools.lru_cache(maxsize=256)  # at every launch, of widths that do not change
 def next_power(n: int) -> int:
     """Smallest power of two that is at least ``n`` (and at least 1)."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up. Triton's own, which kernels may call too, takes microseconds: as much as an allocation."""
-    return -(-a // b)
 
 
 class RowTiles(NamedTuple):
@@ -38,6 +35,7 @@ class RowTiles(NamedTuple):
     warps: int
 
 
+@functools.lru_cache(maxsize=64)
 def row_tiles(rows: int, heads: int, accumulators: int, widest: int = 32, registers: int = 72) -> RowTiles:
     """Tile for ``accumulators`` tiles of [rows, heads] numbers: up to ``widest`` heads, ``registers`` a thread."""
     rows_a = next_power(rows + 1) // 2

@@ -7,12 +7,13 @@ rows. The first derivatives by both arguments come from one pass over the path r
 
 from __future__ import annotations
 
+import math
+
 import torch
-import triton
 from torch import Tensor
 
-from e2former_kernels.common.backend import interpreting, triton_problem
-from e2former_kernels.common.checks import check_same_device, check_shape
+from e2former_kernels.common.backend import interpreting
+from e2former_kernels.common.checks import check_device, check_same, check_shape
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.eaas.kernels import aligned_kernel, pullback_kernel, slope_kernel
 from e2former_kernels.eaas.reference import EAASTables
@@ -53,7 +54,7 @@ def contract(tables: EAASTables, position: Tensor, x: Tensor, transpose: bool) -
     inner, outer = (lists.turn_rows, lists.swap_rows), (lists.turn_paths, lists.swap_paths)
     if transpose:
         inner, outer = outer, inner
-    aligned_kernel[triton.cdiv(nodes, tile["BN"]), triton.cdiv(channels, tile["BC"])](
+    aligned_kernel[math.ceil(nodes / tile["BN"]), math.ceil(channels / tile["BC"])](
         position.contiguous(), x.contiguous(), out, nodes, channels, TURN_IN=inner[0], SWAP_IN=inner[1],
         PICK=lists.pick_back if transpose else lists.pick, SWAP_OUT=outer[1], TURN_OUT=outer[0], ROWS=taken, OUT=given,
         LMAX=len(tables.row_paths) - 1, **tile,
@@ -68,7 +69,7 @@ def slope(tables: EAASTables, paths: Tensor, rows: Tensor) -> Tensor:
         return paths.new_zeros(nodes, 3)
     out = paths.new_empty(nodes, 3)
     tile = row_tile(count + rows.shape[1], nodes, channels, TILE)
-    slope_kernel[(triton.cdiv(nodes, tile["BN"]),)](
+    slope_kernel[(math.ceil(nodes / tile["BN"]),)](
         paths.contiguous(), rows.contiguous(), out, nodes, channels, TERMS=tables.lists.slope, PATHS=count,
         ROWS=rows.shape[1], **tile,
     )  # fmt: skip
@@ -82,7 +83,7 @@ def pullback(tables: EAASTables, position: Tensor, grad: Tensor, value: Tensor) 
         return torch.zeros_like(value), grad.new_zeros(nodes, 3)
     out, found = value.new_empty(value.shape), grad.new_empty(nodes, 3)
     tile = row_tile(count + 2 * value.shape[1], nodes, channels, TILE)
-    pullback_kernel[(triton.cdiv(nodes, tile["BN"]),)](
+    pullback_kernel[(math.ceil(nodes / tile["BN"]),)](
         position.contiguous(), grad.contiguous(), value.contiguous(), out, found, nodes, channels,
         TERMS=tables.lists.transposed, SLOPE_TERMS=tables.lists.slope, PATHS=count, ROWS=value.shape[1], **tile,
     )  # fmt: skip
@@ -137,11 +138,9 @@ def axis_aligned_contraction(value: Tensor, position: Tensor, tables: EAASTables
     value: [N, (lmax+1)^2, C]; position: [N, 3], zero and the polar axis allowed. Returns [N, P, C]. Differentiable to
     any order. Raises ValueError or RuntimeError for arguments that do not fit or a device without Triton.
     """
-    problem = triton_problem(value.device)
-    if problem is not None:
-        raise RuntimeError(f"axis_aligned_contraction: {problem}; use axis_aligned_contraction_reference")
+    check_device("axis_aligned_contraction", value.device)
     check_shape("value", value, "N, (lmax+1)^2, C", (value.shape[0], tables.coupling.shape[2], value.shape[-1]))
     check_shape("position", position, "N, 3", (value.shape[0], 3))
-    check_same_device("value", value, position=position, coupling=tables.coupling)
+    check_same("value", value, False, position=position, coupling=tables.coupling)
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     return _Contract.apply(value.to(dtype), position.to(dtype), tables, False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +11,7 @@ from torch import Tensor
 
 from e2former_kernels.common.envelope import polynomial, polynomial_bend
 from e2former_kernels.common.harmonics import harmonic_scales, next_order, next_order_slopes
-from e2former_kernels.common.tiles import ceil_div
-from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE
+from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE, EmbeddingSpec
 
 
 @triton.jit
@@ -20,6 +21,14 @@ def _direction(vec, e, inside):
     z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
     d = tl.sqrt(x * x + y * y + z * z)
     return x / d, y / d, z / d, d
+
+
+def _constants(spec: EmbeddingSpec) -> dict:
+    return {"cutoff": float(spec.cutoff), "L": spec.lmax, "P": spec.envelope_exponent, "BLOCK": 128}
+
+
+def _grid_and_scales(vec: Tensor, spec: EmbeddingSpec) -> tuple[tuple[int], Tensor]:
+    return (math.ceil(vec.shape[0] / 128),), harmonic_scales(spec.lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
 
 
 @triton.jit
@@ -101,29 +110,24 @@ def harmonics_backward_kernel(
     tl.store(out + 3 * e + 2, u * (gz - along * z) / d + radial * z, mask=inside)
 
 
-def weighted_harmonics(vec: Tensor, lmax: int, cutoff: float, exponent: int) -> tuple[Tensor, Tensor]:
+def weighted_harmonics(vec: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor]:
     """Lengths [E] and u(d) Y / mean degree [E, (lmax+1)^2] of vec [E, 3], contiguous. No gradient."""
     edges = vec.shape[0]
-    distance, out = vec.new_empty(edges), vec.new_empty(edges, (lmax + 1) ** 2)
+    distance, out = vec.new_empty(edges), vec.new_empty(edges, (spec.lmax + 1) ** 2)
     if edges:
-        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
-        harmonics_kernel[(ceil_div(edges, 128),)](
-            vec, scales, distance, out, edges, float(cutoff), L=lmax, P=exponent, BLOCK=128
-        )
+        grid, scales = _grid_and_scales(vec, spec)
+        harmonics_kernel[grid](vec, scales, distance, out, edges, **_constants(spec))
     return distance, out
 
 
-def weighted_harmonics_backward(
-    grad: Tensor, grad_distance: Tensor, vec: Tensor, lmax: int, cutoff: float, exponent: int
-) -> Tensor:
+def weighted_harmonics_backward(grad: Tensor, grad_distance: Tensor, vec: Tensor, spec: EmbeddingSpec) -> Tensor:
     """Gradient of :func:`weighted_harmonics` by vec, [E, 3]."""
     out = torch.empty_like(vec)
     if vec.shape[0]:
-        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
-        harmonics_backward_kernel[(ceil_div(vec.shape[0], 128),)](
-            grad.contiguous(), grad_distance.contiguous(), vec, scales, out, vec.shape[0], float(cutoff),
-            L=lmax, P=exponent, BLOCK=128,
-        )  # fmt: skip
+        grid, scales = _grid_and_scales(vec, spec)
+        harmonics_backward_kernel[grid](
+            grad.contiguous(), grad_distance.contiguous(), vec, scales, out, vec.shape[0], **_constants(spec)
+        )
     return out
 
 
@@ -300,22 +304,16 @@ def harmonics_second_kernel(
     tl.store(out + 3 * e + 2, vz + radial * z + turn * z_dot, mask=inside)
 
 
-def harmonics_tangent(
-    vec: Tensor, vec_dot: Tensor, lmax: int, cutoff: float, exponent: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lengths [E], u(d) Y / mean degree [E, (lmax+1)^2], and the changes of both along vec_dot. All of vec [E, 3].
-
-    Returns (lengths, their changes, harmonics, their changes). No gradient.
-    """
+def harmonics_tangent(vec: Tensor, vec_dot: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lengths [E], their changes along vec_dot, u(d) Y / mean degree [E, (lmax+1)^2], their changes. No gradient."""
     edges = vec.shape[0]
     distance, distance_dot = vec.new_empty(edges), vec.new_empty(edges)
-    out, out_dot = (vec.new_empty(edges, (lmax + 1) ** 2) for _ in range(2))
+    out, out_dot = (vec.new_empty(edges, (spec.lmax + 1) ** 2) for _ in range(2))
     if edges:
-        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
-        harmonics_tangent_kernel[(ceil_div(edges, 128),)](
-            vec, vec_dot, scales, distance, distance_dot, out, out_dot, edges, float(cutoff),
-            L=lmax, P=exponent, BLOCK=128,
-        )  # fmt: skip
+        grid, scales = _grid_and_scales(vec, spec)
+        harmonics_tangent_kernel[grid](
+            vec, vec_dot, scales, distance, distance_dot, out, out_dot, edges, **_constants(spec)
+        )
     return distance, distance_dot, out, out_dot
 
 
@@ -326,15 +324,11 @@ def harmonics_second(
     grad_distance_dot: Tensor,
     vec: Tensor,
     vec_dot: Tensor,
-    lmax: int,
-    cutoff: float,
-    exponent: int,
+    spec: EmbeddingSpec,
     out: Tensor,
 ) -> None:
     """Gradient of :func:`harmonics_tangent` by vec, to out [E, 3], from those by its results."""
     if vec.shape[0]:
-        scales = harmonic_scales(lmax, AVERAGE_DEGREE, vec.dtype, vec.device)
-        harmonics_second_kernel[(ceil_div(vec.shape[0], 128),)](
-            grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, vec.shape[0], float(cutoff),
-            L=lmax, P=exponent, BLOCK=128,
-        )  # fmt: skip
+        grid, scales = _grid_and_scales(vec, spec)
+        given = grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot
+        harmonics_second_kernel[grid](*given, scales, out, vec.shape[0], **_constants(spec))

@@ -7,6 +7,7 @@ no scatter. Tensors are contiguous. With frozen weights a is read from a table (
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.runs import EdgeList, EdgeRun
-from e2former_kernels.common.tiles import ceil_div, next_power
+from e2former_kernels.common.runs import EdgeRun
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.edge_degree.reference import PAD
 from e2former_kernels.radial.table import RadialTable, feature, place, spline_and_slope
 
 
@@ -95,7 +97,7 @@ def harmonic_sum(harmonics: Tensor, features: Tensor, row_ptr: Tensor) -> Tensor
     out = features.new_empty(nodes, rows, width)
     if out.numel():
         block = min(next_power(width), 128)
-        harmonic_sum_kernel[nodes, ceil_div(width, block)](
+        harmonic_sum_kernel[nodes, math.ceil(width / block)](
             harmonics, features, row_ptr, out, rows, degrees, width,
             BM=next_power(rows), BK=block, num_warps=_warps(next_power(rows) * block),
         )  # fmt: skip
@@ -107,7 +109,7 @@ def harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, out: Ten
     (_, degrees, width), (nodes, rows, _) = out.shape, grad.shape
     if out.numel():
         block = min(next_power(width), 128)
-        harmonic_features_kernel[nodes, ceil_div(width, block)](
+        harmonic_features_kernel[nodes, math.ceil(width / block)](
             harmonics, grad, row_ptr, out, rows, degrees, width, BL=degrees, BK=block, num_warps=1
         )
     return out
@@ -131,7 +133,7 @@ def segment_sum(values: Tensor, row_ptr: Tensor) -> Tensor:
     out = values.new_zeros(nodes, width)
     if out.numel() and values.numel():
         block = min(next_power(width), 128)
-        _segment_sum_kernel[nodes, ceil_div(width, block)](values, row_ptr, out, width, BLOCK=block, num_warps=1)
+        _segment_sum_kernel[nodes, math.ceil(width / block)](values, row_ptr, out, width, BLOCK=block, num_warps=1)
     return out
 
 
@@ -213,47 +215,45 @@ class Placed(NamedTuple):
     position: Tensor
 
 
-def place_edges(table: RadialTable, distance: Tensor, chunk: EdgeRun, edge_list: EdgeList) -> Placed:
+def place_edges(table: RadialTable, distance: Tensor, run: EdgeRun) -> Placed:
     """Rows and positions of a run's edges. distance: [e]."""
-    edges, source, species = distance.numel(), edge_list.source[chunk.edges], edge_list.species
-    row = torch.empty(edges, dtype=torch.int32, device=distance.device)
-    position = torch.empty_like(distance)
-    if edges:
-        place_kernel[(triton.cdiv(edges, 256),)](
-            distance, source, chunk.target, species, species[chunk.nodes], table.pair_row, row, position, edges,
-            table.pair_row.shape[0], table.intervals, table.scale, BLOCK=256,
+    row, position = torch.empty_like(distance, dtype=torch.int32), torch.empty_like(distance)
+    if run.num_edges:
+        place_kernel[(math.ceil(run.num_edges / 256),)](
+            distance, run.source, run.target, run.species, run.species[run.nodes], table.pair_row, row, position,
+            run.num_edges, table.pair_row.shape[0], table.intervals, table.scale, BLOCK=256,
         )  # fmt: skip
     return Placed(row, position)
 
 
-def _constants(degrees: int, width: int, pad: int) -> dict:
-    return {"L": degrees, "K": width, "PAD": pad, "BM": next_power(2 * degrees - 1)}
+def _constants(harmonics: Tensor, table: RadialTable) -> dict:
+    degrees = round(harmonics.shape[1] ** 0.5)
+    return {"L": degrees, "K": table.knots.shape[-1] // degrees, "PAD": PAD, "BM": next_power(2 * degrees - 1)}
 
 
-def spline_sum(
-    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, degrees: int, pad: int
-) -> Tensor:
-    """[n, M, K + pad]: the sums of Y a, the sum of Y, zeros. harmonics: [e, M]."""
-    width, nodes = table.knots.shape[-1] // degrees, row_ptr.numel() - 1
-    out = harmonics.new_empty(nodes, degrees * degrees, width + pad)
+def spline_sum(harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor) -> Tensor:
+    """[n, M, K + PAD]: the sums of Y a, the sum of Y, zeros. harmonics: [e, M]."""
+    constants, nodes = _constants(harmonics, table), row_ptr.numel() - 1
+    degrees, width = constants["L"], constants["K"]
+    out = harmonics.new_empty(nodes, degrees * degrees, width + PAD)
     if nodes:
         block = min(next_power(width), 128)
-        spline_sum_kernel[nodes, degrees, triton.cdiv(width, block)](
-            harmonics, table.knots, *placed, row_ptr, out, BK=block, num_warps=1, **_constants(degrees, width, pad)
+        spline_sum_kernel[nodes, degrees, math.ceil(width / block)](
+            harmonics, table.knots, *placed, row_ptr, out, BK=block, num_warps=1, **constants
         )
     return out
 
 
 def spline_backward(
-    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, grad: Tensor, degrees: int, pad: int
+    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`spline_sum` by the harmonics [e, M] and by the lengths [e]. grad: contiguous."""
-    edges = harmonics.shape[0]
-    width, nodes = table.knots.shape[-1] // degrees, row_ptr.numel() - 1
+    edges, constants = harmonics.shape[0], _constants(harmonics, table)
+    degrees, width = constants["L"], constants["K"]
     by_harmonics, slope = torch.empty_like(harmonics), harmonics.new_empty(degrees, edges)
     if edges:
-        spline_backward_kernel[nodes, degrees](
+        spline_backward_kernel[row_ptr.numel() - 1, degrees](
             harmonics, table.knots, *placed, grad, row_ptr, by_harmonics, slope, edges, table.scale,
-            BK=next_power(width), num_warps=1 if width <= 128 else 4, **_constants(degrees, width, pad),
+            BK=next_power(width), num_warps=1 if width <= 128 else 4, **constants,
         )  # fmt: skip
     return by_harmonics, slope.sum(0)

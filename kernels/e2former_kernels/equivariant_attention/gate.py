@@ -11,7 +11,6 @@ import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common.harmonics import harmonic_scales
@@ -50,15 +49,14 @@ class RadialGate:
 
     def forward(
         self,
-        chunk: EdgeRun,
-        elements: tuple[Tensor, Tensor],
+        run: EdgeRun,
         vec: Tensor,
         distance: Tensor,
         vec_dot: Tensor | None = None,
         distance_dot: Tensor | None = None,
     ) -> tuple[Tensor, Kept]:
         """Features, with their change along vec_dot where it is given, and what :meth:`backward` takes."""
-        return self.network.forward(distance, *elements, distance_dot)
+        return self.network.forward(distance, *run.elements, distance_dot)
 
     def backward(
         self, grad: Tensor, kept: Kept, weights: bool, by_vec: bool = True
@@ -107,7 +105,7 @@ class GateNetwork:
         self.columns = self.weights.weight.shape[1]
 
     def _harmonics_launch(self, edges: int) -> tuple[tuple[int, int], dict]:
-        return (triton.cdiv(edges, 128),), {"E": edges, "L": self.spec.lmax, "UNIT": self.unit, "BLOCK": 128}
+        return (math.ceil(edges / 128),), {"E": edges, "L": self.spec.lmax, "UNIT": self.unit, "BLOCK": 128}
 
     def _launch(
         self, receivers: int, dot: Tensor, tile: tuple[int, int] | None = None
@@ -119,7 +117,7 @@ class GateNetwork:
         rows, width = dot.shape[1:]
         columns, numbers = tile or TILE
         block, padded = min(next_power(width), columns), next_power(2 * self.spec.lmax + 1)
-        blocks = triton.cdiv(width, block)
+        blocks = math.ceil(width / block)
         constants = {
             "M": rows, "D": width, "K": self.columns, "BM": padded, "BK": block,
             "num_warps": min(max(padded * block // numbers, 1), 8),
@@ -135,14 +133,12 @@ class GateNetwork:
         weight, bias, heads = self.network.weights.out[0], self.network.weights.out_bias[0], self.spec.num_heads
         return (weight[:heads], bias[:heads]), (weight[heads:], bias[heads:])
 
-    def forward(
-        self, chunk: EdgeRun, edges: Edges, elements: tuple[Tensor, Tensor], dot: Tensor
-    ) -> tuple[Tensor, NetworkKept]:
+    def forward(self, run: EdgeRun, edges: Edges, dot: Tensor) -> tuple[Tensor, NetworkKept]:
         """Features of a run, and what :meth:`backward` takes. dot: [n, M, D], of the run's receivers, contiguous."""
-        number, heads, w = chunk.num_edges, self.spec.num_heads, self.weights
+        number, heads, w = run.num_edges, self.spec.num_heads, self.weights
         features = edges.vec.new_empty(number, 2 * heads)
         harmonics = edges.vec.new_empty(number, dot.shape[1])
-        hidden, middle = self.network.forward(edges.position, *elements)
+        hidden, middle = self.network.forward(edges.position, *run.elements)
         hidden = hidden.squeeze(1)
         (weight, bias), (factor_weight, factor_bias) = self._last_layers()
         torch.addmm(bias, hidden, weight.t(), out=features[:, heads:])
@@ -150,14 +146,14 @@ class GateNetwork:
         if self.factors is None:
             factor = torch.addmm(factor_bias, hidden, factor_weight.t())
         else:
-            factor, factor_middle = self.factors.forward(edges.position, *elements)
+            factor, factor_middle = self.factors.forward(edges.position, *run.elements)
             factor = factor.squeeze(1)
         x = torch.empty_like(factor)
         if number:
             grid, constants = self._harmonics_launch(number)
             kernel.harmonics_kernel[grid](edges.vec, self._scales(dot), harmonics, **constants)
-            grid, constants, _ = self._launch(chunk.num_nodes, dot)
-            kernel.directional_kernel[grid](harmonics, dot, factor, chunk.row_ptr, x, **constants)
+            grid, constants, _ = self._launch(run.num_nodes, dot)
+            kernel.directional_kernel[grid](harmonics, dot, factor, run.row_ptr, x, **constants)
         gate = features[:, :heads]
         if self.unit:
             torch.addmm(w.bias, x, w.weight.t(), out=gate)
@@ -175,9 +171,8 @@ class GateNetwork:
         self,
         grad: Tensor,
         kept: NetworkKept,
-        chunk: EdgeRun,
+        run: EdgeRun,
         edges: Edges,
-        elements: tuple[Tensor, Tensor],
         dot: Tensor,
         grad_dot: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -185,7 +180,7 @@ class GateNetwork:
 
         Fills grad_dot [n, M, D]. ``kept`` is used up.
         """
-        number, heads, w = chunk.num_edges, self.spec.num_heads, self.weights
+        number, heads, w = run.num_edges, self.spec.num_heads, self.weights
         by_gate, by_head = grad[:, :heads], grad[:, heads:]
         if not self.unit:
             by_gate = torch.mm(by_gate, w.out)
@@ -196,11 +191,11 @@ class GateNetwork:
                     **VALUE_ALONE, **constants,
                 )  # fmt: skip
         by_factor = torch.mm(by_gate, w.weight)
-        grid, constants, blocks = self._launch(chunk.num_nodes, dot)
+        grid, constants, blocks = self._launch(run.num_nodes, dot)
         by_harmonics = grad.new_empty(blocks, number, dot.shape[1])
-        if chunk.num_nodes:
+        if run.num_nodes:
             kernel.directional_backward_kernel[grid](
-                by_factor, kept.harmonics, dot, kept.factor, chunk.row_ptr, by_factor, by_harmonics, grad_dot, number,
+                by_factor, kept.harmonics, dot, kept.factor, run.row_ptr, by_factor, by_harmonics, grad_dot, number,
                 **constants,
             )  # fmt: skip
         (weight, _), (factor_weight, _) = self._last_layers()
@@ -209,8 +204,8 @@ class GateNetwork:
         if self.factors is None:
             by_hidden.addmm_(by_factor, factor_weight)
         else:
-            by_distance = self.factors.backward(by_factor, kept.factor_middle, edges.position, *elements)
-        more = self.network.backward(by_hidden.unsqueeze(1), kept.middle, edges.position, *elements)
+            by_distance = self.factors.backward(by_factor, kept.factor_middle, edges.position, *run.elements)
+        more = self.network.backward(by_hidden.unsqueeze(1), kept.middle, edges.position, *run.elements)
         return more if by_distance is None else more.add_(by_distance), by_harmonics
 
     def add_by_vec(self, by_harmonics: Tensor, vec: Tensor, grad_vec: Tensor) -> None:
@@ -230,7 +225,7 @@ PAIR_TILE = (64, 512)
 class GateKept(NamedTuple):
     """What the reverse pass of a run takes over; T values, then changes, of everything on edges."""
 
-    chunk: EdgeRun
+    run: EdgeRun
     vec: Tensor  # [e, 3]
     vec_dot: Tensor | None
     network: Kept
@@ -276,36 +271,35 @@ class GateGradients(GateNetwork):
         heads = self.spec.num_heads
         padded = next_power(heads)
         block = max(TILE_NUMBERS // padded, 1)
-        steps = triton.cdiv(triton.cdiv(edges, block), MAX_PROGRAMS) if sums else 1
+        steps = math.ceil(math.ceil(edges / block) / MAX_PROGRAMS) if sums else 1
         constants = {
             "E": edges, "G": 1, "H": heads, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": True,
             "TANGENT": tangent, "EDGE_MAJOR": False, "num_warps": 4,
         }  # fmt: skip
-        return (triton.cdiv(edges, block * steps), 1), constants, steps
+        return (math.ceil(edges / (block * steps)), 1), constants, steps
 
-    def _directional(self, tangent: bool, chunk: EdgeRun) -> tuple[list[Tensor], tuple[int, int], dict, int]:
+    def _directional(self, tangent: bool, run: EdgeRun) -> tuple[list[Tensor], tuple[int, int], dict, int]:
         """Rows of the receivers, grid and constants of the contraction's kernels, and the blocks of their columns."""
         if tangent:
-            launch = self._launch(chunk.num_nodes, self.dot, PAIR_TILE)
-            return [self.dot[chunk.nodes], self.dot_dot[chunk.nodes]], *launch
-        return [self.dot[chunk.nodes]], *self._launch(chunk.num_nodes, self.dot)
+            launch = self._launch(run.num_nodes, self.dot, PAIR_TILE)
+            return [self.dot[run.nodes], self.dot_dot[run.nodes]], *launch
+        return [self.dot[run.nodes]], *self._launch(run.num_nodes, self.dot)
 
     def forward(
         self,
-        chunk: EdgeRun,
-        elements: tuple[Tensor, Tensor],
+        run: EdgeRun,
         vec: Tensor,
         distance: Tensor,
         vec_dot: Tensor | None = None,
         distance_dot: Tensor | None = None,
     ) -> tuple[Tensor, GateKept]:
         """Features [T, e, 1, 2H], gate and head, and what :meth:`backward` takes."""
-        number, heads, w, tangent = chunk.num_edges, self.spec.num_heads, self.weights, vec_dot is not None
+        number, heads, w, tangent = run.num_edges, self.spec.num_heads, self.weights, vec_dot is not None
         parts = 2 if tangent else 1
         features = vec.new_empty(parts, number, 1, 2 * heads)
         gate, head = features.view(-1, 2 * heads).split(heads, 1)
         harmonics = vec.new_empty(parts, number, self.dot.shape[1])
-        hidden, network = self.network.forward(distance, *elements, distance_dot)
+        hidden, network = self.network.forward(distance, *run.elements, distance_dot)
         hidden = hidden.view(parts * number, self.network.hidden)
         last, last_of_factor = self._last_layers()
         _linear(hidden, *last, number, head)
@@ -314,21 +308,21 @@ class GateGradients(GateNetwork):
             factor = vec.new_empty(parts * number, self.columns)
             _linear(hidden, *last_of_factor, number, factor)
         else:
-            factor, factors = self.factors.forward(distance, *elements, distance_dot)
+            factor, factors = self.factors.forward(distance, *run.elements, distance_dot)
             factor = factor.view(parts * number, self.columns)
         x = torch.empty_like(factor)
         if number:
             grid, constants = self._harmonics_launch(number)
-            rows, on_receivers, columns, _ = self._directional(tangent, chunk)
+            rows, on_receivers, columns, _ = self._directional(tangent, run)
             scales = self._scales(vec)
             if tangent:
                 kernel.harmonics_pair_kernel[grid](vec, vec_dot, scales, harmonics, **constants)
                 kernel.directional_pair_kernel[on_receivers](
-                    harmonics, *rows, factor, chunk.row_ptr, x, number, **columns
+                    harmonics, *rows, factor, run.row_ptr, x, number, **columns
                 )
             else:
                 kernel.harmonics_kernel[grid](vec, scales, harmonics, **constants)
-                kernel.directional_kernel[on_receivers](harmonics, *rows, factor, chunk.row_ptr, x, **columns)
+                kernel.directional_kernel[on_receivers](harmonics, *rows, factor, run.row_ptr, x, **columns)
         scalar = activated = None
         if self.unit:
             _linear(x, w.weight, w.bias, number, gate)
@@ -339,12 +333,12 @@ class GateGradients(GateNetwork):
                 grid, constants, _ = self._norm_launch(number, tangent, False)
                 layers.layer_kernel[grid](scalar, w.bias, w.norm_weight, w.norm_bias, activated, **constants)
             _linear(activated, w.out, w.out_bias, number, gate)
-        kept = (chunk, vec, vec_dot, network, hidden, factors, factor, harmonics, x, scalar, activated)
+        kept = (run, vec, vec_dot, network, hidden, factors, factor, harmonics, x, scalar, activated)
         return features, GateKept(*kept)
 
     def _through_scalar(self, by_gate: Tensor, kept: GateKept, weights: bool) -> tuple[Tensor, Tensor | None]:
         """Gradient by the products of the first linear layer, and sums [3, H]: by norm_weight, norm_bias and bias."""
-        w, number, tangent = self.weights, kept.chunk.num_edges, kept.vec_dot is not None
+        w, number, tangent = self.weights, kept.run.num_edges, kept.vec_dot is not None
         by_gate = torch.mm(by_gate, w.out)
         if not number:
             return by_gate, by_gate.new_zeros(3, self.spec.num_heads) if weights else None
@@ -358,14 +352,14 @@ class GateGradients(GateNetwork):
 
     def _through_rows(self, by_x: Tensor, kept: GateKept) -> Tensor:
         """Turns the gradient by x into that by the factor, fills that by dot; returns that by harmonics, in parts."""
-        chunk, tangent = kept.chunk, kept.vec_dot is not None
-        rows, grid, constants, blocks = self._directional(tangent, chunk)
+        run, tangent = kept.run, kept.vec_dot is not None
+        rows, grid, constants, blocks = self._directional(tangent, run)
         by_harmonics = by_x.new_empty(blocks, *kept.harmonics.shape)
-        if chunk.num_nodes:
+        if run.num_nodes:
             backward = kernel.directional_second_kernel if tangent else kernel.directional_backward_kernel
             backward[grid](
-                by_x, kept.harmonics, *rows, kept.factor, chunk.row_ptr, by_x, by_harmonics, self.by_dot[chunk.nodes],
-                chunk.num_edges, **constants,
+                by_x, kept.harmonics, *rows, kept.factor, run.row_ptr, by_x, by_harmonics, self.by_dot[run.nodes],
+                run.num_edges, **constants,
             )  # fmt: skip
         return by_harmonics
 
@@ -373,7 +367,7 @@ class GateGradients(GateNetwork):
         self, grad: Tensor, kept: GateKept, weights: bool, by_vec: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients by distance and distance_dot and, for :meth:`add_by_vec`, by harmonics. ``kept`` is used up."""
-        number, heads, w = kept.chunk.num_edges, self.spec.num_heads, self.weights
+        number, heads, w = kept.run.num_edges, self.spec.num_heads, self.weights
         by_gate, by_head = grad.view(-1, 2 * heads).split(heads, 1)
         by_scalar, norm_sums = (by_gate, None) if self.unit else self._through_scalar(by_gate, kept, weights)
         by_factor = torch.mm(by_scalar, w.weight)

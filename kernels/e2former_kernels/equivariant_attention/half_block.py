@@ -135,12 +135,12 @@ class HalfBlock:
         bias = self.weights.out_bias
         del h
 
-        def finish(chunk: EdgeRun, outer: Tensor) -> None:
-            summed = outer.view(chunk.num_nodes, -1, channels)
+        def finish(run: EdgeRun, outer: Tensor) -> None:
+            summed = outer.view(run.num_nodes, -1, channels)
             rows, factor = contract_rows(self.step.coupling, summed, self.step.precision)
-            products = rows.new_empty(chunk.num_nodes, *x.shape[1:])
+            products = rows.new_empty(run.num_nodes, *x.shape[1:])
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, False, products.flatten(1))
-            from_products(products, factor, self.out.factors, y[chunk.nodes], bias, x[chunk.nodes])
+            from_products(products, factor, self.out.factors, y[run.nodes], bias, x[run.nodes])
 
         self.step.value_of_runs(given, self.tensors, finish, None)
         self.kept = query, key
@@ -153,11 +153,11 @@ class HalfBlock:
         channels, coupling = x.shape[2], self.out.back
         paths = coupling.shape[1]
 
-        def outer(chunk: EdgeRun) -> Rows:
-            rows, factor = half_rows(grad[chunk.nodes])
-            products = rows.new_empty(chunk.num_nodes, paths, channels)
+        def outer(run: EdgeRun) -> Rows:
+            rows, factor = half_rows(grad[run.nodes])
+            products = rows.new_empty(run.num_nodes, paths, channels)
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, True, products.flatten(1))
-            into = rows.new_empty(chunk.num_nodes, coupling.shape[0], channels)
+            into = rows.new_empty(run.num_nodes, coupling.shape[0], channels)
             launch_contract(coupling, products, into, self.step.precision)
             return Rows(into, factor * self.out.largest)
 

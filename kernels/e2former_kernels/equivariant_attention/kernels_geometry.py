@@ -4,11 +4,21 @@ vectors.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
-from e2former_kernels.common.envelope import envelope_bend, envelope_of
+from e2former_kernels.common.envelope import envelope_bend, envelope_constants, envelope_of
+from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.table import place
+
+
+@functools.lru_cache(maxsize=64)
+def constants_of(spec: AttentionSpec, directions: int, block: int) -> dict:
+    """Arguments of all of these kernels but the edges'."""
+    envelope = envelope_constants(spec.cutoff, spec.envelope_exponent, spec.bell)
+    return envelope | {"V2": spec.inverse_distance == "v2", "ORDER": spec.order, "B": directions, "BLOCK": block}
 
 
 @triton.jit

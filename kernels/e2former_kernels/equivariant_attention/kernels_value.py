@@ -16,6 +16,8 @@ of their atoms.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -214,7 +216,7 @@ def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> N
     if not out.numel():
         return
     block = min(max(next_power(channels), 16), 128)
-    contract_kernel[nodes, triton.cdiv(channels, block)](
+    contract_kernel[nodes, math.ceil(channels / block)](
         matrix, x, out, matrix.shape[0], inner, channels,
         PP=max(next_power(matrix.shape[0]), 16), KP=max(next_power(inner), 16), BC=block,
         PRECISION=precision, num_warps=4,

@@ -19,27 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.checks import check_same_dtype, check_senders, check_shape
+from e2former_kernels.common.checks import check_edges, check_same, check_shape
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.runs import (
-    EDGE,
-    SOURCE,
-    TARGET,
-    WHOLE,
-    Chunk,
-    LazyRuns,
-    Plan,
-    evaluate,
-    make_chunks,
-    plan_of,
-)
+from e2former_kernels.common.runs import EDGE, SOURCE, TARGET, WHOLE, EdgeList, EdgeRun, Plan, plan_of
+from e2former_kernels.common.step import evaluate
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
 
 Form = Literal["dense", "relative", "sum"]
-# Working memory of one chunk of the recomputing form, in numbers (not bytes): 64 MB in float32.
-CHUNK_NUMBERS = 1 << 24
-MIN_CHUNK_EDGES = 256  # however wide the network
+# Working memory of one run of the recomputing form, in numbers (not bytes): 64 MB in float32.
+RUN_NUMBERS = 1 << 24
 MAX_PADDING = 4  # padded edges for one real one
 
 
@@ -341,17 +330,16 @@ class Pieces(NamedTuple):
         return self.like([torch.empty(0)] * len(self.flat()))
 
 
-def attention_of_chunk(
+def attention_of_run(
     spec: AttentionSpec,
     form: Form,
-    chunk: Chunk,
+    run: EdgeRun,
     given: Pieces,
-    species: Tensor,
     coupling: Tensor | None,
     geometry: EdgeGeometry | None = None,
 ) -> Tensor:
     """The attention of a run of receivers from what :func:`attention_plan` hands it; geometry: of its edges."""
-    target = chunk.target
+    target = run.target
     weights, distance = edge_weights(
         spec,
         given.vec,
@@ -359,71 +347,54 @@ def attention_of_chunk(
         given.key,
         None if given.dot is None else given.dot.index_select(0, target),
         target,
-        chunk.num_nodes,
-        species[chunk.nodes].index_select(0, target),
-        species.index_select(0, chunk.source),
+        run.num_nodes,
+        *run.elements,
         given.radial,
         given.dot_weights,
         geometry,
     )
-    return aggregate(spec, form, weights, distance, given.vec, given.value, target, chunk.num_nodes, coupling)
+    return aggregate(spec, form, weights, distance, given.vec, given.value, target, run.num_nodes, coupling)
 
 
-def attention_plan(
-    spec: AttentionSpec,
-    form: Form,
-    pieces: Pieces,
-    source: Tensor,
-    target: Tensor,
-    row_ptr: Tensor,
-    species: Tensor,
-    coupling: Tensor | None,
-    max_chunk_edges: int | None = None,
-) -> Plan:
-    """The attention in chunks, differentiable to any order (:func:`e2former_kernels.common.runs.evaluate`).
+def attention_plan(spec: AttentionSpec, form: Form, pieces: Pieces, edges: EdgeList, coupling: Tensor | None) -> Plan:
+    """The attention in runs, differentiable to any order (:func:`e2former_kernels.common.step.evaluate`).
 
     Takes the tensors of ``pieces.flat()``; other arguments as in :func:`equivariant_attention_reference`.
     """
-    if max_chunk_edges is None:
-        rows, channels = pieces.value.shape[1:]
-        radial = pieces.radial
-        numbers = 6 * rows * channels + 16 * radial.hidden.shape[-1] + 8 * radial.out.shape[-2]
-        max_chunk_edges = max(CHUNK_NUMBERS // numbers, MIN_CHUNK_EDGES)
+    rows, channels = pieces.value.shape[1:]
+    numbers = 6 * rows * channels + 16 * pieces.radial.hidden.shape[-1] + 8 * pieces.radial.out.shape[-2]
     outline = pieces.outline()
 
-    def function(chunk: Chunk, *tensors: Tensor) -> Tensor:
-        return attention_of_chunk(spec, form, chunk, outline.like(tensors), species, coupling)
+    def function(run: EdgeRun, *tensors: Tensor) -> Tensor:
+        return attention_of_run(spec, form, run, outline.like(tensors), coupling)
 
-    chunks = LazyRuns(lambda: make_chunks(row_ptr, source, target, max_chunk_edges))
-    return plan_of(function, chunks, pieces.flat())
+    return plan_of(function, edges.runs(numbers, RUN_NUMBERS), pieces.flat())
 
 
-def _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, form):
-    nodes, senders = row_ptr.numel() - 1, species.numel()
-    edges = source.numel()
-    check_senders(species, nodes)
+def check_nodes_and_edges(
+    spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupling: Tensor | None, form: Form
+) -> None:
+    """Raise ValueError or TypeError naming the argument on atoms or edges whose shape is not what it must be."""
+    nodes, senders, query, value = edges.row_ptr.numel() - 1, edges.species.numel(), pieces.query, pieces.value
+    check_edges(pieces.vec, edges)
+    if query.dim() != 3:
+        raise ValueError(f"query: expected [N, H, S], got {tuple(query.shape)}")
     check_shape("query", query, "N, H, S", (nodes, spec.num_heads, query.shape[-1]))
-    check_shape("key", key, "N', H, S", (senders, spec.num_heads, query.shape[-1]))
-    check_shape("vec", vec, "E, 3", (edges, 3))
-    check_shape("target", target, "E", (edges,))
-    check_value(spec, value, senders, form)
-    if dot is not None:
-        check_shape("dot", dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, dot.shape[-1]))
-    elif spec.score != "qk":
-        raise ValueError(f"dot: score {spec.score!r} needs the receiver's projection [N, (lmax+1)^2, D], got None")
-    if spec.order == 1 and coupling is not None:
-        check_shape("coupling", coupling, "P, 3, (lmax+1)^2", (coupling.shape[0], 3, spec.num_rows))
-    check_same_dtype("query", query, key=key)
-
-
-def check_value(spec: AttentionSpec, value: Tensor, senders: int, form: Form) -> None:
-    """Raise ValueError unless the value has the rows of the features, with ``form="sum"`` any number of them."""
+    check_shape("key", pieces.key, "N', H, S", (senders, *query.shape[1:]))
     if value.dim() != 3:
         raise ValueError(f"value: expected [N', (lmax+1)^2, C], got {tuple(value.shape)}")
     rows, dims = (value.shape[1], "R") if form == "sum" else (spec.num_rows, "(lmax+1)^2")
     check_shape("value", value, f"N', {dims}, C", (senders, rows, value.shape[-1]))
     if value.shape[-1] % spec.num_heads:
         raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
+    if spec.score != "qk":
+        if pieces.dot is None or pieces.dot_weights is None:
+            raise ValueError(f"dot, dot_weights: score {spec.score!r} needs both, got None")
+        check_shape("dot", pieces.dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, pieces.dot.shape[-1]))
+    if spec.order == 1 and form != "sum":
+        if coupling is None:
+            raise ValueError("coupling: order 1 needs the coefficients [P, 3, (lmax+1)^2], got None")
+        check_shape("coupling", coupling, "P, 3, (lmax+1)^2", (coupling.shape[0], 3, spec.num_rows))
 
 
 @torch.compiler.disable()
@@ -434,17 +405,13 @@ def equivariant_attention_reference(
     value: Tensor,
     dot: Tensor | None,
     vec: Tensor,
-    source: Tensor,
-    target: Tensor,
-    row_ptr: Tensor,
-    species: Tensor,
+    edges: EdgeList,
     radial: RadialWeights,
     dot_weights: DotWeights | None = None,
     coupling: Tensor | None = None,
     *,
     form: Form = "relative",
     recompute: bool = True,
-    max_chunk_edges: int | None = None,
     geometry: EdgeGeometry | None = None,
 ) -> Tensor:
     r"""Equivariant attention over a receiver-sorted edge list (docs/network.md, sections 6.2 to 6.5).
@@ -462,17 +429,13 @@ def equivariant_attention_reference(
         value: [N', M, C]; with ``form="sum"`` [N', R, C], any rows.
         dot: [N, M, D], for the ``qk_dot*`` scores.
         vec: [E, 3] = r_i - r_j - shift, Å (from neighbour to receiver).
-        source: [E], senders, rows of N'.
-        target: [E], receivers, ascending.
-        row_ptr: [N+1], the edges of receiver i are ``row_ptr[i]:row_ptr[i + 1]``.
-        species: [N'], rows of the radial network's element tables.
+        edges: sorted by receiver; their species are rows of the radial network's element tables.
         radial: weights of the radial network.
         dot_weights: weights of the directional gate, for the ``qk_dot*`` scores.
         coupling: [P, 3, M], coefficients of the path rows; for order 1 but with ``form="sum"``.
         form: see the module.
-        recompute: evaluate in chunks and recompute in every derivative, so that nothing of edge size outlives a chunk;
+        recompute: evaluate in runs and recompute in every derivative, so that nothing of edge size outlives a run;
             False keeps edge tensors for the backward pass, which is faster for small systems.
-        max_chunk_edges: edges of a chunk; by default those of 64 MB in float32.
         geometry: of ``vec``, where a caller has it for several layers; only without recomputation.
 
     Returns:
@@ -483,11 +446,12 @@ def equivariant_attention_reference(
     """
     if geometry is not None and recompute:
         raise ValueError("geometry: expected None with recompute=True, which keeps no edge tensors")
-    _check(spec, query, key, value, dot, vec, source, target, row_ptr, species, coupling, form)
     pieces = Pieces(vec, query, key, value, dot, radial, dot_weights)
+    check_nodes_and_edges(spec, pieces, edges, coupling, form)
+    check_same("query", query, key=key)
     if recompute:
-        plan = attention_plan(spec, form, pieces, source, target, row_ptr, species, coupling, max_chunk_edges)
+        plan = attention_plan(spec, form, pieces, edges, coupling)
         return evaluate(plan, *(t for _, t in pieces.flat()))[0]
-    whole = Chunk(slice(0, row_ptr.numel() - 1), slice(0, source.numel()), source, target)
+    (whole,), source = edges.runs_of(vec.shape[0]), edges.source
     pieces = pieces._replace(key=key.index_select(0, source), value=value.index_select(0, source))
-    return attention_of_chunk(spec, form, whole, pieces, species, coupling, geometry)
+    return attention_of_run(spec, form, whole, pieces, coupling, geometry)

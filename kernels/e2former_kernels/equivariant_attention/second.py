@@ -15,11 +15,10 @@ import math
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
-import triton
 from torch import Tensor
 
-from e2former_kernels.common.envelope import envelope_constants
 from e2former_kernels.common.runs import EdgeRun
+from e2former_kernels.common.step import Change
 from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as geometry_kernel
 from e2former_kernels.equivariant_attention import kernels_second as kernel
@@ -66,28 +65,20 @@ class Scores(NamedTuple):
     best: Tensor  # int64
 
 
-def geometry_launch(spec: AttentionSpec, directions: int, edges: int, block: int) -> tuple[tuple[int], dict]:
-    """Grid and constants of the kernels on single edges."""
-    constants = {
-        "E": edges, "V2": spec.inverse_distance == "v2", "ORDER": spec.order, "B": directions, "BLOCK": block,
-    }  # fmt: skip
-    constants |= envelope_constants(spec.cutoff, spec.envelope_exponent, spec.bell)
-    return (triton.cdiv(edges, block),), constants
-
-
 def _geometry(spec: AttentionSpec, directions: int, vec: Tensor, vec_dot: Tensor) -> Geometry:
     edges = vec.shape[0]
     numbers = [vec.new_empty(edges) for _ in range(4)]
     scale = [vec.new_empty(edges, directions) for _ in range(2)]
     if edges:
-        grid, constants = geometry_launch(spec, directions, edges, 128)
-        geometry_kernel.geometry_tangent_kernel[grid](vec, vec_dot, *numbers, *scale, **constants)
+        geometry_kernel.geometry_tangent_kernel[(math.ceil(edges / 128),)](
+            vec, vec_dot, *numbers, *scale, E=edges, **geometry_kernel.constants_of(spec, directions, 128)
+        )
     return Geometry(vec, vec_dot, *numbers, *scale)
 
 
 def _scores(
     spec: AttentionSpec,
-    chunk: EdgeRun,
+    run: EdgeRun,
     source: Tensor,
     edges: Geometry,
     query: tuple[Tensor, Tensor],
@@ -96,15 +87,15 @@ def _scores(
 ) -> Scores:
     """query, key: value and change; features: [2, e, 1, 2 H]."""
     heads, width = query[0].shape[1:]
-    on_edges = features.new_empty(4, chunk.num_edges, heads).unbind(0)
-    on_nodes = features.new_empty(4, chunk.num_nodes, heads).unbind(0)
+    on_edges = features.new_empty(4, run.num_edges, heads).unbind(0)
+    on_nodes = features.new_empty(4, run.num_nodes, heads).unbind(0)
     molfm = spec.norm == "molfm"
-    best = torch.empty(chunk.num_nodes if molfm else 1, heads, dtype=torch.int64, device=features.device)
-    if chunk.num_nodes and heads:
+    best = torch.empty(run.num_nodes if molfm else 1, heads, dtype=torch.int64, device=features.device)
+    if run.num_nodes and heads:
         block = min(next_power(heads), WEIGHTS_TILE[0])
-        kernel.weights_tangent_kernel[chunk.num_nodes, triton.cdiv(heads, block)](
-            *(q[chunk.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
-            chunk.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
+        kernel.weights_tangent_kernel[run.num_nodes, math.ceil(heads / block)](
+            *(q[run.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
+            run.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
             NORM=get_args(Norm).index(spec.norm), BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
         )  # fmt: skip
     return Scores(*on_edges, *on_nodes, best)
@@ -127,7 +118,7 @@ def _pair_sum(
     heads, width = x[0].shape[1:]
     if ptr.numel() > 1 and heads * width:
         block = min(next_power(heads), PAIR_TILE[0])
-        kernel.pair_sum_second_kernel[ptr.numel() - 1, triton.cdiv(heads, block)](
+        kernel.pair_sum_second_kernel[ptr.numel() - 1, math.ceil(heads / block)](
             scores.pair, x[0], scores.pair_dot, x[1], index, index if order is None else order, ptr,
             index if rows is None else rows, out, heads, width,
             BH=block, BS=next_power(width), ORDERED=order is not None, ACCUMULATE=rows is not None,
@@ -135,75 +126,63 @@ def _pair_sum(
         )  # fmt: skip
 
 
-def second_derivative(
-    step: FusedAttention,
-    cotangents: list[Tensor | None],
-    grad: Tensor,
-    tensors: list[Tensor],
-    wanted: list[int],
-    again: list[int],
-) -> list[Tensor] | None:
-    """``Step.second`` of :class:`FusedAttention` (common/step.py); None where weights are among ``wanted``."""
-    first_weight = step.first_weight
-    if any(n >= first_weight for n in wanted):
-        return None
-    spec, directions = step.spec, step.directions
-    given = dict(zip(wanted, cotangents, strict=True))
+def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor]:
+    """``Step.second`` of :class:`FusedAttention` (common/step.py), where no weights are among ``change.wanted``."""
+    spec, directions, first_weight, given = step.spec, step.directions, step.first_weight, change.along()
     primal = [t.contiguous() for t in tensors[:first_weight]]
     dots = [given.get(n) for n in range(first_weight)]
     dots = [torch.zeros_like(t) if c is None else c.contiguous() for c, t in zip(dots, primal, strict=True)]
     (vec, vec_dot), query, key, value, *_ = zip(primal, dots, strict=True)
-    grad = grad.contiguous()
+    grad = change.grad.contiguous()
     senders, value_rows, channels = value[0].shape
     heads, width = query[0].shape[1:]
     rows = value_rows * channels // heads
     per_head = [v.view(senders, rows, heads) for v in value]
-    weights = any(n > first_weight for n in again)
-    by_scale = spec.order == 1 and 1 + _VEC in again
+    weights = any(n > first_weight for n in by)
+    by_scale = spec.order == 1 and 1 + _VEC in by
     gate = step._gate(tensors, dots[_RADIAL:])
-    chunks = step.training_chunks
-    fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
-    by_grad = torch.empty_like(grad) if 0 in again else None
-    by_vec = torch.empty_like(vec) if 1 + _VEC in again else None
-    by_query = torch.empty_like(query[0]) if 1 + _QUERY in again else None
-    by_key = fresh(key[0]) if 1 + _KEY in again else None
-    by_value = fresh(value[0]) if 1 + _VALUE in again else None
+    runs = step.training_runs()
+    fresh = torch.empty_like if len(runs) == 1 else torch.zeros_like
+    by_grad = torch.empty_like(grad) if 0 in by else None
+    by_vec = torch.empty_like(vec) if 1 + _VEC in by else None
+    by_query = torch.empty_like(query[0]) if 1 + _QUERY in by else None
+    by_key = fresh(key[0]) if 1 + _KEY in by else None
+    by_value = fresh(value[0]) if 1 + _VALUE in by else None
     tiles = row_tiles(rows, heads, directions, *AGGREGATE_TILE)
     message_tiles = row_tiles(rows, heads, directions, *MESSAGE_TILE)
     sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
-    blocks = triton.cdiv(heads, message_tiles.heads)
+    blocks = math.ceil(heads / message_tiles.heads)
     transposed = step.transposed()
 
-    def run(chunk: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
-        number, receivers, source = chunk.num_edges, chunk.num_nodes, step.edges.source[chunk.edges]
-        edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
-        elements = step.edges.elements(chunk)
-        features, kept = gate.forward(chunk, elements, edges.vec, edges.distance, edges.vec_dot, edges.distance_dot)
-        scores = _scores(spec, chunk, source, edges, query, key, features)
+    def of_run(run: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
+        number, receivers, source = run.num_edges, run.num_nodes, run.source
+        edges = _geometry(spec, directions, vec[run.edges], vec_dot[run.edges])
+        features, kept = gate.forward(run, edges.vec, edges.distance, edges.vec_dot, edges.distance_dot)
+        scores = _scores(spec, run, source, edges, query, key, features)
         messages = (scores.weight, scores.weight_dot, edges.scale, edges.scale_dot)
         outer = grad.new_empty(receivers, directions, rows, heads)
         if by_grad is not None:
             if receivers:
-                kernel.aggregate_tangent_kernel[receivers, triton.cdiv(heads, tiles.heads)](
-                    *messages, *per_head, source, chunk.row_ptr, outer, rows, heads, B=directions, **_tiles(tiles)
+                kernel.aggregate_tangent_kernel[receivers, math.ceil(heads / tiles.heads)](
+                    *messages, *per_head, source, run.row_ptr, outer, rows, heads, B=directions, **_tiles(tiles)
                 )
             if step.coupling is None:
-                by_grad[chunk.nodes] = outer.view(receivers, value_rows, channels)
+                by_grad[run.nodes] = outer.view(receivers, value_rows, channels)
             else:
                 summed = outer.view(receivers, -1, channels)
-                launch_contract(step.coupling, summed, by_grad[chunk.nodes], step.precision)
-        if again == [0]:
+                launch_contract(step.coupling, summed, by_grad[run.nodes], step.precision)
+        if by == [0]:
             return
         if transposed is None:
-            outer = grad[chunk.nodes].view_as(outer)
+            outer = grad[run.nodes].view_as(outer)
         else:
-            launch_contract(transposed, grad[chunk.nodes], outer.view(receivers, -1, channels), step.precision)
+            launch_contract(transposed, grad[run.nodes], outer.view(receivers, -1, channels), step.precision)
         by_weight = grad.new_empty(2, number, heads)
         sums = grad.new_empty(2, receivers, heads)
         scale_parts = grad.new_empty(blocks if by_scale else 1, number, 2 * directions)
         if receivers:
             kernel.message_second_kernel[receivers, blocks](
-                *per_head, outer, *messages, source, chunk.row_ptr, *by_weight, scale_parts, *sums, number, rows,
+                *per_head, outer, *messages, source, run.row_ptr, *by_weight, scale_parts, *sums, number, rows,
                 heads, B=directions, SCALE=by_scale, **_tiles(message_tiles),
             )  # fmt: skip
         by_features = torch.empty_like(features)
@@ -211,38 +190,37 @@ def second_derivative(
         if number:
             padded = next_power(heads)
             block = max(WEIGHTS_NUMBERS // padded, 1)
-            kernel.weights_second_kernel[(triton.cdiv(number, block),)](
+            kernel.weights_second_kernel[(math.ceil(number / block),)](
                 *by_weight, scores.pair, scores.pair_dot, *features, edges.envelope, edges.envelope_dot,
-                chunk.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
+                run.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
                 1.0 / math.sqrt(width), spec.softmax_constant,
                 NORM=get_args(Norm).index(spec.norm), BH=padded, BE=block, num_warps=4,
             )  # fmt: skip
         if by_query is not None:
-            _pair_sum(scores, key, source, None, chunk.row_ptr, by_query[chunk.nodes])
+            _pair_sum(scores, key, source, None, run.row_ptr, by_query[run.nodes])
         if by_key is not None:
-            local = tuple(q[chunk.nodes] for q in query)
-            _pair_sum(scores, local, chunk.target, chunk.order, chunk.order_ptr, by_key, chunk.senders)
-        if by_value is not None and chunk.order_ptr.numel() > 1:
-            grid = chunk.order_ptr.numel() - 1, triton.cdiv(heads, sender_tiles.heads)
+            local = tuple(q[run.nodes] for q in query)
+            _pair_sum(scores, local, run.target, run.order, run.order_ptr, by_key, run.senders)
+        if by_value is not None and run.order_ptr.numel() > 1:
+            grid = run.order_ptr.numel() - 1, math.ceil(heads / sender_tiles.heads)
             kernel.aggregate_transposed_second_kernel[grid](
-                *messages, outer, chunk.target, chunk.order, chunk.order_ptr,
-                chunk.order if chunk.senders is None else chunk.senders, by_value, rows, heads,
-                B=directions, ACCUMULATE=chunk.senders is not None, **_tiles(sender_tiles),
+                *messages, outer, run.target, run.order, run.order_ptr,
+                run.order if run.senders is None else run.senders, by_value, rows, heads,
+                B=directions, ACCUMULATE=run.senders is not None, **_tiles(sender_tiles),
             )  # fmt: skip
-        if by_vec is None and all(n <= _RADIAL for n in again):
+        if by_vec is None and all(n <= _RADIAL for n in by):
             return
         del scores, messages, by_weight, outer, features  # the last pass needs as much again
         by_distance, by_distance_dot, by_harmonics = gate.backward(by_features, kept, weights, by_vec is not None)
         if by_vec is not None and number:
-            grid, constants = geometry_launch(spec, directions, number, 128)
-            geometry_kernel.geometry_second_kernel[grid](
+            geometry_kernel.geometry_second_kernel[(math.ceil(number / 128),)](
                 edges.vec, edges.vec_dot, by_distance, by_distance_dot, *by_envelope, scale_parts,
-                by_vec[chunk.edges], tiles=blocks, **constants,
+                by_vec[run.edges], E=number, tiles=blocks, **geometry_kernel.constants_of(spec, directions, 128),
             )  # fmt: skip
             if by_harmonics is not None:
-                gate.add_by_vec(by_harmonics, kept, by_vec[chunk.edges])
+                gate.add_by_vec(by_harmonics, kept, by_vec[run.edges])
 
-    for chunk in chunks:
-        run(chunk)
+    for run in runs:
+        of_run(run)
     found = [by_grad, by_vec, by_query, by_key, by_value, *gate.found()]
-    return [found[n] for n in again]
+    return [found[n] for n in by]

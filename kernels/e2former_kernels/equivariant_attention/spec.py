@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Score = Literal["qk", "qk_dot", "qk_dot_scalar"]
@@ -29,6 +29,8 @@ class AttentionSpec:
     inverse_distance: how the order-1 message divides by the distance, ``v2``: 1/(d + 1e-8), ``v1_5``: 1/max(d, 1e-6).
     num_basis, basis_cutoff: Gaussian basis from 0 to basis_cutoff (Å).
     cutoff, envelope_exponent: polynomial envelope (Å, p). bell: (lower, upper) in Å replaces it.
+
+    Made of these: num_rows M, and softmax_constant, what stands beside the softmax's sum.
     """
 
     lmax: int
@@ -41,6 +43,8 @@ class AttentionSpec:
     inverse_distance: InverseDistance = "v1_5"
     envelope_exponent: int = 5
     bell: tuple[float, float] | None = None
+    num_rows: int = field(init=False, repr=False, compare=False)
+    softmax_constant: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
@@ -51,12 +55,5 @@ class AttentionSpec:
         ):
             if value not in allowed:
                 raise ValueError(f"{key}: expected one of {allowed}, got {value!r}")
-
-    @property
-    def softmax_constant(self) -> float:
-        """What stands beside the softmax's sum."""
-        return SMOOTH_CONSTANT if self.norm == "smooth" else MOLFM_CONSTANT
-
-    @property
-    def num_rows(self) -> int:
-        return (self.lmax + 1) ** 2
+        object.__setattr__(self, "num_rows", (self.lmax + 1) ** 2)
+        object.__setattr__(self, "softmax_constant", SMOOTH_CONSTANT if self.norm == "smooth" else MOLFM_CONSTANT)

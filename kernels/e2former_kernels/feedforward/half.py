@@ -13,7 +13,7 @@ from torch import Tensor
 
 from e2former_kernels.common.backend import float32_products
 from e2former_kernels.common.half import Rows, from_products, half_rows, half_weight, new_rows, row_bias
-from e2former_kernels.common.step import node_runs
+from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import kernels as kernel
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights

@@ -7,7 +7,7 @@ reverse pass over value and change. Without a change the same reverse pass gives
 
 from __future__ import annotations
 
-import functools
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
-from e2former_kernels.common.checks import check_node_operation
+from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.runs import Plan
-from e2former_kernels.common.step import node_plan, node_runs, run_step
+from e2former_kernels.common.runs import node_runs
+from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
-from e2former_kernels.common.tiles import ceil_div, next_power
+from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward.half import HalfWeights, half_gradient, half_value
 from e2former_kernels.feedforward.kernels import (
     gate_backward_kernel,
@@ -45,7 +45,7 @@ class Gradients(NamedTuple):
 def _gate(kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:
     _, rows, channels = y.shape
     block = min(next_power(channels), 256)
-    kernel[y.shape[0], ceil_div(channels, block)](
+    kernel[y.shape[0], math.ceil(channels / block)](
         *tensors, channels, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=round(rows**0.5), BC=block, num_warps=2,
         **constants,
     )  # fmt: skip
@@ -174,75 +174,73 @@ def _of_weights(sums: RunSums) -> Weights:
 
 
 @dataclass(frozen=True)
-class _FeedForward:
-    plan: Plan
+class _FeedForward(NodeStep):
     residual: bool
     trained: bool
     prepared: HalfWeights | Weights | None  # of frozen weights, kept by the caller
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
-    def _of_rows(self, weights: Weights) -> Weights:
-        if isinstance(self.prepared, Weights):
-            return self.prepared
-        if "weights" in self.cache:
-            return self.cache["weights"]
-        rows = of_rows(weights)
+    def reference(self, *tensors: Tensor) -> Tensor:
+        return gated_feedforward_reference(*tensors, residual=self.residual)
+
+    def _given(self, tensors: list[Tensor]) -> tuple[Tensor, HalfWeights | Weights]:
+        """x and the weights as the passes take them."""
+        x, *weights = tensors
+        if self.prepared is not None:
+            return x.contiguous(), self.prepared
+        rows = self.cache.get("rows") or of_rows(Weights(*weights))
         if self.trained:
-            self.cache["weights"] = rows
-        return rows
+            self.cache["rows"] = rows
+        return x.contiguous(), rows
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        x, weights = tensors[0].contiguous(), Weights(*tensors[1:])
-        if isinstance(self.prepared, HalfWeights):
-            return half_value(x, self.prepared, self.residual)
-        out = value(x, self._of_rows(weights))
+        x, weights = self._given(tensors)
+        if isinstance(weights, HalfWeights):
+            return half_value(x, weights, self.residual)
+        out = value(x, weights)
         return out.add_(x) if self.residual else out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        grad, x, weights = grad.contiguous(), tensors[0].contiguous(), Weights(*tensors[1:])
-        if isinstance(self.prepared, HalfWeights):
-            return [half_gradient(grad, x, self.prepared, self.residual)]
-        by_x, by_weights, _ = gradients(grad, x, None, self._of_rows(weights), any(wanted), self.residual)
+        grad, (x, weights) = grad.contiguous(), self._given(tensors)
+        if isinstance(weights, HalfWeights):
+            return [half_gradient(grad, x, weights, self.residual)]
+        by_x, by_weights, _ = gradients(grad, x, None, weights, any(wanted), self.residual)
         found = [by_x, *(by_weights or ())]
         return [torch.zeros_like(tensors[n]) if found[n] is None else found[n] for n in wanted]
 
-    def second(
-        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
-    ) -> list[Tensor] | None:
-        if wanted != [0]:
+    def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
+        if change.wanted != [0]:
             return None
-        x, x_dot = tensors[0].contiguous(), cotangents[0].contiguous()
-        by_weights = any(n > 1 for n in again)
-        weights = self._of_rows(Weights(*tensors[1:]))
-        by_x, by_weights, change = gradients(grad.contiguous(), x, x_dot, weights, by_weights, self.residual)
-        found = [change, by_x, *(by_weights or ())]
-        return [found[n] for n in again]
+        x, weights = self._given(tensors)
+        if isinstance(weights, HalfWeights):
+            weights = of_rows(weights.given)
+        (along,), by_weights = change.cotangents, any(n > 1 for n in by)
+        given = change.grad.contiguous(), x, along.contiguous()
+        by_x, by_weights, along = gradients(*given, weights, by_weights, self.residual)
+        found = [along, by_x, *(by_weights or ())]
+        return [found[n] for n in by]
 
 
-def _step(
-    residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, x: Tensor, *weights: Tensor
-) -> _FeedForward:
-    norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2 = weights
-    degrees, channels = norm_weight.shape[0], x.shape[-1]
-    gates, square = degrees * channels, ("lmax+1, C, C", (degrees, channels, channels))
-    check_node_operation(
-        "gated_feedforward", "x", x, degrees,
-        norm_weight=(norm_weight, "lmax+1, C", (degrees, channels)), norm_bias=(norm_bias, "C", (channels,)),
-        weight1=(weight1, *square), bias1=(bias1, "C", (channels,)),
-        gate_weight=(gate_weight, "(lmax+1) C, C", (gates, channels)), gate_bias=(gate_bias, "(lmax+1) C", (gates,)),
-        weight2=(weight2, *square), bias2=(bias2, "C", (channels,)),
+def _step(residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, x: Tensor, *rest: Tensor) -> _FeedForward:
+    weights, (degrees, channels) = Weights(*rest), (rest[0].shape[0], x.shape[-1])
+    square, one = ("lmax+1, C, C", (degrees, channels, channels)), ("C", (channels,))
+    gates = degrees * channels
+    expected = Weights(
+        ("lmax+1, C", (degrees, channels)), one, square, one, ("(lmax+1) C, C", (gates, channels)),
+        ("(lmax+1) C", (gates,)), square, one,
     )  # fmt: skip
-    function = functools.partial(gated_feedforward_reference, residual=residual)
+    named = {name: (t, *e) for name, t, e in zip(Weights._fields, weights, expected, strict=True)}
+    check_nodes("gated_feedforward", "x", x, degrees, **named)
     if prepared is not None and mode.trained:
         raise ValueError("gated_feedforward: prepared: expected None where weights are trained")
-    return _FeedForward(node_plan(function, [x], list(weights)), residual, mode.trained, prepared)
+    return _FeedForward(residual, mode.trained, prepared)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _FeedForward:
-    return _step(bool(settings.integers[0]), mode, None, *tensors)
-
-
-_registered = register("gated_feedforward", _make_step, lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
+_registered = register(
+    "gated_feedforward",
+    lambda tensors, _, settings, mode: _step(bool(settings.integers[0]), mode, None, *tensors),
+    lambda tensors, *_: tensors[0].new_empty(tensors[0].shape),
+)
 
 
 @torch.compiler.disable()

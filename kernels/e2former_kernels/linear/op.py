@@ -2,7 +2,7 @@
 
 A group is some consecutive rows of a node that share a weight: the 2l+1 rows of a degree (SO3 linear), or the paths
 that lead to one output row, side by side. Each group is one batched matrix product that reads and writes strided views.
-The map is bilinear; its derivatives are the three functions here with other arguments, so any order exists.
+The map is bilinear: its derivatives are the same products with other arguments.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode, float32_products
-from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
+from e2former_kernels.common.checks import check_tensors
 from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.runs import Plan
-from e2former_kernels.common.step import node_plan, run_step
+from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
-from e2former_kernels.linear.reference import so3_rows
+from e2former_kernels.linear.reference import grouped_linear_reference, so3_linear_reference, so3_rows
 
 
 def _views(x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
@@ -66,105 +65,122 @@ def add_so3_outer(sums: RunSums, name: str, grad: Tensor, x: Tensor) -> None:
     sums.add_product(name, grad.permute(1, 2, 0), x.transpose(0, 1))
 
 
-def _new(x: Tensor, width: int) -> Tensor:
-    return x.new_empty(x.shape[0], width)
+@dataclass(frozen=True)
+class _Grouped(NodeStep):
+    """(x, W_g of every group, perhaps b) -> y, its gradients and their gradients."""
 
+    rows: tuple[int, ...]
+    linear: ClassVar[bool] = True
 
-class _Apply(torch.autograd.Function):
-    """(x, W) -> y."""
+    def reference(self, x: Tensor, *rest: Tensor) -> Tensor:
+        groups = len(self.rows)
+        return grouped_linear_reference(x, rest[:groups], self.rows, *rest[groups:])
 
-    @staticmethod
-    def forward(ctx, rows: tuple[int, ...], x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.rows = rows
+    def _apply(self, x: Tensor, weights: Sequence[Tensor], transpose: bool) -> Tensor:
+        width = sum(r * w.shape[1 if transpose else 0] for r, w in zip(self.rows, weights, strict=True))
         x = x.contiguous()
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *weights)
-        width = sum(r * w.shape[0] for r, w in zip(rows, weights, strict=True))
-        return apply_groups(x, weights, rows, False, _new(x, width))
+        return apply_groups(x, weights, self.rows, transpose, x.new_empty(x.shape[0], width))
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, *weights = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        grad_x = _Transposed.apply(ctx.rows, grad, *weights) if need[1] else None
-        grads = (None,) * len(weights)
-        if any(need[2:]):
-            grads = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, x)
-        return (None, grad_x, *grads)
-
-
-class _Transposed(torch.autograd.Function):
-    """(g, W) -> gradient by x."""
-
-    @staticmethod
-    def forward(ctx, rows: tuple[int, ...], grad: Tensor, *weights: Tensor) -> Tensor:
-        ctx.rows = rows
-        grad = grad.contiguous()
-        ctx.save_for_backward(grad if any(ctx.needs_input_grad[2:]) else None, *weights)
-        width = sum(r * w.shape[1] for r, w in zip(rows, weights, strict=True))
-        return apply_groups(grad, weights, rows, True, _new(grad, width))
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor):
-        grad, *weights = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        first = _Apply.apply(ctx.rows, grad_out, *weights) if need[1] else None
-        rest = (None,) * len(weights)
-        if any(need[2:]):
-            rest = _Outer.apply(ctx.rows, [tuple(w.shape) for w in weights], grad, grad_out)
-        return (None, first, *rest)
-
-
-class _Outer(torch.autograd.Function):
-    """(g, x) -> gradients by W."""
-
-    @staticmethod
-    def forward(ctx, rows: tuple[int, ...], shapes: list[tuple[int, int]], grad: Tensor, x: Tensor):
-        ctx.rows = rows
-        grad, x = grad.contiguous(), x.contiguous()
-        ctx.save_for_backward(grad, x)
-        outputs, inputs = _views(grad, rows, [o for o, _ in shapes]), _views(x, rows, [i for _, i in shapes])
-        products = [torch.bmm(g.transpose(1, 2), a) for g, a in zip(outputs, inputs, strict=True)]
-        return tuple(p[0] if p.shape[0] == 1 else p.sum(0) for p in products)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        grad, x = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        return (
-            None,
-            None,
-            _Apply.apply(ctx.rows, x, *grads) if need[2] else None,
-            _Transposed.apply(ctx.rows, grad, *grads) if need[3] else None,
+    def _by_weights(self, grad: Tensor, x: Tensor, weights: Sequence[Tensor], wanted: Sequence[int]) -> dict:
+        """Gradients by the weights, where one is wanted, by position among the tensors."""
+        if not any(1 <= n <= len(weights) for n in wanted):
+            return {}
+        outputs, inputs = zip(*(w.shape for w in weights), strict=True)
+        pairs = zip(
+            _views(grad.contiguous(), self.rows, outputs), _views(x.contiguous(), self.rows, inputs), strict=True
         )
+        products = (torch.bmm(g.transpose(1, 2), a) for g, a in pairs)
+        return {n: p[0] if p.shape[0] == 1 else p.sum(0) for n, p in enumerate(products, 1)}
 
-
-class _FirstRowBias(torch.autograd.Function):
-    """Adds the bias to the first O numbers of every node, in place."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
-        ctx.mark_dirty(y)
-        ctx.width = bias.shape[0]
-        y[:, : ctx.width] += bias
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        groups = len(self.rows)
+        y = self._apply(tensors[0], tensors[1 : 1 + groups], False)
+        for bias in tensors[1 + groups :]:
+            y[:, : bias.shape[0]].add_(bias)
         return y
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, grad[:, : ctx.width].sum(0) if ctx.needs_input_grad[1] else None
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        groups = len(self.rows)
+        x, weights = tensors[0], tensors[1 : 1 + groups]
+        found = self._by_weights(grad, x, weights, wanted)
+        if 0 in wanted:
+            found[0] = self._apply(grad, weights, True)
+        if 1 + groups in wanted:
+            found[1 + groups] = grad[:, : weights[0].shape[0]].sum(0)
+        return [found[n] for n in wanted]
+
+    def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
+        if change.wanted != [0]:
+            return None
+        weights, (along,) = tensors[1 : 1 + len(self.rows)], change.cotangents
+        of_weights = self._by_weights(change.grad, along, weights, [n - 1 for n in by])
+        found = {1 + n: gradient for n, gradient in of_weights.items()}
+        if 0 in by:
+            found[0] = self._apply(along, weights, False)
+        return [found.get(n) for n in by]
 
 
-def _check_weight(name: str, weight: Tensor | None, dims: str, shape: tuple[int, ...], x: Tensor, mode: Mode) -> None:
-    """Autocast takes care of dtypes where it is on."""
-    if weight is not None:
-        check_shape(name, weight, dims, shape)
-        check_same_device("x", x, **{name: weight})
-        if mode.autocast is None:
-            check_same_dtype("x", x, **{name: weight})
+@dataclass(frozen=True)
+class _So3(NodeStep):
+    """(x, W, perhaps b) -> y, its gradients and their gradients.
+
+    around: see :func:`float32_products`, of gradients by W. rows: see :func:`so3_linear`; kept for all passes.
+    """
+
+    around: str
+    rows: list[Tensor] = field(default_factory=list, compare=False)
+    linear: ClassVar[bool] = True
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        return so3_linear_reference(*tensors)
+
+    def _apply(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+        if not self.rows:
+            self.rows.append(so3_rows(weight))
+        x, width = x.contiguous(), weight.shape[2 if transpose else 1]
+        return apply_so3(x, self.rows[0], transpose, x.new_empty(*x.shape[:2], width))
+
+    def _by_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        with float32_products(self.around):
+            return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        x, weight, *bias = tensors
+        y = self._apply(x, weight, False)
+        if bias:
+            y[:, 0].add_(bias[0])
+        return y
+
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
+        x, weight, *_ = tensors
+        gradients = (
+            lambda: self._apply(grad, weight, True), lambda: self._by_weight(grad, x), lambda: grad[:, 0].sum(0)
+        )  # fmt: skip
+        return [gradients[n]() for n in wanted]
+
+    def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
+        if change.wanted != [0]:
+            return None
+        (along,) = change.cotangents
+        found = {
+            0: lambda: self._apply(along, tensors[1], False),
+            2: lambda: self._by_weight(change.grad, along),
+        }
+        return [found[n]() if n in found else None for n in by]
 
 
-def _grouped(x: Tensor, weights: Sequence[Tensor], rows: tuple[int, ...], bias: Tensor | None = None) -> Tensor:
-    y = _Apply.apply(rows, x, *weights)
-    return y if bias is None else _FirstRowBias.apply(y, bias)
+_registered_grouped = register(
+    "grouped_linear",
+    lambda tensors, _, settings, mode: _Grouped(tuple(settings.integers)),
+    lambda tensors, _, settings: tensors[0].new_empty(
+        tensors[0].shape[0], sum(settings.integers) * tensors[1].shape[0]
+    ),
+)
+_registered_so3 = register(
+    "so3_linear",
+    lambda tensors, _, settings, mode: _So3(mode.precision if settings.integers[0] else "highest"),
+    lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:2], tensors[1].shape[1]),
+)
 
 
 def grouped_linear(
@@ -176,70 +192,16 @@ def grouped_linear(
     [N, sum_g rows_g * O]. Differentiable to any order. With ``mode.autocast`` it computes in that dtype, as a linear
     layer under autocast does.
     """
-    width = sum(r * w.shape[1] for r, w in zip(rows, weights, strict=True))
-    check_shape("x", x, "N, sum of rows times inputs", (x.shape[0], width))
-    for n, weight in enumerate(weights):
-        _check_weight(f"weights[{n}]", weight, "O, I", (weights[0].shape[0], weight.shape[1]), x, mode)
-    _check_weight("bias", bias, "O", (weights[0].shape[0],), x, mode)
-    if mode.autocast is not None:
-        dtype = mode.autocast
-        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
-        bias = None if bias is None else bias.to(dtype)
+    outputs, width = weights[0].shape[0], sum(r * w.shape[1] for r, w in zip(rows, weights, strict=True))
+    expected = {f"weights[{n}]": (w, "O, I", (outputs, w.shape[1])) for n, w in enumerate(weights)}
+    x_shape = x, "N, sum of rows times inputs", (x.shape[0], width)
+    check_tensors("x", x, mode.autocast is None, x=x_shape, bias=(bias, "O", (outputs,)), **expected)
     given = [x, *weights] if bias is None else [x, *weights, bias]
+    if mode.autocast is not None:
+        given = [t.to(mode.autocast) for t in given]
     if mode.compiled:
         return _registered_grouped(given, mode, settings=Settings(list(rows)))
-    if mode.trained:
-        return run_step(_grouped_step(given, tuple(rows)), given)
-    return _grouped(x, weights, tuple(rows), bias)
-
-
-class _So3(torch.autograd.Function):
-    """(x, W, b) -> y of :func:`apply_so3`, b added where l = 0, or with ``transpose`` (g, W) -> gradient by x."""
-
-    @staticmethod
-    def forward(
-        ctx, transpose: bool, around: str, rows: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.transpose, ctx.around, ctx.rows = transpose, around, rows
-        x = x.contiguous()
-        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, weight)
-        width = weight.shape[2 if transpose else 1]
-        y = apply_so3(x, weight if rows is None else rows, transpose, x.new_empty(*x.shape[:2], width))
-        if bias is not None:
-            y[:, 0] += bias
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        need = ctx.needs_input_grad[3:]
-        by_x = _So3.apply(not ctx.transpose, ctx.around, ctx.rows, grad, weight, None) if need[0] else None
-        by_weight = None
-        if need[1]:
-            pair = (x, grad) if ctx.transpose else (grad, x)
-            by_weight = _So3Outer.apply(ctx.around, *pair)
-        return None, None, None, by_x, by_weight, grad[:, 0].sum(0) if need[2] else None
-
-
-class _So3Outer(torch.autograd.Function):
-    """(g, x) -> gradient by W. around: see :func:`float32_products`."""
-
-    @staticmethod
-    def forward(ctx, around: str, grad: Tensor, x: Tensor) -> Tensor:
-        ctx.around = around
-        ctx.save_for_backward(grad, x)
-        with float32_products(around):
-            return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
-
-    @staticmethod
-    def backward(ctx, by_weight: Tensor):
-        grad, x = ctx.saved_tensors
-        need = ctx.needs_input_grad[1:]
-        return (
-            None,
-            _So3.apply(False, ctx.around, None, x, by_weight, None) if need[0] else None,
-            _So3.apply(True, ctx.around, None, grad, by_weight, None) if need[1] else None,
-        )
+    return run_step(_Grouped(tuple(rows)), given)
 
 
 def so3_linear(
@@ -256,139 +218,17 @@ def so3_linear(
     :func:`grouped_linear`. exact_gradient: the gradient by the weight in float32 also where TF32 is allowed. rows:
     :func:`so3_rows` of a weight that needs no gradient, where the caller keeps them.
     """
-    degrees, outputs = weight.shape[0], weight.shape[1]
-    check_shape("x", x, "N, (lmax+1)^2, I", (x.shape[0], degrees**2, x.shape[-1]))
-    _check_weight("weight", weight, "lmax+1, O, I", (degrees, outputs, x.shape[-1]), x, mode)
-    _check_weight("bias", bias, "O", (outputs,), x, mode)
-    if mode.autocast is not None:
-        dtype = mode.autocast
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        rows = None if rows is None else rows.to(dtype)
+    degrees, outputs = weight.shape[:2]
+    expected = {
+        "x": (x, "N, (lmax+1)^2, I", (x.shape[0], degrees**2, x.shape[-1])),
+        "weight": (weight, "lmax+1, O, I", (degrees, outputs, x.shape[-1])),
+        "bias": (bias, "O", (outputs,)),
+    }
+    check_tensors("x", x, mode.autocast is None, **expected)
     given = [x, weight] if bias is None else [x, weight, bias]
-    around = mode.precision if exact_gradient else "highest"
+    if mode.autocast is not None:
+        given = [t.to(mode.autocast) for t in given]
     if mode.compiled:
         return _registered_so3(given, mode, settings=Settings([int(exact_gradient)]))
-    if mode.trained:
-        return run_step(_so3_step(given, around), given)
-    return _So3.apply(False, around, rows, x, weight, bias)
-
-
-# --- as training and torch.compile have them ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _So3Step:
-    """(x, W, b) -> y, its gradients and their gradients (``common/step.py``): for weights that are trained."""
-
-    plan: Plan
-    around: str
-    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
-    linear: ClassVar[bool] = True
-
-    def _apply(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-        if "rows" not in self.cache:
-            self.cache["rows"] = so3_rows(weight)
-        x, width = x.contiguous(), weight.shape[2 if transpose else 1]
-        return apply_so3(x, self.cache["rows"], transpose, x.new_empty(*x.shape[:2], width))
-
-    def forward(self, tensors: list[Tensor]) -> Tensor:
-        x, weight, *bias = tensors
-        y = self._apply(x, weight, False)
-        if bias:
-            y[:, 0].add_(bias[0])
-        return y
-
-    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        x, weight, *_ = tensors
-        gradients = {
-            0: lambda: self._apply(grad, weight, True),
-            1: lambda: _So3Outer.apply(self.around, grad, x),
-            2: lambda: grad[:, 0].sum(0),
-        }
-        return [gradients[n]() for n in wanted]
-
-    def second(
-        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
-    ) -> list[Tensor | None] | None:
-        if wanted != [0]:
-            return None
-        found = {
-            0: lambda: self._apply(cotangents[0], tensors[1], False),
-            2: lambda: _So3Outer.apply(self.around, grad, cotangents[0]),
-        }
-        return [found[n]() if n in found else None for n in again]
-
-
-def _so3_step(tensors: list[Tensor], around: str) -> _So3Step:
-    def function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _So3.apply(False, around, None, x, weight, bias)
-
-    return _So3Step(node_plan(function, tensors[:1], tensors[1:]), around)
-
-
-@dataclass(frozen=True)
-class _GroupedStep:
-    """(x, W, b) -> y, its gradients and their gradients (``common/step.py``): for weights that are trained."""
-
-    plan: Plan
-    rows: tuple[int, ...]
-    linear: ClassVar[bool] = True
-
-    def forward(self, tensors: list[Tensor]) -> Tensor:
-        groups = len(self.rows)
-        return _grouped(tensors[0], tensors[1 : 1 + groups], self.rows, *tensors[1 + groups :])
-
-    def _by_weights(self, grad: Tensor, x: Tensor, weights: list[Tensor]) -> dict[int, Tensor]:
-        """By position among the tensors."""
-        return dict(enumerate(_Outer.apply(self.rows, [tuple(w.shape) for w in weights], grad, x), 1))
-
-    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        x, groups = tensors[0], len(self.rows)
-        weights, found = tensors[1 : 1 + groups], {}
-        if 0 in wanted:
-            found[0] = _Transposed.apply(self.rows, grad, *weights)
-        if any(1 <= n <= groups for n in wanted):
-            found |= self._by_weights(grad, x, weights)
-        if 1 + groups in wanted:
-            found[1 + groups] = grad[:, : weights[0].shape[0]].sum(0)
-        return [found[n] for n in wanted]
-
-    def second(
-        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
-    ) -> list[Tensor | None] | None:
-        if wanted != [0]:
-            return None
-        groups, (change,) = len(self.rows), cotangents
-        weights, found = tensors[1 : 1 + groups], {}
-        if 0 in again:
-            found[0] = _Apply.apply(self.rows, change, *weights)
-        if any(2 <= n <= 1 + groups for n in again):
-            found |= {1 + n: by for n, by in self._by_weights(grad, change, weights).items()}
-        return [found.get(n) for n in again]
-
-
-def _grouped_step(tensors: list[Tensor], rows: tuple[int, ...]) -> _GroupedStep:
-    groups = len(rows)
-
-    def function(x: Tensor, *rest: Tensor) -> Tensor:
-        return _grouped(x, rest[:groups], rows, *rest[groups:])
-
-    return _GroupedStep(node_plan(function, tensors[:1], tensors[1:]), rows)
-
-
-def _grouped_shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
-    x, weight = tensors[:2]
-    return x.new_empty(x.shape[0], sum(settings.integers) * weight.shape[0])
-
-
-_registered_grouped = register(
-    "grouped_linear",
-    lambda tensors, _, settings, mode: _grouped_step(tensors, tuple(settings.integers)),
-    _grouped_shape,
-)
-_registered_so3 = register(
-    "so3_linear",
-    lambda tensors, _, settings, mode: _so3_step(tensors, mode.precision if settings.integers[0] else "highest"),
-    lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:2], tensors[1].shape[1]),
-)
+    kept = [] if rows is None else [rows.to(given[1].dtype)]
+    return run_step(_So3(mode.precision if exact_gradient else "highest", kept), given)

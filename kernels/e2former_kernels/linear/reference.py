@@ -7,9 +7,11 @@ and ones stand here: slices would be copies in the backward pass.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def degree_of_row(degrees: int, device: torch.device) -> Tensor:
@@ -49,3 +51,17 @@ def so3_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if bias is not None:
         y = y + bias * scalar_row(x).unsqueeze(-1)
     return y.transpose(0, 1)
+
+
+def grouped_linear_reference(
+    x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias: Tensor | None = None
+) -> Tensor:
+    """y[n] = for every group g and each of its rows, W_g x[n, g, row]: [N, sum rows_g * I_g] -> [N, sum rows_g * O].
+
+    bias: [O], for the first row.
+    """
+    groups = x.split([r * w.shape[1] for r, w in zip(rows, weights, strict=True)], 1)
+    # two dimensions: products of three are taken in one of several ways, which differ in their last bits
+    parts = [F.linear(g.reshape(-1, w.shape[1]), w) for g, w in zip(groups, weights, strict=True)]
+    y = torch.cat([p.view(x.shape[0], -1) for p in parts], 1)
+    return y if bias is None else torch.cat([y[:, : bias.shape[0]] + bias, y[:, bias.shape[0] :]], 1)

@@ -5,18 +5,17 @@ With c the cotangent of the gradient by x, the second derivative is that of <c, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
-from e2former_kernels.common.checks import check_node_operation
+from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.half import Rows, new_rows
-from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.runs import Plan
-from e2former_kernels.common.step import Change, node_plan, run_step
+from e2former_kernels.common.registered import register
+from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.norm.kernels import (
@@ -87,8 +86,8 @@ def launch_norm_reverse(
     """
     nodes = x.shape[0]
     out = torch.empty_like(x) if out is None else out
-    steps = triton.cdiv(nodes, MAX_PROGRAMS) if by_weight else 1
-    programs = triton.cdiv(nodes, steps) if nodes else 0
+    steps = math.ceil(nodes / MAX_PROGRAMS) if by_weight else 1
+    programs = math.ceil(nodes / steps) if nodes else 0
     constants = _constants(x, weight)
     if grad_dot is not None:
         constants["num_warps"] = 8  # four spill: there are five tiles of [M, C] at a time
@@ -139,47 +138,36 @@ def launch_norm_rows_reverse(
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """Tensors: x, the shift if there is one, weight, bias."""
+class _Norm(NodeStep):
+    """Tensors: x, the shift if there is one, weight, bias. nodes: 2 with a shift."""
 
-    plan: Plan
-    shifted: bool
+    nodes: int
+
+    def reference(self, *tensors: Tensor) -> Tensor:
+        x, *shift, weight, bias = tensors
+        return equivariant_rms_norm_reference(x, weight, bias, *shift)
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        x, *rest = tensors
-        weight, bias = rest[-2:]
-        return launch_norm(x.contiguous(), weight, bias, rest[0] if self.shifted else None)
+        x, *shift, weight, bias = tensors
+        return launch_norm(x.contiguous(), weight, bias, *(shift or [None]))
 
-    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        return self._gradients(grad, tensors, wanted)
-
-    def _gradients(
-        self, grad: Tensor, tensors: list[Tensor], wanted: list[int], *change: Tensor
-    ) -> list[Tensor | None]:
-        """Of <grad, value>, and of <change[1], change of the value along change[0]> if it is given."""
-        weight = len(tensors) - 2
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int], *change: Tensor) -> list[Tensor | None]:
+        """Gradients of <grad, value>, and of <change[1], change of the value along change[0]> if it is given."""
+        weight = self.nodes
         found: dict[int, Tensor | None] = {}
-        if self.shifted:
+        if weight == 2:
             found[1] = grad[:, 0]
         if weight + 1 in wanted:
             found[weight + 1] = grad[:, 0].sum(0)
         if 0 in wanted or weight in wanted:
-            found[0], found[weight] = launch_norm_reverse(
-                tensors[0].contiguous(),
-                tensors[weight],
-                grad.contiguous(),
-                *(t.contiguous() for t in change),
-                by_weight=weight in wanted,
-            )
+            x, *given = (t.contiguous() for t in (tensors[0], grad, *change))
+            found[0], found[weight] = launch_norm_reverse(x, tensors[weight], *given, by_weight=weight in wanted)
         return [found[n] for n in wanted]
 
-    def second(
-        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
-    ) -> list[Tensor] | None:
-        weight = len(tensors) - 2
-        if any(n >= weight for n in wanted):
+    def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
+        weight, given = self.nodes, change.along()
+        if any(n >= weight for n in given):
             return None
-        given = dict(zip(wanted, cotangents, strict=True))
         x, x_dot, shift = tensors[0].contiguous(), given.get(0), given.get(1)
         found: dict[int, Tensor | None] = {}
         if x_dot is None:  # the gradient by the shift is grad itself
@@ -187,47 +175,42 @@ class _Norm:
             found[0][:, 0] = shift
         else:
             x_dot = x_dot.contiguous()
-            if 0 in again:
+            if 0 in by:
                 _, found[0] = launch_norm_tangent(x, x_dot, tensors[weight], None, shift)
-            if 1 in again or 1 + weight in again:
+            if 1 in by or 1 + weight in by:
                 found[1], found[1 + weight] = launch_norm_reverse(
-                    x, tensors[weight], None, x_dot, grad.contiguous(), 1 + weight in again
+                    x, tensors[weight], None, x_dot, change.grad.contiguous(), 1 + weight in by
                 )
-        return [found.get(n) for n in again]
+        return [found.get(n) for n in by]
 
     def leaves(self, change: Change) -> bool:
-        return change.cotangents[0] is not None and change.wanted in ([0], [0, 1][: 1 + self.shifted])
+        return change.cotangents[0] is not None and change.wanted in ([0], [0, 1][: self.nodes])
 
     def both(self, grad: Tensor, tensors: list[Tensor], wanted: list[int], change: Change) -> list[Tensor]:
-        return self._gradients(grad.contiguous(), tensors, wanted, change.cotangents[0], change.grad)
+        return self.backward(grad.contiguous(), tensors, wanted, change.cotangents[0], change.grad)
 
 
-def _function(*tensors: Tensor) -> Tensor:
-    x, *shift, weight, bias = tensors
-    return equivariant_rms_norm_reference(x, weight, bias, *shift)
-
-
-def _step(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> _Norm:
+def _step(x: Tensor, *rest: Tensor) -> _Norm:
+    *shift, weight, bias = rest
     nodes, channels, degrees = x.shape[0], x.shape[-1], weight.shape[0]
-    check_node_operation(
+    check_nodes(
         "equivariant_rms_norm", "x", x, degrees,
         weight=(weight, "lmax+1, C", (degrees, channels)), bias=(bias, "C", (channels,)),
-        shift=(shift, "N, C", (nodes, channels)),
+        shift=(shift[0] if shift else None, "N, C", (nodes, channels)),
     )  # fmt: skip
-    return _Norm(node_plan(_function, [x] if shift is None else [x, shift], [weight, bias]), shift is not None)
+    return _Norm(1 + len(shift))
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Norm:
-    x, *shift, weight, bias = tensors
-    return _step(x, weight, bias, shift[0] if shift else None)
-
-
-_registered = register("equivariant_rms_norm", _make_step, lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
+_registered = register(
+    "equivariant_rms_norm",
+    lambda tensors, *_: _step(*tensors),
+    lambda tensors, *_: tensors[0].new_empty(tensors[0].shape),
+)
 
 
 @torch.compiler.disable()
-def _run(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
-    return run_step(_step(x, weight, bias, shift), [t for t in (x, shift, weight, bias) if t is not None])
+def _run(*tensors: Tensor) -> Tensor:
+    return run_step(_step(*tensors), list(tensors))
 
 
 def equivariant_rms_norm(
@@ -240,6 +223,5 @@ def equivariant_rms_norm(
     """
     if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
         shift = shift.to(x.dtype)
-    if mode.compiled:
-        return _registered([t for t in (x, shift, weight, bias) if t is not None], mode)
-    return _run(x, weight, bias, shift)
+    tensors = [t for t in (x, shift, weight, bias) if t is not None]
+    return _registered(tensors, mode) if mode.compiled else _run(*tensors)

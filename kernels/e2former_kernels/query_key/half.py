@@ -7,14 +7,14 @@ time and bound by memory; here they, and the rows of every other product, are fl
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight, new_rows
-from e2former_kernels.common.step import node_runs
+from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.linear import so3_rows
 from e2former_kernels.linear.op import apply_so3
@@ -81,7 +81,7 @@ def _layer(nodes: int, weights: HalfWeights) -> tuple[tuple[int, int], dict]:
     padded = next_power(width)
     block = max(TILE_NUMBERS // padded, 1)
     constants = {"EPS": LAYER_NORM_EPS, "BW": padded, "BE": block, "num_warps": 4}
-    return (triton.cdiv(nodes, block), 2), constants
+    return (math.ceil(nodes / block), 2), constants
 
 
 def _norm_weights(weights: HalfWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def query_key_products(h: Rows, weights: HalfWeights) -> Rows:
     nodes = h.numbers.shape[0]
     products = new_rows(h.factor, 2, nodes, weights.given.out_weight.shape[1], leading=2)
     for run in _runs(h.numbers, weights):
-        hidden = _forward_run(Rows(*h.of(run)), weights).hidden
+        hidden = _forward_run(Rows(*(t[run] for t in h)), weights).hidden
         torch.bmm(hidden.numbers, weights.out.numbers.transpose(1, 2), out=products.numbers[:, run])
         products.factor[:, run] = hidden.factor
     return products
@@ -143,7 +143,7 @@ def query_key_reverse(grad: Rows, h: Rows, weights: HalfWeights) -> Rows:
     """
     bounds = torch.empty_like(h.factor)
     for run in _runs(h.numbers, weights):
-        part = Rows(*h.of(run))
+        part = Rows(*(t[run] for t in h))
         _reverse_run(Rows(*(t[:, run] for t in grad)), part, _forward_run(part, weights), weights, bounds[run])
     return Rows(h.numbers, bounds)
 

@@ -8,18 +8,18 @@ of frozen weights where TF32 is allowed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
-from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.runs import Plan
-from e2former_kernels.common.step import NodeRun, computed_again, node_plan, node_runs, run_step
+from e2former_kernels.common.registered import register
+from e2former_kernels.common.runs import NodeRun, node_runs
+from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.linear import so3_rows
@@ -88,7 +88,7 @@ def _invariants(kernel, both: Tensor, bias: Tensor, s: Tensor, **constants: bool
     width = bias.shape[0]
     block = min(next_power(width), 1024)
     degrees = round(rows**0.5)
-    kernel[nodes, triton.cdiv(width, block)](
+    kernel[nodes, math.ceil(width / block)](
         both, bias, s, nodes, width, D=degrees, BG=block, TANGENT=parts == 2, **constants
     )
 
@@ -98,12 +98,12 @@ def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
     groups, parts, nodes, width = middle.shape
     padded = next_power(width)
     block = max(TILE_NUMBERS // padded, 1)
-    steps = triton.cdiv(triton.cdiv(nodes, block), MAX_PROGRAMS) if sums else 1
+    steps = math.ceil(math.ceil(nodes / block) / MAX_PROGRAMS) if sums else 1
     constants = {
         "E": nodes, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": True,
         "EDGE_MAJOR": False, "TANGENT": parts == 2, "num_warps": 4,
     }  # fmt: skip
-    return (triton.cdiv(nodes, block * steps), groups), constants, steps
+    return (math.ceil(nodes / (block * steps)), groups), constants, steps
 
 
 def forward_run(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Run:
@@ -210,53 +210,52 @@ def _apart(grad: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _QueryKey:
-    plan: Plan
+class _QueryKey(NodeStep):
     trained: bool
     prepared: HalfWeights | RowWeights | None = None  # of frozen weights, kept by the caller
     cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
 
-    def _rows(self, weights: QueryKeyWeights) -> RowWeights:
-        if isinstance(self.prepared, RowWeights):
-            return self.prepared
-        if "rows" in self.cache:
-            return self.cache["rows"]
-        rows = row_weights(weights)
+    def reference(self, h: Tensor, *weights: Tensor) -> Tensor:
+        return query_key_reference(h, QueryKeyWeights(*weights))
+
+    def _given(self, tensors: list[Tensor]) -> tuple[Tensor, HalfWeights | RowWeights]:
+        """h and the weights as the products take them."""
+        h, *weights = (t.contiguous() for t in tensors)
+        if self.prepared is not None:
+            return h, self.prepared
+        rows = self.cache.get("rows") or row_weights(QueryKeyWeights(*weights))
         if self.trained:
             self.cache["rows"] = rows
-        return rows
+        return h, rows
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        h, *rest = (t.contiguous() for t in tensors)
-        weights = QueryKeyWeights(*rest)
-        if isinstance(self.prepared, HalfWeights):
-            return query_key_value(h, self.prepared).transpose(0, 1)
-        out = h.new_empty(2, h.shape[0], weights.out_weight.shape[1])
-        rows = self._rows(weights)
-        for run in runs(h, rows, 1, self.trained):
-            outputs(forward_run(h[run.nodes], None, rows).hidden[:, 0], rows, out[:, run.nodes])
+        h, weights = self._given(tensors)
+        if isinstance(weights, HalfWeights):
+            return query_key_value(h, weights).transpose(0, 1)
+        out = h.new_empty(2, h.shape[0], weights.given.out_weight.shape[1])
+        for run in runs(h, weights, 1, self.trained):
+            outputs(forward_run(h[run.nodes], None, weights).hidden[:, 0], weights, out[:, run.nodes])
         return out.transpose(0, 1)  # in memory queries and keys lie apart, as the attention reads them
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        h, *rest = (t.contiguous() for t in tensors)
-        weights = QueryKeyWeights(*rest)
-        if isinstance(self.prepared, HalfWeights):
-            return [query_key_gradient(_apart(grad).transpose(0, 1), h, self.prepared)]
-        by_h, by_weights, _ = gradients(_apart(grad), h, None, self._rows(weights), any(wanted), self.trained)
+        h, weights = self._given(tensors)
+        if isinstance(weights, HalfWeights):
+            return [query_key_gradient(_apart(grad).transpose(0, 1), h, weights)]
+        by_h, by_weights, _ = gradients(_apart(grad), h, None, weights, any(wanted), self.trained)
         found = [by_h, *(by_weights or ())]
         return [found[n] for n in wanted]
 
-    def second(
-        self, cotangents: list[Tensor | None], grad: Tensor, tensors: list[Tensor], wanted: list[int], again: list[int]
-    ) -> list[Tensor] | None:
-        if wanted != [0]:
+    def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
+        if change.wanted != [0]:
             return None
-        h, *rest = (t.contiguous() for t in tensors)
-        rows, by_weights = self._rows(QueryKeyWeights(*rest)), any(n > 1 for n in again)
-        given = _apart(grad), h, cotangents[0].contiguous()
-        by_h, by_weights, tangent = gradients(*given, rows, by_weights, self.trained)
+        h, weights = self._given(tensors)
+        if isinstance(weights, HalfWeights):
+            weights = row_weights(weights.given)
+        (along,), by_weights = change.cotangents, any(n > 1 for n in by)
+        given = _apart(change.grad), h, along.contiguous()
+        by_h, by_weights, tangent = gradients(*given, weights, by_weights, self.trained)
         found = [tangent.transpose(0, 1), by_h, *(by_weights or ())]
-        return [found[n] for n in again]
+        return [found[n] for n in by]
 
 
 def _step(
@@ -265,8 +264,7 @@ def _step(
     check_query_key(h, weights)
     if prepared is not None and mode.trained:
         raise ValueError("query_key: prepared: expected None where weights are trained")
-    plan = node_plan(lambda h, *w: query_key_reference(h, QueryKeyWeights(*w)), [h], list(weights))
-    return _QueryKey(plan, mode.trained, prepared)
+    return _QueryKey(mode.trained, prepared)
 
 
 def _shape(tensors: list[Tensor], *_) -> Tensor:
@@ -274,17 +272,14 @@ def _shape(tensors: list[Tensor], *_) -> Tensor:
     return h.new_empty(2, h.shape[0], out_weight.shape[1]).transpose(0, 1)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _QueryKey:
-    return _step(tensors[0], QueryKeyWeights(*tensors[1:]), mode)
-
-
-_registered = register("query_key", _make_step, _shape)
+_registered = register(
+    "query_key", lambda tensors, _, __, mode: _step(tensors[0], QueryKeyWeights(*tensors[1:]), mode), _shape
+)
 
 
 @torch.compiler.disable()
 def _run(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None, mode: Mode, prepared) -> Tensor:
-    with computed_again((h, h_again)):
-        return run_step(_step(h, weights, mode, prepared), [h, *weights])
+    return run_step(_step(h, weights, mode, prepared), [h, *weights], h, h_again)
 
 
 def query_key(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.checks import check_node_operation
+from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.linear.reference import degree_of_row, scalar_row
 
 LAYER_NORM_EPS = 1e-5
@@ -31,7 +31,7 @@ def check_query_key(h: Tensor, weights: QueryKeyWeights) -> None:
     """Raise ValueError, TypeError or RuntimeError naming what the kernels cannot take."""
     degrees, width = weights.weight.shape[0], weights.norm_weight.shape[-1]
     outputs, pair = weights.out_weight.shape[1], ("2, G", (2, width))
-    check_node_operation(
+    check_nodes(
         "query_key", "h", h, degrees,
         weight=(weights.weight, "lmax+1, 4 G, C", (degrees, 4 * width, h.shape[-1])),
         bias=(weights.bias, "2 G", (2 * width,)),

@@ -11,12 +11,13 @@ over edges are matrix products and partial sums in a fixed order.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.tiles import ceil_div, next_power
+from e2former_kernels.common.tiles import next_power
 from e2former_kernels.compat import foreach_add_
 from e2former_kernels.radial import kernels as kernel
 from e2former_kernels.radial.reference import LAYER_NORM_EPS, RadialWeights
@@ -64,7 +65,7 @@ def norm_launch(groups: int, rows: int, width: int, norms: bool) -> tuple[tuple[
         "E": rows, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": norms,
         "num_warps": 4,
     }  # fmt: skip
-    return (ceil_div(rows, block), groups), constants
+    return (math.ceil(rows / block), groups), constants
 
 
 class RadialNetwork:
@@ -194,12 +195,12 @@ class RadialGradients:
         """Grid and constants of the row kernels, and the tiles of one program."""
         padded = next_power(self.hidden)
         block = max(TILE_NUMBERS // padded, 1)
-        steps = ceil_div(ceil_div(edges, block), MAX_PROGRAMS) if sums else 1
+        steps = math.ceil(math.ceil(edges / block) / MAX_PROGRAMS) if sums else 1
         constants = {
             "E": edges, "G": self.groups, "H": self.hidden, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block,
             "NORM": self.weights.norm0_weight is not None, "TANGENT": tangent, "num_warps": 4,
         }  # fmt: skip
-        return (ceil_div(edges, block * steps), self.groups), constants, steps
+        return (math.ceil(edges / (block * steps)), self.groups), constants, steps
 
     def forward(
         self, distance: Tensor, target_species: Tensor, source_species: Tensor, distance_dot: Tensor | None = None
@@ -309,11 +310,11 @@ class RadialGradients:
     def _first_layer_gradients(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of basis [G, h, n_b] and the two tables [Z, G, h] from first_layer_reverse_kernel's result."""
         edges, num_basis, elements = kept.distance.numel(), self.num_basis, self.weights.target_table.shape[0]
-        width = 8 * ceil_div(num_basis + 2 * elements, 8)  # rows that start on 32 bytes
+        width = 8 * math.ceil((num_basis + 2 * elements) / 8)  # rows that start on 32 bytes
         inputs = grad.new_empty(edges, width)
         tangent = kept.distance_dot is not None
         slopes = grad.new_empty(edges, num_basis) if tangent else inputs
-        kernel.inputs_kernel[ceil_div(edges, 16), ceil_div(width, 128)](
+        kernel.inputs_kernel[math.ceil(edges / 16), math.ceil(width / 128)](
             kept.distance, kept.target_species, kept.source_species, inputs, slopes, edges, num_basis, elements, width,
             self.spacing, BE=16, BW=128, TANGENT=tangent,
         )  # fmt: skip
@@ -333,7 +334,7 @@ class RadialGradients:
             x.addmm_(grad[g, 1], self.weights.basis[g])
         padded = next_power(num_basis)
         block = max(2048 // padded, 1)
-        kernel.curvature_kernel[(ceil_div(edges, block),)](
+        kernel.curvature_kernel[(math.ceil(edges / block),)](
             x, distance, out, edges, num_basis, self.spacing, BE=block, BW=padded
         )
 

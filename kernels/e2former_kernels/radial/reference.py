@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.checks import check_shape
+from e2former_kernels.common.checks import check_tensors
 from e2former_kernels.common.envelope import envelope
 
 
@@ -76,8 +76,19 @@ class RadialWeights(NamedTuple):
     out_bias: Tensor  # [G, K]
 
 
-def check_radial(name: str, weights: RadialWeights, groups: int, num_basis: int, outputs: int | None = None) -> None:
-    """Raise ValueError naming the first tensor whose shape is not that of ``groups`` networks; ``outputs``: K."""
+def check_radial(
+    name: str,
+    weights: RadialWeights,
+    like_name: str,
+    like: Tensor,
+    groups: int,
+    num_basis: int,
+    outputs: int | None = None,
+) -> None:
+    """Raise ValueError or TypeError naming the first tensor that is not one of ``groups`` networks as ``like`` is.
+
+    outputs: K; as it is when None.
+    """
     if weights.basis.dim() != 3 or weights.out.dim() != 3:
         shapes = tuple(weights.basis.shape), tuple(weights.out.shape)
         raise ValueError(f"{name}: expected basis [G, h, n_b] and out [G, K, h], got {shapes[0]} and {shapes[1]}")
@@ -88,9 +99,8 @@ def check_radial(name: str, weights: RadialWeights, groups: int, num_basis: int,
         ("G, h, n_b", (groups, hidden, num_basis)), table, table, row, row, ("G, h, h", (groups, hidden, hidden)), row,
         row, row, ("G, K, h", (groups, outputs, hidden)), ("G, K", (groups, outputs)),
     )  # fmt: skip
-    for field, tensor, (dims, shape) in zip(RadialWeights._fields, weights, expected, strict=True):
-        if tensor is not None:
-            check_shape(f"{name}.{field}", tensor, dims, shape)
+    named = zip(RadialWeights._fields, weights, expected, strict=True)
+    check_tensors(like_name, like, **{f"{name}.{field}": (tensor, *shape) for field, tensor, shape in named})
 
 
 def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:

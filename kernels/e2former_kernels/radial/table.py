@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.checks import check_same_device, check_same_dtype, check_shape
+from e2former_kernels.common.checks import check_same, check_tensors
 from e2former_kernels.common.tiles import tl, triton
 from e2former_kernels.radial.reference import RadialWeights, gaussian_basis, hidden_layers, last_layer
 
@@ -141,9 +141,9 @@ def check_table(table: RadialTable, like: Tensor, results: int, trained: bool) -
 
     like: a tensor of the call's dtype and device; results: K; trained: the networks' weights are.
     """
-    check_shape("table.knots", table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, results))
-    check_same_device("the input", like, **{"table.knots": table.knots, "table.pair_row": table.pair_row})
-    check_same_dtype("the input", like, **{"table.knots": table.knots})
+    shape = table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, results)
+    check_tensors("the input", like, **{"table.knots": shape})
+    check_same("the input", like, False, **{"table.pair_row": table.pair_row})
     for name in ("knots", "pair_row"):
         tensor = getattr(table, name)
         if not tensor.is_contiguous():
