@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 #: Subcommand: its module, and one line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -42,6 +44,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "e2former_fairchem.commands.report",
         "write the report page of a run again, from the numbers in its folder",
     ),
+    "run": (
+        "e2former_fairchem.commands.run",
+        "run a configuration by name, as fairchem -c does, from any folder",
+    ),
     "safetensors": (
         "e2former_fairchem.commands.safetensors",
         "convert an inference checkpoint to safetensors, or back",
@@ -53,12 +59,18 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help tells more\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status (2 for a wrong command line or file)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {name:18s}{text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="e2former-fairchem",
+        usage="%(prog)s [-h] [--version] [--traceback] COMMAND ...",
         description="E2Former-V2 for fairchem: tools",
         epilog=f"commands:\n{listed}\n\ne2former-fairchem COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = parser.parse_args(arguments[: place + 1])
     path, text = COMMANDS[own.command]
     rest = arguments[place + 1 :]
-    module = _by_file(path) if {"-h", "--help"} & set(rest) else importlib.import_module(path)
-    subparser = argparse.ArgumentParser(prog=f"e2former-fairchem {own.command}", description=text)
+    module = _by_file(path) if {"-h", "--help"} & set(rest) else _without_library_notes(path)
+    subparser = _Parser(prog=f"e2former-fairchem {own.command}", description=text)
     module.add_arguments(subparser)
     parsed = subparser.parse_intermixed_args(rest)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -84,6 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"e2former-fairchem {own.command}: {err}", file=sys.stderr)
         return 2
+
+
+def _without_library_notes(path: str) -> ModuleType:
+    """A subcommand's module. Warp, which fairchem imports, tells each machine without a GPU so, past Python."""
+    said, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        return importlib.import_module(path)
+    finally:
+        os.dup2(said, 2)
+        os.close(said)
+        os.close(nothing)
 
 
 def _by_file(path: str) -> ModuleType:

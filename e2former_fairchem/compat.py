@@ -83,8 +83,8 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "fairchem.core._cli:main",
-        "the `fairchem` command, run by `e2former-fairchem train`, tests and benchmarks",
-        "own_data/train.py, tests and benchmarks/quickstart",
+        "the `fairchem` command, run by `e2former-fairchem train` and `run`, tests and benchmarks",
+        "launch.py, tests and benchmarks/quickstart",
         ("args", "override_args"),
     ),
     PrivateName(

@@ -100,7 +100,7 @@ class EvaluationReducer(OMolReducer):
                 len(self._warnings),
                 report,
             )
-        logging.info("submission: %s (%s)", self.target, ", ".join(f"{k} {v}" for k, v in facts.items()))
+        print(f"submission: {self.target} ({', '.join(f'{k} {v}' for k, v in facts.items())})", flush=True)
 
     def compute_metrics(self, results: dict[str, Any], run_name: str) -> pd.DataFrame | None:
         """The leaderboard's metrics against the labels, by fairchem-data-omol's own function."""
@@ -111,11 +111,11 @@ class EvaluationReducer(OMolReducer):
         return pd.DataFrame([metrics], index=[run_name])
 
     def save_metrics(self, metrics: pd.DataFrame, results_dir: str) -> None:
-        """Write and log the metrics."""
+        """Write and print the metrics."""
         found = {name: float(value) for name, value in metrics.iloc[0].items()}
         write_json(self.output_dir / "scores.json", found)
         numbers = ", ".join(f"{k} {v:.6g}" for k, v in found.items())
-        logging.info("%s, labels of %d calculations: %s", self.benchmark_name, len(self._labelled), numbers)
+        print(f"{self.benchmark_name}, labels of {len(self._labelled)} calculations: {numbers}", flush=True)
 
     def save_state(self, checkpoint_location: str, is_preemption: bool = False) -> bool:
         """Nothing to save: merging starts again."""

@@ -69,7 +69,7 @@ class Progress:
         self.done_atoms += sum(self._atoms[i] for i in indices)
         if time.monotonic() - self._last > self.every or self.done == self.number:
             self._last = time.monotonic()
-            logging.info(self.line())
+            print(self.line(), flush=True)
 
     def line(self) -> str:
         """The line for now."""
@@ -193,15 +193,8 @@ class JournalledRunner(Runner):
             done = j.done_indices(j.journals(folder), retry_failed=self.retry_failed)
             mine = range(worker, len(sizes), workers)
             todo = [i for i in mine if i not in done]
-            logging.info(
-                "%s: worker %d of %d has %d of its %d structures left; journal %s",
-                self.task,
-                worker,
-                workers,
-                len(todo),
-                len(mine),
-                own,
-            )
+            left = f"{len(todo)} of its {len(mine)} structures left"
+            print(f"{self.task}: worker {worker} of {workers} has {left}; journal {own}", flush=True)
             label = f"{self.task} worker {worker}/{workers}"
             self._progress = Progress(label, {i: sizes[i] for i in todo}, len(mine) - len(todo), self.log_every)
             if todo:
@@ -214,7 +207,7 @@ class JournalledRunner(Runner):
         with j.locked(folder / "merge.lock") as lock:
             left = structures - j.mentioned(j.journals(folder))
             if left:
-                logging.info("%s: %d structures are still with other workers; the last one merges", self.task, left)
+                print(f"{self.task}: {left} structures are still with other workers; the last one merges", flush=True)
                 return
             lock.seek(0)
             launch = str(self.job_config.timestamp_id).encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,15 +145,13 @@ class S2EFReducer(Reducer):
         provenance = write_provenance(target, collected.fingerprint, collected.workers, **facts)
         if found:
             write_json(self.output_dir / "scores.json", found)
-            logging.info(
-                "errors against the data set's labels, which %d of %d structures have:\n%s",
-                found["all"]["structures"],
-                len(arrays["ids"]),
-                table(found),
+            labelled = f"{found['all']['structures']} of {len(arrays['ids'])}"
+            print(
+                f"errors against the data set's labels, which {labelled} structures have:\n{table(found)}", flush=True
             )
         else:
-            logging.info("the data set has no labels: no scores")
-        logging.info("S2EF submission: %s (provenance: %s)", target, provenance.name)
+            print("the data set has no labels: no scores", flush=True)
+        print(f"S2EF submission: {target} (provenance: {provenance.name})", flush=True)
         return target
 
     def save_state(self, checkpoint_location: str, is_preemption: bool = False) -> bool:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import re
 import shlex
 import shutil
-import signal
 import tempfile
-import threading
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +16,11 @@ import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
-from fairchem.core.common import distutils
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from e2former_fairchem.compat import fairchem_main
 from e2former_fairchem.data.make_sample import write_folder
 from e2former_fairchem.data.references import dense_table
 from e2former_fairchem.files import read_json, write_json
+from e2former_fairchem.launch import launch, quietly
 from e2former_fairchem.own_data import errors, run_file
 from e2former_fairchem.own_data.checking import MAX_FORCE, describe, find_problems
 from e2former_fairchem.own_data.reading import Frame, Keys, read_frames
@@ -60,33 +50,7 @@ class Result:
     errors: dict[str, errors.Errors]
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """fairchem says the settings of every prediction unit as a warning."""
-    return "with inference settings" not in record.getMessage()
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without fairchem's notes (ten kilobytes of configuration among them) and torch's warnings of its own doings.
-
-    The environment's LOGLEVEL, which fairchem reads, takes precedence.
-    """
-    root, level, environment = logging.getLogger(), logging.getLogger().level, os.environ.get("LOGLEVEL")
-    os.environ.setdefault("LOGLEVEL", "WARNING")
-    root.setLevel(os.environ["LOGLEVEL"].upper())
-    root.addFilter(_is_news)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(torch|torchtnt|fairchem)\.")
-            yield
-    finally:
-        root.removeFilter(_is_news)
-        root.setLevel(level)
-        if environment is None:
-            os.environ.pop("LOGLEVEL", None)
-
-
-@_quietly()
+@quietly()
 def train(
     *files: str | Path,
     output: str | Path | None = None,
@@ -444,31 +408,8 @@ def where_to_resume(folder: Path, files: Sequence[str | Path]) -> Path:
 
 
 def _run(config: Path, overrides: Sequence[str] = ()) -> None:
-    """`fairchem -c CONFIG OVERRIDES` in this process; signals are handled as before afterwards."""
     print(f"training: fairchem -c {config}", flush=True)
-    in_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if in_main else ()
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    try:
-        with _one_line_errors():
-            fairchem_main(config, overrides)
-    finally:
-        if distutils.initialized():
-            distutils.cleanup()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What Hydra and OmegaConf wrap is said as a ValueError with the innermost message."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as err:
-        cause: BaseException = err
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ValueError(re.sub(r"^\w+ raised while resolving interpolation: ", "", str(cause).strip())) from err
+    launch(config, overrides)
 
 
 def _compare(folder: Path) -> Result:

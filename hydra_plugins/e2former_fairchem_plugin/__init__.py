@@ -19,14 +19,17 @@ CONFIG_PATH = "pkg://e2former_fairchem.configs"
 
 
 class E2FormerSearchPathPlugin(SearchPathPlugin):
-    """Adds the groups `backbone/` and `heads/`, the short names and the `e2former.*` resolvers to a fairchem run."""
+    """Adds the groups `backbone/` and `heads/`, the short names and the `e2former.*` resolvers to a fairchem run.
+
+    Our own run files find the groups beside them (`dataset/`, `job/`, ...) from each of their folders.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append our groups after the application's own, so that a group of the same name there keeps its options."""
         if "fairchem.core" not in sys.modules:
             return
         try:
-            import e2former_fairchem  # noqa: F401  (importing it registers the short names)
+            import e2former_fairchem  # importing it registers the short names
             from e2former_fairchem.training.resolvers import register_resolvers
         except Exception as err:  # an environment's other fairchem runs must not die of this package
             warnings.warn(
@@ -36,5 +39,9 @@ class E2FormerSearchPathPlugin(SearchPathPlugin):
             )
             return
         main = next((e.path for e in search_path.get_path() if e.provider == "main"), None)
-        register_resolvers(Path(main.removeprefix("file://")) if main and "pkg://" not in main else None)
+        folder = Path(main.removeprefix("file://")) if main and "pkg://" not in main else None
+        register_resolvers(folder)
+        runs = Path(e2former_fairchem.__file__).parent / "run_files"
+        if folder is not None and folder.resolve().is_relative_to(runs.resolve()):
+            search_path.append(PROVIDER, f"file://{runs}")
         search_path.append(PROVIDER, CONFIG_PATH)

@@ -351,7 +351,11 @@ def test_failures_are_recorded_counted_and_retried(
 
 
 def test_labels_are_not_needed(
-    checkpoint: Path, frames: list[Atoms], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    checkpoint: Path,
+    frames: list[Atoms],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """Labels of one structure, of half a structure, of the wrong shape and in `info`, in one batch: all predicted."""
     mixed = [atoms.copy() for atoms in frames[:5]]  # without a calculator
@@ -369,7 +373,7 @@ def test_labels_are_not_needed(
     assert (
         f"{mixed[2].info['source']} counts as unlabelled: expected forces ({size}, 3), got ({size}, 2)" in caplog.text
     )
-    assert "which 1 of 5 structures have" in caplog.text
+    assert "which 1 of 5 structures have" in capsys.readouterr().out
     scores = json.loads((output / "scores.json").read_text())
     assert scores["all"]["structures"] == 1
     assert scores["all"]["energy_mae"] == pytest.approx(abs(arrays["energy"][4] - 2.0))

@@ -31,11 +31,13 @@ config = get_hydra_config_from_yaml(host, [
     "~moe_layer_type", "~num_moe_experts", "~otf_graph", "~regress_stress", "~direct_forces", "~dataset_list"])
 model = config.runner.train_eval_unit.model
 assert registry.get_model_class("e2former_v2").__name__ == "E2FormerV2Backbone"
+from e2former_fairchem.launch import find
 from e2former_fairchem.training import resolvers
 print(json.dumps({
     "backbone": model.backbone.model, "heads": sorted(model.heads),
     "sample": str(Path(resolvers.sample("train")) / "data.aselmdb"),
     "references": len(resolvers.element_references("omol25")),
+    "run": get_hydra_config_from_yaml(str(find("baselines/escn_md_quickstart")), []).job.run_name,
 }))
 """
 
@@ -88,6 +90,7 @@ def test_install(kind: str, request: pytest.FixtureRequest, repo: Path, tmp_path
         assert found["backbone"] == "e2former_fairchem.backbone.E2FormerV2Backbone"
         assert found["heads"] == ["omol_energy", "omol_forces"]
         assert found["references"] == 119
+        assert found["run"] == "escn_md_quickstart"  # its groups lie in another folder
     for file in map(Path, places.values()):
         assert file.is_relative_to(repo if kind == "editable" else site) and file.is_file(), places
     assert list(elsewhere.iterdir()) == []
@@ -107,6 +110,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert "hydra_plugins/__init__.py" not in names  # a namespace that other plugins share
     for needed in (
         "e2former_fairchem/configs/own_data.yaml",
+        "e2former_fairchem/run_files/leaderboard/s2ef.yaml",
         "e2former_fairchem/configs/backbone/e2former_v2_omol25.yaml",
         "e2former_fairchem/configs/heads/e2former_v2_conserving.yaml",
         "e2former_fairchem/data/sample/val_new/data.aselmdb",
