@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.config import E2FormerV2Config
-from e2former_kernels.common.backend import EXACT, Mode, resolve_backend
+from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.runs import EdgeList
 from e2former_kernels.radial.reference import EdgeGeometry, edge_geometry
 
@@ -106,6 +106,23 @@ class Execution:
 REFERENCE = Execution()
 
 
+def takes_kernels(backend: str, like: Tensor) -> bool:
+    """Whether kernels compute a network: ``triton``, or ``auto`` in float32 on a GPU that they run on.
+
+    Args:
+        backend: the key ``kernel_backend``.
+        like: a weight, for device and dtype.
+
+    Raises:
+        RuntimeError: ``kernel_backend: triton`` cannot run here.
+    """
+    problem = triton_problem(like.device)
+    if backend == "triton" and problem is not None:
+        raise RuntimeError(f"kernel_backend=triton: {problem}")
+    wanted = like.device.type == "cuda" and like.dtype != torch.float64 if backend == "auto" else backend == "triton"
+    return wanted and problem is None
+
+
 def choose_execution(
     config: E2FormerV2Config,
     graph: Graph,
@@ -126,11 +143,9 @@ def choose_execution(
         RuntimeError: ``kernel_backend: triton`` cannot run here.
     """
     forms = {"dense": "dense", "eaas": "sum"}
-    device, backend = like.device, config.kernel_backend
-    if backend == "auto" and like.dtype == torch.float64:
-        backend = "reference"
+    device = like.device
     given = {
-        "kernels": resolve_backend(backend, device) == "triton",
+        "kernels": takes_kernels(config.kernel_backend, like),
         "form": forms.get(config.convolution, "relative"),
         "node_factored": config.convolution == "eaas",
     }

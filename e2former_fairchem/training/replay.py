@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from e2former_fairchem.backbone import E2FormerV2Backbone
+from e2former_fairchem.execution import takes_kernels
 from e2former_fairchem.heads import E2FormerV2DirectForceHead, E2FormerV2EnergyHead, E2FormerV2GradientHead
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.padding import PaddedBatch, Sizes, counted, padded_graph
 from e2former_fairchem.validation import log_once
-from e2former_kernels.common.backend import resolve_backend
 from e2former_kernels.common.runs import SeveralRuns
 from e2former_kernels.compat import foreach_copy_
 
@@ -78,8 +78,8 @@ def why_no_graphs(model: nn.Module) -> str | None:
         return f"training runs on {weight.device.type}"
     if weight.dtype != torch.float32:
         return f"weights are {weight.dtype}"
-    if resolve_backend(model.backbone.config.kernel_backend, weight.device) != "triton":
-        return "kernel_backend is reference"
+    if not takes_kernels(model.backbone.config.kernel_backend, weight):
+        return "kernels do not compute it"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from e2former_fairchem import cli
 from e2former_fairchem.commands import doctor
 from e2former_fairchem.execution import EXECUTIONS
+from e2former_kernels.common.backend import triton_problem
 
 CPU = torch.device("cpu")
 
@@ -29,9 +31,16 @@ def test_report(tmp_path: Path, capsys) -> None:
     assert all(0 <= check["force_error"] < 1e-4 and check["milliseconds"] > 0 for check in report["checks"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
-def test_without_a_gpu_it_says_why_kernels_do_not_run(monkeypatch, capsys) -> None:
+@pytest.fixture
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET")
+    triton_problem.cache_clear()
+    yield
+    triton_problem.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_without_a_gpu_it_says_why_kernels_do_not_run(without_interpreter, capsys) -> None:
     assert cli.main(["doctor", "--molecules", "1"]) == 0
     out = capsys.readouterr().out
     assert "kernels: reference (PyTorch) with kernel_backend=auto on cpu" in out

@@ -7,12 +7,14 @@ twice; in Triton's interpreter, whose products are not rounded to TF32, float16 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.execution import takes_kernels
 from e2former_fairchem.graph import build_graph
 from e2former_fairchem.model import E2FormerV2
 
@@ -50,6 +52,23 @@ CASES = [
 SMALL = {"lmax": 1, "sphere_channels": 12, "num_layers": 1, "num_heads": 6, "head_dim": 4, "num_radial_basis": 8}
 WIDE = {"sphere_channels": 256, "num_layers": 2, "num_heads": 128, "num_radial_basis": 256}
 ELEMENTS = (1, 6, 8)
+
+
+def test_kernels_are_taken_by_name_and_refused_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = torch.empty(0, device="meta")
+    assert not takes_kernels("reference", like) and not takes_kernels("auto", like)
+    with pytest.raises(RuntimeError, match="kernel_backend=triton: Triton needs a CUDA device.*got meta"):
+        takes_kernels("triton", like)
+    # as a GPU would be asked
+    for problem, dtype, expected in (
+        (None, torch.float32, True),
+        (None, torch.float64, False),
+        ("old", torch.float32, False),
+    ):
+        monkeypatch.setattr("e2former_fairchem.execution.triton_problem", lambda device, found=problem: found)
+        like = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        assert takes_kernels("auto", like) is expected
+        assert not takes_kernels("reference", like) and not takes_kernels("auto", torch.empty(0))
 
 
 class System:

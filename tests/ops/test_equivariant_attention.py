@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from e2former_kernels.common.backend import resolve_backend, triton_installed
+from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.runs import EdgeList
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
@@ -154,33 +154,6 @@ def test_wrong_arguments_are_named(make, position: int, change, error: type, nam
     arguments[position] = change(arguments[position])
     with pytest.raises(error, match=name):
         equivariant_attention(*arguments)
-
-
-def test_backends_are_named_and_loud(monkeypatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="kernel_backend"):
-        resolve_backend("fast", torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="kernel_backend=triton"):
-        resolve_backend("triton", torch.device("cpu"))
-    assert resolve_backend("auto", torch.device("cpu")) == "reference"
-    with pytest.raises(RuntimeError, match="kernel_backend=triton: Triton needs a CUDA device.*got meta"):
-        resolve_backend("triton", torch.device("meta"))
-
-
-def test_automatic_backend_is_said_once(monkeypatch, caplog) -> None:
-    from e2former_kernels.common import backend
-
-    backend._say.cache_clear()
-    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
-    with caplog.at_level("INFO", "e2former_kernels"):
-        for device, expected in [("cuda", "triton"), ("cpu", "reference")] * 3:
-            assert resolve_backend("auto", torch.device(device)) == expected
-    assert [r.message for r in caplog.records] == [
-        "kernel_backend=auto: triton kernels on cuda",
-        "kernel_backend=auto: reference kernels on cpu",
-    ]
-    monkeypatch.setattr(backend, "triton_problem", lambda device: "an old card")
-    assert resolve_backend("auto", torch.device("cuda")) == "reference"
 
 
 @pytest.mark.gpu

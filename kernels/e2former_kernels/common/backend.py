@@ -1,19 +1,15 @@
-"""Who computes an operation, PyTorch or Triton, and how. Chosen by name, refused loudly, never swapped in silence."""
+"""How operations with kernels are evaluated, and where Triton runs. Refused loudly, never swapped in silence."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib.util
-import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-
-BACKENDS = ("auto", "reference", "triton")
-logger = logging.getLogger("e2former_kernels")
 
 
 class Mode(NamedTuple):
@@ -76,31 +72,6 @@ def triton_problem(device: torch.device) -> str | None:
     if device.type == "cpu" and interpreting():
         return None
     return f"Triton needs a CUDA device (or TRITON_INTERPRET=1 on the CPU), got {device}"
-
-
-@functools.cache
-def _say(backend: str, device_type: str) -> None:
-    logger.info("kernel_backend=auto: %s kernels on %s", backend, device_type)
-
-
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """``reference`` or ``triton`` for the backend asked for on ``device``.
-
-    ``auto`` is Triton on CUDA and the reference elsewhere, said once in the log. ``triton`` where it cannot run raises
-    RuntimeError; an unknown name raises ValueError.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"kernel_backend: expected one of {BACKENDS}, got {backend!r}")
-    if backend == "reference":
-        return backend
-    problem = triton_problem(device)
-    if backend == "triton":
-        if problem is not None:
-            raise RuntimeError(f"kernel_backend=triton: {problem}")
-        return backend
-    chosen = "triton" if device.type == "cuda" and problem is None else "reference"
-    _say(chosen, device.type)
-    return chosen
 
 
 @contextlib.contextmanager

@@ -6,8 +6,6 @@ import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from e2former_kernels.common.backend import interpreting
-
 try:
     import triton
     import triton.language as tl
@@ -41,8 +39,6 @@ def row_tiles(rows: int, heads: int, accumulators: int, widest: int = 32, regist
     rows_a = next_power(rows + 1) // 2
     rows_b = next_power(rows - rows_a) if rows > rows_a else 0
     block = min(next_power(heads), widest)
-    if interpreting():
-        block = next_power(heads)
     numbers = accumulators * (rows_a + rows_b) * block
     warps = 1
     while warps < 8 and numbers / (32 * warps) > registers:

@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.backend import interpreting
 from e2former_kernels.common.checks import check_device, check_same, check_shape
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.eaas.kernels import aligned_kernel, pullback_kernel, slope_kernel
@@ -26,10 +25,10 @@ HELD = 160
 WIDEST = 100
 
 
-def row_tile(held: int, nodes: int, channels: int, tile: int) -> dict[str, int]:
+def row_tile(held: int, channels: int) -> dict[str, int]:
     """Atoms, channels and warps of a program that holds ``held`` rows at a time."""
-    block = min(next_power(channels), tile)
-    atoms = min(next_power(nodes), 8) if interpreting() else tile // block
+    block = min(next_power(channels), TILE)
+    atoms = TILE // block
     each = 4
     while each > 1 and held * each > HELD:
         each //= 2
@@ -50,7 +49,7 @@ def contract(tables: EAASTables, position: Tensor, x: Tensor, transpose: bool) -
     out = x.new_empty(nodes, given, channels)
     if not out.numel():
         return out
-    tile, lists = row_tile(max(taken, given), nodes, channels, TILE), tables.lists
+    tile, lists = row_tile(max(taken, given), channels), tables.lists
     inner, outer = (lists.turn_rows, lists.swap_rows), (lists.turn_paths, lists.swap_paths)
     if transpose:
         inner, outer = outer, inner
@@ -68,7 +67,7 @@ def slope(tables: EAASTables, paths: Tensor, rows: Tensor) -> Tensor:
     if not paths.numel():
         return paths.new_zeros(nodes, 3)
     out = paths.new_empty(nodes, 3)
-    tile = row_tile(count + rows.shape[1], nodes, channels, TILE)
+    tile = row_tile(count + rows.shape[1], channels)
     slope_kernel[(math.ceil(nodes / tile["BN"]),)](
         paths.contiguous(), rows.contiguous(), out, nodes, channels, TERMS=tables.lists.slope, PATHS=count,
         ROWS=rows.shape[1], **tile,
@@ -82,7 +81,7 @@ def pullback(tables: EAASTables, position: Tensor, grad: Tensor, value: Tensor) 
     if not grad.numel():
         return torch.zeros_like(value), grad.new_zeros(nodes, 3)
     out, found = value.new_empty(value.shape), grad.new_empty(nodes, 3)
-    tile = row_tile(count + 2 * value.shape[1], nodes, channels, TILE)
+    tile = row_tile(count + 2 * value.shape[1], channels)
     pullback_kernel[(math.ceil(nodes / tile["BN"]),)](
         position.contiguous(), grad.contiguous(), value.contiguous(), out, found, nodes, channels,
         TERMS=tables.lists.transposed, SLOPE_TERMS=tables.lists.slope, PATHS=count, ROWS=value.shape[1], **tile,
