@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -122,6 +123,21 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         assert needed in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert wheel.stat().st_size < 3 * 2**20
+
+
+def test_source_archive_holds_what_a_wheel_is_built_of(repo: Path, tmp_path: Path) -> None:
+    """And the run files a second time, where a clone has a link."""
+    from hatchling.builders.sdist import SdistBuilder
+
+    (archive,) = SdistBuilder(str(repo)).build(directory=str(tmp_path))
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    packages = ("e2former_fairchem", "hydra_plugins", "kernels/e2former_kernels")
+    needed = {p.relative_to(repo).as_posix() for name in packages for p in (repo / name).rglob("*.[pyj]*")}
+    needed = {name for name in needed if "__pycache__" not in name}
+    assert "e2former_fairchem/run_files/train/omol25_direct.yaml" in needed
+    assert needed <= names
+    assert "configs/train/omol25_direct.yaml" in names and "e2former_fairchem_cli.py" in names
 
 
 def test_sources_are_clean() -> None:
