@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.tiles import tl, triton  # noqa: F401  (Triton's interpreter looks for tl beside a kernel)
+from e2former_kernels.common.tiles import tl, triton
 
 
 def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
@@ -85,3 +85,58 @@ def next_order(c, s, x, z):
 def next_order_slopes(c, s, cx, cz, sx, sz, x, z):
     """Derivatives of :func:`next_order`'s c and s by x and z (cx, cz, sx, sz), from those of this order m."""
     return cx * z - sx * x - s, cz * z + c - sz * x, sx * z + cx * x + c, sz * z + s + cz * x
+
+
+@triton.jit
+def next_order_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot):
+    """Change of :func:`next_order`."""
+    return c_dot * z + c * z_dot - s_dot * x - s * x_dot, s_dot * z + s * z_dot + c_dot * x + c * x_dot
+
+
+@triton.jit
+def next_order_slopes_dot(c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, sz_dot, x, z, x_dot, z_dot):
+    """Change of :func:`next_order_slopes`."""
+    return (
+        cx_dot * z + cx * z_dot - sx_dot * x - sx * x_dot - s_dot,
+        cz_dot * z + cz * z_dot + c_dot - sz_dot * x - sz * x_dot,
+        sx_dot * z + sx * z_dot + cx_dot * x + cx * x_dot + c_dot,
+        sz_dot * z + sz * z_dot + s_dot + cz_dot * x + cz * x_dot,
+    )
+
+
+@triton.jit
+def load_vector(x, e, inside, other):
+    """The three columns of x [E, 3]."""
+    a = tl.load(x + 3 * e, mask=inside, other=other)
+    b = tl.load(x + 3 * e + 1, mask=inside, other=other)
+    c = tl.load(x + 3 * e + 2, mask=inside, other=other)
+    return a, b, c
+
+
+@triton.jit
+def store_vector(x, e, inside, a, b, c):
+    """The three columns of x [E, 3]."""
+    tl.store(x + 3 * e, a, mask=inside)
+    tl.store(x + 3 * e + 1, b, mask=inside)
+    tl.store(x + 3 * e + 2, c, mask=inside)
+
+
+@triton.jit
+def vector_of(vec, e, inside, UNIT: tl.constexpr):
+    """Edge vectors, with UNIT their directions, and their lengths."""
+    x, y, z = load_vector(vec, e, inside, 1.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    if UNIT:
+        x, y, z = x / d, y / d, z / d
+    return x, y, z, d
+
+
+@triton.jit
+def vector_dot(vec_dot, e, inside, x, y, z, d, UNIT: tl.constexpr):
+    """Change of :func:`vector_of` along vec_dot; that of the length with UNIT only."""
+    a, b, c = load_vector(vec_dot, e, inside, 0.0)
+    along = 0.0 * x
+    if UNIT:
+        along = x * a + y * b + z * c
+        a, b, c = (a - along * x) / d, (b - along * y) / d, (c - along * z) / d
+    return a, b, c, along

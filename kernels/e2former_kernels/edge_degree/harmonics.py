@@ -10,17 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from e2former_kernels.common.envelope import polynomial, polynomial_bend
-from e2former_kernels.common.harmonics import harmonic_scales, next_order, next_order_slopes
+from e2former_kernels.common.harmonics import (
+    harmonic_scales,
+    next_order,
+    next_order_dot,
+    next_order_slopes,
+    next_order_slopes_dot,
+    store_vector,
+    vector_dot,
+    vector_of,
+)
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE, EmbeddingSpec
-
-
-@triton.jit
-def _direction(vec, e, inside):
-    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
-    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
-    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
-    d = tl.sqrt(x * x + y * y + z * z)
-    return x / d, y / d, z / d, d
 
 
 def _constants(spec: EmbeddingSpec) -> dict:
@@ -36,7 +36,7 @@ def harmonics_kernel(vec, scales, distance, out, E, cutoff, L: tl.constexpr, P: 
     """distance [E] and out [E, (L+1)^2]. scales: [L+1, L+1], the factor of each degree and order."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d = _direction(vec, e, inside)
+    x, y, z, d = vector_of(vec, e, inside, True)
     tl.store(distance + e, d, mask=inside)
     u, _ = polynomial(d, cutoff, P)
     to = out + e * ((L + 1) * (L + 1))
@@ -66,7 +66,7 @@ def harmonics_backward_kernel(
     """Gradient by vec from those by out [E, (L+1)^2] and by distance [E] of harmonics_kernel."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d = _direction(vec, e, inside)
+    x, y, z, d = vector_of(vec, e, inside, True)
     u, du = polynomial(d, cutoff, P)
     at = grad + e * ((L + 1) * (L + 1))
     c = 0.0 * x + 1.0
@@ -76,18 +76,12 @@ def harmonics_backward_kernel(
     gx, gy, gz, total = s, s, s, s
     top = c
     for m in tl.static_range(L + 1):
-        before = 0.0 * x
-        p = top
-        slope_before = 0.0 * x
-        slope = 0.0 * x
+        before, p, slope_before, slope = 0.0 * x, top, 0.0 * x, 0.0 * x
         for l in tl.static_range(m, L + 1):
             if l > m:
                 after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
                 slope_after = ((2 * l - 1) * (p + y * slope) - (l + m - 1) * slope_before) / (l - m)
-                before = p
-                p = after
-                slope_before = slope
-                slope = slope_after
+                before, p, slope_before, slope = p, after, slope, slope_after
             scale = tl.load(scales + l * (L + 1) + m)
             g = scale * tl.load(at + l * l + l + m, mask=inside, other=0.0)
             gx += g * p * cx
@@ -105,9 +99,8 @@ def harmonics_backward_kernel(
         c, s = next_order(c, s, x, z)
     along = gx * x + gy * y + gz * z
     radial = du * total + tl.load(grad_distance + e, mask=inside, other=0.0)
-    tl.store(out + 3 * e, u * (gx - along * x) / d + radial * x, mask=inside)
-    tl.store(out + 3 * e + 1, u * (gy - along * y) / d + radial * y, mask=inside)
-    tl.store(out + 3 * e + 2, u * (gz - along * z) / d + radial * z, mask=inside)
+    vx, vy, vz = u * (gx - along * x) / d, u * (gy - along * y) / d, u * (gz - along * z) / d
+    store_vector(out, e, inside, vx + radial * x, vy + radial * y, vz + radial * z)
 
 
 def weighted_harmonics(vec: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor]:
@@ -132,26 +125,6 @@ def weighted_harmonics_backward(grad: Tensor, grad_distance: Tensor, vec: Tensor
 
 
 @triton.jit
-def _direction_tangent(vec, vec_dot, e, inside):
-    """Direction, its change, length and its change."""
-    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
-    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
-    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
-    x_dot = tl.load(vec_dot + 3 * e, mask=inside, other=0.0)
-    y_dot = tl.load(vec_dot + 3 * e + 1, mask=inside, other=0.0)
-    z_dot = tl.load(vec_dot + 3 * e + 2, mask=inside, other=0.0)
-    d = tl.sqrt(x * x + y * y + z * z)
-    x = x / d
-    y = y / d
-    z = z / d
-    d_dot = x * x_dot + y * y_dot + z * z_dot
-    x_dot = (x_dot - d_dot * x) / d
-    y_dot = (y_dot - d_dot * y) / d
-    z_dot = (z_dot - d_dot * z) / d
-    return x, y, z, x_dot, y_dot, z_dot, d, d_dot
-
-
-@triton.jit
 def harmonics_tangent_kernel(
     vec, vec_dot, scales, distance, distance_dot, out, out_dot, E, cutoff,
     L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -159,7 +132,8 @@ def harmonics_tangent_kernel(
     """distance [E] and out [E, (L+1)^2], as harmonics_kernel, and their changes along vec_dot."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, x_dot, y_dot, z_dot, d, d_dot = _direction_tangent(vec, vec_dot, e, inside)
+    x, y, z, d = vector_of(vec, e, inside, True)
+    x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
     tl.store(distance + e, d, mask=inside)
     tl.store(distance_dot + e, d_dot, mask=inside)
     u, du = polynomial(d, cutoff, P)
@@ -171,17 +145,12 @@ def harmonics_tangent_kernel(
     top = c
     for m in tl.static_range(L + 1):
         before = 0.0 * x
-        before_dot = before
-        p = top
-        p_dot = before
+        before_dot, p, p_dot = before, top, before
         for l in tl.static_range(m, L + 1):
             if l > m:
                 after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
                 after_dot = ((2 * l - 1) * (y_dot * p + y * p_dot) - (l + m - 1) * before_dot) / (l - m)
-                before = p
-                before_dot = p_dot
-                p = after
-                p_dot = after_dot
+                before, before_dot, p, p_dot = p, p_dot, after, after_dot
             scale = tl.load(scales + l * (L + 1) + m)
             factor = scale * u * p
             factor_dot = scale * (u_dot * p + u * p_dot)
@@ -191,9 +160,7 @@ def harmonics_tangent_kernel(
                 tl.store(out + at + l * l + l - m, factor * s, mask=inside)
                 tl.store(out_dot + at + l * l + l - m, factor_dot * s + factor * s_dot, mask=inside)
         top = top * (2 * m + 1)
-        turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
-        s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
-        c_dot = turned_dot
+        c_dot, s_dot = next_order_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
         c, s = next_order(c, s, x, z)
 
 
@@ -205,7 +172,8 @@ def harmonics_second_kernel(
     """Gradient by vec from those by everything that harmonics_tangent_kernel returns."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, x_dot, y_dot, z_dot, d, d_dot = _direction_tangent(vec, vec_dot, e, inside)
+    x, y, z, d = vector_of(vec, e, inside, True)
+    x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
     u, du = polynomial(d, cutoff, P)
     at = e * ((L + 1) * (L + 1))
     zero = 0.0 * x
@@ -221,14 +189,8 @@ def harmonics_second_kernel(
     hx_dot, hy_dot, hz_dot, other_dot = zero, zero, zero, zero
     top = c
     for m in tl.static_range(L + 1):
-        before = zero
-        before_dot = zero
-        slope_before = zero
-        slope_before_dot = zero
-        p = top
-        p_dot = zero
-        slope = zero
-        slope_dot = zero
+        before, before_dot, slope_before, slope_before_dot = zero, zero, zero, zero
+        p, p_dot, slope, slope_dot = top, zero, zero, zero
         for l in tl.static_range(m, L + 1):
             if l > m:
                 after = ((2 * l - 1) * y * p - (l + m - 1) * before) / (l - m)
@@ -236,14 +198,8 @@ def harmonics_second_kernel(
                 slope_after = ((2 * l - 1) * (p + y * slope) - (l + m - 1) * slope_before) / (l - m)
                 slope_after_dot = (2 * l - 1) * (p_dot + y_dot * slope + y * slope_dot)
                 slope_after_dot = (slope_after_dot - (l + m - 1) * slope_before_dot) / (l - m)
-                before = p
-                before_dot = p_dot
-                slope_before = slope
-                slope_before_dot = slope_dot
-                p = after
-                p_dot = after_dot
-                slope = slope_after
-                slope_dot = slope_after_dot
+                before, before_dot, slope_before, slope_before_dot = p, p_dot, slope, slope_dot
+                p, p_dot, slope, slope_dot = after, after_dot, slope_after, slope_after_dot
             scale = tl.load(scales + l * (L + 1) + m)
             g = scale * tl.load(grad + at + l * l + l + m, mask=inside, other=0.0)
             h = scale * tl.load(grad_dot + at + l * l + l + m, mask=inside, other=0.0)
@@ -275,17 +231,11 @@ def harmonics_second_kernel(
                 hz_dot += h * (p_dot * sz + p * sz_dot)
                 other_dot += h * (p_dot * s + p * s_dot)
         top = top * (2 * m + 1)
-        next_cx_dot = cx_dot * z + cx * z_dot - sx_dot * x - sx * x_dot - s_dot
-        next_cz_dot = cz_dot * z + cz * z_dot + c_dot - sz_dot * x - sz * x_dot
-        next_sx_dot = sx_dot * z + sx * z_dot + cx_dot * x + cx * x_dot + c_dot
-        sz_dot = sz_dot * z + sz * z_dot + s_dot + cz_dot * x + cz * x_dot
-        cx_dot = next_cx_dot
-        cz_dot = next_cz_dot
-        sx_dot = next_sx_dot
+        cx_dot, cz_dot, sx_dot, sz_dot = next_order_slopes_dot(
+            c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, sz_dot, x, z, x_dot, z_dot
+        )
         cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
-        turned_dot = c_dot * z + c * z_dot - s_dot * x - s * x_dot
-        s_dot = s_dot * z + s * z_dot + c_dot * x + c * x_dot
-        c_dot = turned_dot
+        c_dot, s_dot = next_order_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
         c, s = next_order(c, s, x, z)
     along = gx * x + gy * y + gz * z
     across = hx * x + hy * y + hz * z
@@ -299,9 +249,8 @@ def harmonics_second_kernel(
     vx = by_g * (gx - along * x + hx_dot - across_dot * x - across * x_dot) + by_h * (hx - across * x)
     vy = by_g * (gy - along * y + hy_dot - across_dot * y - across * y_dot) + by_h * (hy - across * y)
     vz = by_g * (gz - along * z + hz_dot - across_dot * z - across * z_dot) + by_h * (hz - across * z)
-    tl.store(out + 3 * e, vx + radial * x + turn * x_dot, mask=inside)
-    tl.store(out + 3 * e + 1, vy + radial * y + turn * y_dot, mask=inside)
-    tl.store(out + 3 * e + 2, vz + radial * z + turn * z_dot, mask=inside)
+    vx, vy, vz = vx + radial * x, vy + radial * y, vz + radial * z
+    store_vector(out, e, inside, vx + turn * x_dot, vy + turn * y_dot, vz + turn * z_dot)
 
 
 def harmonics_tangent(vec: Tensor, vec_dot: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:

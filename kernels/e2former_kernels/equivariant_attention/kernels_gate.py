@@ -7,18 +7,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from e2former_kernels.common.harmonics import next_order, next_order_slopes
-
-
-@triton.jit
-def _vector(vec, e, inside, UNIT: tl.constexpr):
-    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
-    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
-    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
-    d = tl.sqrt(x * x + y * y + z * z)
-    if UNIT:
-        x, y, z = x / d, y / d, z / d
-    return x, y, z, d
+from e2former_kernels.common.harmonics import (
+    load_vector,
+    next_order,
+    next_order_dot,
+    next_order_slopes,
+    next_order_slopes_dot,
+    store_vector,
+    vector_dot,
+    vector_of,
+)
 
 
 @triton.jit
@@ -26,7 +24,7 @@ def harmonics_kernel(vec, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, B
     """out [E, M]. scales: [L+1, L+1], the factor of each degree and order."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, _ = _vector(vec, e, inside, UNIT)
+    x, y, z, _ = vector_of(vec, e, inside, UNIT)
     r2 = x * x + y * y + z * z
     to = out + e * ((L + 1) * (L + 1))
     c = 0.0 * x + 1.0
@@ -64,7 +62,7 @@ def harmonics_backward_kernel(
     """out [E, 3] += gradient of harmonics_kernel by vec. grad: [S, E, M], in S parts that are added up here."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d = _vector(vec, e, inside, UNIT)
+    x, y, z, d = vector_of(vec, e, inside, UNIT)
     r2 = x * x + y * y + z * z
     M: tl.constexpr = (L + 1) * (L + 1)
     stride = E.to(tl.int64) * M
@@ -76,23 +74,15 @@ def harmonics_backward_kernel(
     gx, gy, gz, by_r2 = s, s, s, s
     top = c
     for m in tl.static_range(L + 1):
-        before = 0.0 * x
-        before_y = 0.0 * x
-        before_r = 0.0 * x
-        p = top
-        py = 0.0 * x
-        pr = 0.0 * x
+        before, before_y, before_r = 0.0 * x, 0.0 * x, 0.0 * x
+        p, py, pr = top, 0.0 * x, 0.0 * x
         for l in tl.static_range(m, L + 1):
             if l > m:
                 after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
                 after_y = ((2 * l - 1) * (p + y * py) - (l + m - 1) * r2 * before_y) / (l - m)
                 after_r = ((2 * l - 1) * y * pr - (l + m - 1) * (before + r2 * before_r)) / (l - m)
-                before = p
-                before_y = py
-                before_r = pr
-                p = after
-                py = after_y
-                pr = after_r
+                before, before_y, before_r = p, py, pr
+                p, py, pr = after, after_y, after_r
             scale = tl.load(scales + l * (L + 1) + m)
             g = scale * _parts(at + l * l + l + m, stride, inside, S)
             gx += g * p * cx
@@ -116,10 +106,8 @@ def harmonics_backward_kernel(
         gx = (gx - along * x) / d
         gy = (gy - along * y) / d
         gz = (gz - along * z) / d
-    to = out + 3 * e
-    tl.store(to, tl.load(to, mask=inside, other=0.0) + gx, mask=inside)
-    tl.store(to + 1, tl.load(to + 1, mask=inside, other=0.0) + gy, mask=inside)
-    tl.store(to + 2, tl.load(to + 2, mask=inside, other=0.0) + gz, mask=inside)
+    vx, vy, vz = load_vector(out, e, inside, 0.0)
+    store_vector(out, e, inside, vx + gx, vy + gy, vz + gz)
 
 
 @triton.jit
@@ -256,43 +244,13 @@ def directional_second_kernel(
     tl.store(grad_dot + at, by_dot, mask=mask)
 
 
-@triton.jit
-def _change(vec_dot, e, inside, x, y, z, d, UNIT: tl.constexpr):
-    """Change of what ``_vector`` returns, along vec_dot."""
-    a = tl.load(vec_dot + 3 * e, mask=inside, other=0.0)
-    b = tl.load(vec_dot + 3 * e + 1, mask=inside, other=0.0)
-    c = tl.load(vec_dot + 3 * e + 2, mask=inside, other=0.0)
-    along = 0.0 * x
-    if UNIT:
-        along = a * x + b * y + c * z
-        a, b, c = (a - along * x) / d, (b - along * y) / d, (c - along * z) / d
-    return a, b, c, along
-
-
-@triton.jit
-def _next_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot):
-    """Change of ``next_order``."""
-    return c_dot * z + c * z_dot - s_dot * x - s * x_dot, s_dot * z + s * z_dot + c_dot * x + c * x_dot
-
-
-@triton.jit
-def _next_slopes_dot(c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, sz_dot, x, z, x_dot, z_dot):
-    """Change of ``next_order_slopes``."""
-    return (
-        cx_dot * z + cx * z_dot - sx_dot * x - sx * x_dot - s_dot,
-        cz_dot * z + cz * z_dot + c_dot - sz_dot * x - sz * x_dot,
-        sx_dot * z + sx * z_dot + cx_dot * x + cx * x_dot + c_dot,
-        sz_dot * z + sz * z_dot + s_dot + cz_dot * x + cz * x_dot,
-    )
-
-
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def harmonics_pair_kernel(vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """out [2, E, M]: Y and its change along vec_dot. scales: [L+1, L+1], the factor of each degree and order."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d = _vector(vec, e, inside, UNIT)
-    x_dot, y_dot, z_dot, _ = _change(vec_dot, e, inside, x, y, z, d, UNIT)
+    x, y, z, d = vector_of(vec, e, inside, UNIT)
+    x_dot, y_dot, z_dot, _ = vector_dot(vec_dot, e, inside, x, y, z, d, UNIT)
     r2 = x * x + y * y + z * z
     r2_dot = 2.0 * (x * x_dot + y * y_dot + z * z_dot)
     M: tl.constexpr = (L + 1) * (L + 1)
@@ -304,19 +262,13 @@ def harmonics_pair_kernel(vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: t
     c_dot, s_dot = zero, zero
     top = c
     for m in tl.static_range(L + 1):
-        before = zero
-        before_dot = zero
-        p = top
-        p_dot = zero
+        before, before_dot, p, p_dot = zero, zero, top, zero
         for l in tl.static_range(m, L + 1):
             if l > m:
                 after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
                 after_dot = (2 * l - 1) * (y_dot * p + y * p_dot)
                 after_dot = (after_dot - (l + m - 1) * (r2_dot * before + r2 * before_dot)) / (l - m)
-                before = p
-                before_dot = p_dot
-                p = after
-                p_dot = after_dot
+                before, before_dot, p, p_dot = p, p_dot, after, after_dot
             scale = tl.load(scales + l * (L + 1) + m)
             tl.store(to + l * l + l + m, scale * p * c, mask=inside)
             tl.store(to_dot + l * l + l + m, scale * (p_dot * c + p * c_dot), mask=inside)
@@ -324,7 +276,7 @@ def harmonics_pair_kernel(vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: t
                 tl.store(to + l * l + l - m, scale * p * s, mask=inside)
                 tl.store(to_dot + l * l + l - m, scale * (p_dot * s + p * s_dot), mask=inside)
         top = top * (2 * m + 1)
-        c_dot, s_dot = _next_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
+        c_dot, s_dot = next_order_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
         c, s = next_order(c, s, x, z)
 
 
@@ -335,8 +287,8 @@ def harmonics_second_kernel(
     """out [E, 3] += gradient by vec of <g, Y> + <h, Y'>. grad: [S, 2, E, M], g and h in S parts that are added up."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d = _vector(vec, e, inside, UNIT)
-    x_dot, y_dot, z_dot, d_dot = _change(vec_dot, e, inside, x, y, z, d, UNIT)
+    x, y, z, d = vector_of(vec, e, inside, UNIT)
+    x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, UNIT)
     r2 = x * x + y * y + z * z
     r2_dot = 2.0 * (x * x_dot + y * y_dot + z * z_dot)
     M: tl.constexpr = (L + 1) * (L + 1)
@@ -354,18 +306,8 @@ def harmonics_second_kernel(
     hx, hy, hz, h_r2 = zero, zero, zero, zero
     top = c
     for m in tl.static_range(L + 1):
-        before = zero
-        before_y = zero
-        before_r = zero
-        before_dot = zero
-        before_y_dot = zero
-        before_r_dot = zero
-        p = top
-        py = zero
-        pr = zero
-        p_dot = zero
-        py_dot = zero
-        pr_dot = zero
+        before, before_y, before_r, before_dot, before_y_dot, before_r_dot = zero, zero, zero, zero, zero, zero
+        p, py, pr, p_dot, py_dot, pr_dot = top, zero, zero, zero, zero, zero
         for l in tl.static_range(m, L + 1):
             if l > m:
                 after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
@@ -377,18 +319,8 @@ def harmonics_second_kernel(
                 after_y_dot = (after_y_dot - (l + m - 1) * (r2_dot * before_y + r2 * before_y_dot)) / (l - m)
                 after_r_dot = (l + m - 1) * (before_dot + r2_dot * before_r + r2 * before_r_dot)
                 after_r_dot = ((2 * l - 1) * (y_dot * pr + y * pr_dot) - after_r_dot) / (l - m)
-                before = p
-                before_y = py
-                before_r = pr
-                before_dot = p_dot
-                before_y_dot = py_dot
-                before_r_dot = pr_dot
-                p = after
-                py = after_y
-                pr = after_r
-                p_dot = after_dot
-                py_dot = after_y_dot
-                pr_dot = after_r_dot
+                before, before_y, before_r, before_dot, before_y_dot, before_r_dot = p, py, pr, p_dot, py_dot, pr_dot
+                p, py, pr, p_dot, py_dot, pr_dot = after, after_y, after_r, after_dot, after_y_dot, after_r_dot
             scale = tl.load(scales + l * (L + 1) + m)
             g = scale * _parts(at + l * l + l + m, 2 * plane, inside, S)
             h = scale * _parts(at + plane + l * l + l + m, 2 * plane, inside, S)
@@ -412,11 +344,11 @@ def harmonics_second_kernel(
                 hz += h * p * sz
                 h_r2 += h * pr * s
         top = top * (2 * m + 1)
-        cx_dot, cz_dot, sx_dot, sz_dot = _next_slopes_dot(
+        cx_dot, cz_dot, sx_dot, sz_dot = next_order_slopes_dot(
             c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, sz_dot, x, z, x_dot, z_dot
         )
         cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
-        c_dot, s_dot = _next_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
+        c_dot, s_dot = next_order_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
         c, s = next_order(c, s, x, z)
     gx += 2.0 * (x * by_r2 + x_dot * h_r2)
     gy += 2.0 * (y * by_r2 + y_dot * h_r2)
@@ -431,7 +363,5 @@ def harmonics_second_kernel(
         gx = (gx - along * x - across * x_dot - fade * (hx - across * x)) / d
         gy = (gy - along * y - across * y_dot - fade * (hy - across * y)) / d
         gz = (gz - along * z - across * z_dot - fade * (hz - across * z)) / d
-    to = out + 3 * e
-    tl.store(to, tl.load(to, mask=inside, other=0.0) + gx, mask=inside)
-    tl.store(to + 1, tl.load(to + 1, mask=inside, other=0.0) + gy, mask=inside)
-    tl.store(to + 2, tl.load(to + 2, mask=inside, other=0.0) + gz, mask=inside)
+    vx, vy, vz = load_vector(out, e, inside, 0.0)
+    store_vector(out, e, inside, vx + gx, vy + gy, vz + gz)

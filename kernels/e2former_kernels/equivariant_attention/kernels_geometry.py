@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from e2former_kernels.common.envelope import envelope_bend, envelope_constants, envelope_of
+from e2former_kernels.common.harmonics import load_vector, store_vector
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.table import place
 
@@ -47,9 +48,7 @@ def geometry_kernel(
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
-    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
-    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    x, y, z = load_vector(vec, e, inside, 1.0)
     d = tl.sqrt(x * x + y * y + z * z)
     u, _ = envelope_of(d, lower, upper, P, BELL)
     tl.store(envelope + e, u, mask=inside)
@@ -63,9 +62,7 @@ def geometry_kernel(
         tl.store(distance + e, d, mask=inside)
     inv, _ = inverse_of(d, V2)
     if B == 3:
-        tl.store(scale + 3 * e, x * inv, mask=inside)
-        tl.store(scale + 3 * e + 1, y * inv, mask=inside)
-        tl.store(scale + 3 * e + 2, z * inv, mask=inside)
+        store_vector(scale, e, inside, x * inv, y * inv, z * inv)
     else:
         if ORDER == 0:
             inv = 0.0 * inv + 1.0
@@ -94,9 +91,7 @@ def geometry_backward_kernel(
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x = tl.load(vec + 3 * e, mask=inside, other=1.0)
-    y = tl.load(vec + 3 * e + 1, mask=inside, other=1.0)
-    z = tl.load(vec + 3 * e + 2, mask=inside, other=1.0)
+    x, y, z = load_vector(vec, e, inside, 1.0)
     d = tl.sqrt(x * x + y * y + z * z)
     _, du = envelope_of(d, lower, upper, P, BELL)
     inv, slope = inverse_of(d, V2)
@@ -120,9 +115,7 @@ def geometry_backward_kernel(
         vx += gx * inv
         vy += gy * inv
         vz += gz * inv
-    tl.store(grad_vec + 3 * e, vx, mask=inside)
-    tl.store(grad_vec + 3 * e + 1, vy, mask=inside)
-    tl.store(grad_vec + 3 * e + 2, vz, mask=inside)
+    store_vector(grad_vec, e, inside, vx, vy, vz)
 
 
 @triton.jit
@@ -138,15 +131,6 @@ def _inverse_bend(d, V2: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, e, inside, other):
-    """The three columns of x [E, 3]."""
-    a = tl.load(x + 3 * e, mask=inside, other=other)
-    b = tl.load(x + 3 * e + 1, mask=inside, other=other)
-    c = tl.load(x + 3 * e + 2, mask=inside, other=other)
-    return a, b, c
-
-
-@triton.jit
 def geometry_tangent_kernel(
     vec, vec_dot, distance, distance_dot, envelope, envelope_dot, scale, scale_dot, E, lower, upper,
     P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
@@ -154,8 +138,8 @@ def geometry_tangent_kernel(
     """Length, envelope and message scale of every edge, and their changes along vec_dot."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z = _rows(vec, e, inside, 1.0)
-    cx, cy, cz = _rows(vec_dot, e, inside, 0.0)
+    x, y, z = load_vector(vec, e, inside, 1.0)
+    cx, cy, cz = load_vector(vec_dot, e, inside, 0.0)
     d = tl.sqrt(x * x + y * y + z * z)
     d_dot = (x * cx + y * cy + z * cz) / d
     u, du = envelope_of(d, lower, upper, P, BELL)
@@ -166,12 +150,8 @@ def geometry_tangent_kernel(
     inv, slope = inverse_of(d, V2)
     inv_dot = slope * d_dot
     if B == 3:
-        tl.store(scale + 3 * e, x * inv, mask=inside)
-        tl.store(scale + 3 * e + 1, y * inv, mask=inside)
-        tl.store(scale + 3 * e + 2, z * inv, mask=inside)
-        tl.store(scale_dot + 3 * e, cx * inv + x * inv_dot, mask=inside)
-        tl.store(scale_dot + 3 * e + 1, cy * inv + y * inv_dot, mask=inside)
-        tl.store(scale_dot + 3 * e + 2, cz * inv + z * inv_dot, mask=inside)
+        store_vector(scale, e, inside, x * inv, y * inv, z * inv)
+        store_vector(scale_dot, e, inside, cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot)
     else:
         if ORDER == 0:
             inv = 0.0 * inv + 1.0
@@ -192,8 +172,8 @@ def geometry_second_kernel(
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z = _rows(vec, e, inside, 1.0)
-    cx, cy, cz = _rows(vec_dot, e, inside, 0.0)
+    x, y, z = load_vector(vec, e, inside, 1.0)
+    cx, cy, cz = load_vector(vec_dot, e, inside, 0.0)
     d = tl.sqrt(x * x + y * y + z * z)
     x_unit, y_unit, z_unit = x / d, y / d, z / d
     d_dot = x_unit * cx + y_unit * cy + z_unit * cz
@@ -239,6 +219,4 @@ def geometry_second_kernel(
     vx += g * x_unit + g_dot * (cx - d_dot * x_unit)
     vy += g * y_unit + g_dot * (cy - d_dot * y_unit)
     vz += g * z_unit + g_dot * (cz - d_dot * z_unit)
-    tl.store(grad_vec + 3 * e, vx, mask=inside)
-    tl.store(grad_vec + 3 * e + 1, vy, mask=inside)
-    tl.store(grad_vec + 3 * e + 2, vz, mask=inside)
+    store_vector(grad_vec, e, inside, vx, vy, vz)
