@@ -29,7 +29,7 @@ from fairchem.core.common.registry import registry
 host, data = sys.argv[1:]
 config = get_hydra_config_from_yaml(host, [
     data, "backbone=e2former_v2_omol25", "+heads=e2former_v2_direct_by_task",
-    "~moe_layer_type", "~num_moe_experts", "~otf_graph", "~regress_stress", "~direct_forces", "~dataset_list"])
+    "~moe_layer_type", "~num_moe_experts", "~otf_graph", "~direct_forces", "~dataset_list"])
 model = config.runner.train_eval_unit.model
 assert registry.get_model_class("e2former_v2").__name__ == "E2FormerV2Backbone"
 from e2former_fairchem.launch import find

@@ -17,7 +17,7 @@ from e2former_fairchem.training import resolvers
 HOST = Path(__file__).parent / "host" / "uma_sm_direct.yaml"
 
 #: The host's keys that only its own backbone reads. fairchem refuses keys that nobody reads.
-DELETIONS = ("~moe_layer_type", "~num_moe_experts", "~otf_graph", "~regress_stress", "~direct_forces", "~dataset_list")
+DELETIONS = ("~moe_layer_type", "~num_moe_experts", "~otf_graph", "~direct_forces", "~dataset_list")
 
 #: Keeps our published network small enough for a test.
 SMALL = ("backbone.sphere_channels=8", "backbone.num_layers=1", "backbone.num_heads=4", "backbone.num_radial_basis=8")

@@ -38,7 +38,7 @@ def test_the_documented_line_for_umas_yaml_composes(page: str, repo: Path, fake_
 
     text = (repo / page).read_text()
     line = (
-        re.search(r"fairchem -c uma_sm_direct\.yaml ((?:.|\n)*?)\n(?:\n|```)", text)
+        re.search(r"fairchem -c uma_sm_direct_pretrain\.yaml ((?:.|\n)*?)\n(?:\n|```)", text)
         .group(1)
         .replace("\\\n", " ")
         .split()
@@ -57,7 +57,9 @@ def test_the_documented_line_for_allscaips_yaml_composes(repo: Path, fake_omol25
     host = elsewhere / "host"
     shutil.copytree(repo / "tests" / "integration" / "host", host)
     yaml = (host / "uma_sm_direct.yaml").read_text()
-    yaml = re.sub(r"^(moe_layer_type|num_moe_experts|otf_graph): .*\n", "", yaml, flags=re.MULTILINE)
+    yaml = re.sub(r"^(moe_layer_type|num_moe_experts|otf_graph|cpu_graph): .*\n", "", yaml, flags=re.MULTILINE)
+    dataset = host / "dataset" / "omol.yaml"
+    dataset.write_text(re.sub(r"^    (r_edges|r_stress|radius|max_neigh): .*\n", "", dataset.read_text(), flags=re.M))
     yaml = yaml.replace("bf16: false\n", "bf16: false\nmax_neighbors_pad_size: 50\nuse_pbc: false\nuse_compile: true\n")
     yaml = yaml.replace("  omol_forces:\n    module: fairchem", "  forces:\n    module: fairchem")
     (host / "omol_4m.yaml").write_text(yaml)
