@@ -116,7 +116,7 @@ def run(monkeypatch: pytest.MonkeyPatch, elsewhere: Path, capfd) -> Iterator[Cal
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES} == {*RUNS, "common", "dispersion", "fine_tuning"}
+    assert {path.stem for path in EXAMPLES} == {*RUNS, "common", "crystals", "dispersion", "fine_tuning"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RAY else n for n in RUNS])
@@ -165,6 +165,15 @@ def test_dispersion(run, tmp_path, write_checkpoint, d3_table, monkeypatch) -> N
         float(e) for e in re.findall(rf"^\d\.\d Å: {NUMBER} eV, of which dispersion ({NUMBER}) eV$", out, re.M)
     )
     assert near < far < 0
+
+
+def test_crystals(launch, run, monkeypatch) -> None:
+    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
+    out = run("crystals", "--structures", "10", "--epochs", "1")
+    stress = re.search(rf"^stress of cells held out: ({NUMBER}) meV/Å\^3$", out, re.MULTILINE)
+    table = re.search(rf"^validation .* ({NUMBER})$", out, re.MULTILINE)  # its last column is the stress
+    assert float(stress[1]) == pytest.approx(float(table[1]), rel=0.01)
+    assert re.search(rf"^copper, lattice constant: {NUMBER} Å \(EMT: 3\.590\)$", out, re.MULTILINE)
 
 
 def test_fine_tuning(launch, run, tmp_path, write_checkpoint, monkeypatch) -> None:
