@@ -81,6 +81,7 @@ class ErrorCollector:
             rows = names == name
             energy = task_of(self.tasks, "energy", name)
             forces = task_of(self.tasks, "forces", name)
+            stress = task_of(self.tasks, "stress", name)
             if energy is not None:
                 self.sets[name].referenced &= energy.element_references is not None
             self.sets[name].add(
@@ -91,7 +92,8 @@ class ErrorCollector:
                     charge=whole.charge[rows],
                     spin=whole.spin[rows],
                     energy=None if energy is None else _energies(energy, name, batch, output)[rows],
-                    forces=None if forces is None else _forces(forces, name, batch, output)[rows[owner]],
+                    forces=None if forces is None else _physical(forces, name, batch, output)[rows[owner]],
+                    stress=None if stress is None else _physical(stress, name, batch, output)[rows].reshape(-1, 2, 9),
                 )
             )
 
@@ -99,7 +101,8 @@ class ErrorCollector:
 def _pair(task: Task, name: str, batch: AtomicData, target: Tensor, predicted: Tensor) -> np.ndarray:
     """Labels and predictions [n, 2, ...] in float64 on the CPU, labels that do not count as NaN; one transfer."""
     pair = torch.stack([target.double(), predicted.detach().double().view_as(target)], 1)
-    mask = valid(batch, task, name).view(-1, *[1] * (pair.dim() - 1))
+    mask = valid(batch, task, name).view(len(pair), -1).all(1)  # of stress it has nine columns
+    mask = mask.view(-1, *[1] * (pair.dim() - 1))
     return torch.where(mask, pair, torch.nan).cpu().numpy()
 
 
@@ -111,7 +114,7 @@ def _energies(task: Task, name: str, batch: AtomicData, output: dict) -> np.ndar
     return _pair(task, name, batch, target, task.normalizer.denorm(output[task.name][task.property]))
 
 
-def _forces(task: Task, name: str, batch: AtomicData, output: dict) -> np.ndarray:
+def _physical(task: Task, name: str, batch: AtomicData, output: dict) -> np.ndarray:
     return _pair(task, name, batch, batch[task.name], task.normalizer.denorm(output[task.name][task.property]))
 
 

@@ -14,9 +14,10 @@ from e2former_fairchem.report.sample import EDGES, Sample, histogram
 #: Points of the parity plots, and structures in each list of the worst.
 SAMPLE_SIZE, WORST = 200_000, 15
 
-# What is summed. Energies in eV and eV/atom, forces by component in eV/Å.
+# What is summed. Energies in eV and eV/atom, forces by component in eV/Å, stress by component in eV/Å^3.
 ENERGY_SUMS = ("count", "abs", "square", "signed", "abs_total", "reference", "reference_square")
 FORCE_SUMS = ("count", "abs", "square", "reference_abs", "reference", "reference_square", "cosine", "atoms")
+STRESS_SUMS = ("count", "abs", "square")
 GROUP_SUMS = ("structures", "energy_count", "energy_abs", "force_count", "force_abs", "force_reference_abs")
 ELEMENT_SUMS = ("atoms", "count", "abs", "square", "reference_abs")
 WORST_NUMBERS = ("index", "atoms", "charge", "spin", "energy_error", "force_mae", "force_max")
@@ -34,6 +35,7 @@ class Predictions:
         spin: [B], spin multiplicity, 0 where it is not given.
         energy: [B, 2], reference and prediction in eV, without the energies of the elements; None for no energy task.
         forces: [N, 2, 3], reference and prediction, eV/Å; None for no force task.
+        stress: [B, 2, 9], reference and prediction, eV/Å^3; None for no stress task.
     """
 
     index: NDArray[np.int64]
@@ -43,6 +45,7 @@ class Predictions:
     spin: NDArray[np.int64]
     energy: NDArray[np.float64] | None = None
     forces: NDArray[np.float64] | None = None
+    stress: NDArray[np.float64] | None = None
 
 
 def formula(numbers: NDArray) -> str:
@@ -71,6 +74,7 @@ class SetErrors:
         self.nonfinite = 0
         self.energy = np.zeros(len(ENERGY_SUMS))
         self.forces = np.zeros(len(FORCE_SUMS))
+        self.stress = np.zeros(len(STRESS_SUMS))
         self.energy_histogram = np.zeros(len(EDGES) - 1, np.int64)
         self.force_histogram = np.zeros(len(EDGES) - 1, np.int64)
         self.energy_sample = Sample(sample_size, 2, (*seed, 0))
@@ -93,6 +97,8 @@ class SetErrors:
         if batch.forces is not None:
             bad = np.isfinite(forces[:, 0]).all(1) & ~np.isfinite(forces[:, 1]).all(1)
             broken |= np.bincount(owner, bad, size) > 0
+        if batch.stress is not None:
+            broken |= np.isfinite(batch.stress[:, 0]).all(1) & ~np.isfinite(batch.stress[:, 1]).all(1)
         self.structures += size
         self.atoms += int(batch.natoms.sum())
         self.nonfinite += int(broken.sum())
@@ -104,6 +110,11 @@ class SetErrors:
         difference = np.where(has_forces[:, None], forces[:, 1] - forces[:, 0], 0.0)
         reference = np.where(has_forces[:, None], forces[:, 0], 0.0)
         self._add_forces(forces[has_forces], batch.numbers[has_forces])
+
+        if batch.stress is not None:
+            counted = batch.stress[np.isfinite(batch.stress).all((1, 2)) & ~broken]
+            error = counted[:, 1] - counted[:, 0]
+            self.stress += [error.size, np.abs(error).sum(), (error**2).sum()]
 
         # sums for each structure, from which groups and worst structures follow
         energy_error = np.where(has_energy, per_atom[:, 1] - per_atom[:, 0], 0.0)
@@ -171,7 +182,9 @@ class SetErrors:
     def merge(self, other: SetErrors) -> None:
         """Add another rank's errors on the same set."""
         self.referenced &= other.referenced
-        for name in ("structures", "atoms", "nonfinite", "energy", "forces", "energy_histogram", "force_histogram"):
+        for name in ("structures", "atoms", "nonfinite", "energy", "forces", "stress"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("energy_histogram", "force_histogram"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.elements = self.elements + other.elements
         for name in ("energy_sample", "force_sample"):
@@ -189,6 +202,7 @@ class SetErrors:
             "counts": np.array([self.structures, self.atoms, self.nonfinite, self.referenced], np.int64),
             "energy": self.energy,
             "forces": self.forces,
+            "stress": self.stress,
             "energy_histogram": self.energy_histogram,
             "force_histogram": self.force_histogram,
             "elements": self.elements,
@@ -210,8 +224,9 @@ class SetErrors:
         new = cls(name)
         new.structures, new.atoms, new.nonfinite = (int(n) for n in arrays["counts"][:3])
         new.referenced = bool(arrays["counts"][3])
-        for key in ("energy", "forces", "energy_histogram", "force_histogram", "elements"):
-            setattr(new, key, arrays[key])
+        for key in ("energy", "forces", "stress", "energy_histogram", "force_histogram", "elements"):
+            if key in arrays or key != "stress":  # files of earlier versions have none
+                setattr(new, key, arrays[key])
         for key in ("energy_sample", "force_sample"):
             sample = getattr(new, key)
             sample.rows, sample.keys = arrays[key], arrays[f"{key}_keys"]

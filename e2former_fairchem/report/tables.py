@@ -15,6 +15,7 @@ from e2former_fairchem.report.errors import (
     ENERGY_SUMS,
     FORCE_SUMS,
     GROUP_SUMS,
+    STRESS_SUMS,
     WORST_NUMBERS,
     SetErrors,
 )
@@ -41,7 +42,7 @@ class Table:
 
 
 def overall(errors: SetErrors) -> dict[str, float | int | None]:
-    """Errors on a set; energies in meV and meV/atom, forces by component in meV/Å, None for what was not compared."""
+    """Errors on a set in meV, meV/atom, meV/Å and meV/Å^3 (by component), None for what was not compared."""
     energy = dict(zip(ENERGY_SUMS, errors.energy, strict=True))
     forces = dict(zip(FORCE_SUMS, errors.forces, strict=True))
     result: dict[str, Any] = {
@@ -66,6 +67,12 @@ def overall(errors: SetErrors) -> dict[str, float | int | None]:
         "zero_force_mae": 1000 * forces["reference_abs"] / n if n else None,
         "share_of_zero_forces": forces["abs"] / forces["reference_abs"] if forces["reference_abs"] else None,
     }
+    stress = dict(zip(STRESS_SUMS, errors.stress, strict=True))
+    n = stress["count"]
+    result |= {
+        "stress_mae": 1000 * stress["abs"] / n if n else None,
+        "stress_rmse": 1000 * float(np.sqrt(stress["square"] / n)) if n else None,
+    }
     return {key: value if value is None or isinstance(value, int) else float(value) for key, value in result.items()}
 
 
@@ -84,6 +91,9 @@ def overall_table(sets: Sequence[SetErrors]) -> Table:
     if any(v["force_mae"] is not None for v in values):
         header += ["F MAE<br>meV/Å", "F RMSE<br>meV/Å", "F MAE / zero<br>forces", "F cosine"]
         columns += ["force_mae", "force_rmse", "share_of_zero_forces", "force_cosine"]
+    if any(v["stress_mae"] is not None for v in values):
+        header += ["stress MAE<br>meV/Å³", "stress RMSE<br>meV/Å³"]
+        columns += ["stress_mae", "stress_rmse"]
     rows = []
     for name, value in zip(short_names([s.name for s in sets]), values, strict=True):
         row = [name, f"{value['structures']:,}", f"{value['atoms']:,}"]

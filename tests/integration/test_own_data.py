@@ -276,7 +276,7 @@ def test_train_fine_tune_and_their_table(
     elsewhere: Path, capsys: pytest.CaptureFixture, launch: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One tiny training from a file with a bad frame, with stress, its table; then the fine-tuning of its result."""
-    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
+    monkeypatch.setattr("e2former_fairchem.report.page.draw", lambda sets, records: {})  # figures take seconds
     crystals = [labelled(bulk("Cu", cubic=True) if n % 2 else bulk("Al", cubic=True), n, True) for n in range(12)]
     crystals.insert(3, crystals[2])
     write("cells.traj", crystals)
@@ -292,6 +292,10 @@ def test_train_fine_tune_and_their_table(
     printed = re.search(r"^validation +1 +(\S+) +(\S+) +\S+ % +(\S+)$", out, re.MULTILINE)
     assert float(printed[1]) == pytest.approx(1000 * table["validation"]["energy"], abs=0.06)
     assert float(printed[3]) == pytest.approx(1000 * table["validation"]["stress"], abs=6e-4)
+    (path,) = re.findall(r"^report: (\S+)$", out, re.MULTILINE)
+    reported = json.loads(Path(path).with_name("summary.json").read_text())["omol.val"]
+    assert reported["stress_mae"] == pytest.approx(1000 * table["validation"]["stress"], rel=1e-3)
+    assert "stress MAE" in Path(path).read_text()
     summary = json.loads(Path("run/data.json").read_text())
     assert summary["left_out"] == [f"{elsewhere}/cells.traj: the same structure as an earlier frame: frame 3 (as 2)"]
 

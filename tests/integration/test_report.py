@@ -43,6 +43,7 @@ def structures(number: int, seed: int = 0, first: int = 0) -> Predictions:
         spin=rng.integers(1, 4, number),
         energy=energies,
         forces=pairs,
+        stress=np.where(np.arange(number)[:, None, None] % 10 == 3, np.nan, rng.normal(size=(number, 2, 9))),
     )
 
 
@@ -50,7 +51,7 @@ def part(batch: Predictions, rows: slice) -> Predictions:
     """Some of the structures."""
     owner = np.repeat(np.arange(len(batch.natoms)), batch.natoms)
     atoms = np.isin(owner, np.arange(len(batch.natoms))[rows])
-    cut = {name: getattr(batch, name)[rows] for name in ("index", "natoms", "charge", "spin", "energy")}
+    cut = {name: getattr(batch, name)[rows] for name in ("index", "natoms", "charge", "spin", "energy", "stress")}
     return Predictions(**cut, numbers=batch.numbers[atoms], forces=batch.forces[atoms])
 
 
@@ -75,6 +76,9 @@ def test_errors_are_those_of_the_definition(added: tuple) -> None:
     assert got["force_mae"] == pytest.approx(np.nanmean(np.abs(forces)))
     assert got["force_rmse"] == pytest.approx(np.sqrt(np.nanmean(forces**2)))
     assert got["zero_force_mae"] == pytest.approx(1000 * np.nanmean(np.abs(batch.forces[:, 0])))
+    stress = 1000 * (batch.stress[:, 1] - batch.stress[:, 0])
+    assert got["stress_mae"] == pytest.approx(np.nanmean(np.abs(stress)))
+    assert got["stress_rmse"] == pytest.approx(np.sqrt(np.nanmean(stress**2)))
     labelled = ~np.isnan(batch.forces[:, 0, 0])
     reference, predicted = batch.forces[labelled, 0], batch.forces[labelled, 1]
     cosine = (reference * predicted).sum(1) / np.linalg.norm(reference, axis=1) / np.linalg.norm(predicted, axis=1)
