@@ -107,6 +107,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         envelope_exponent: int = 5,
         atom_embedding: bool = True,
         reflection_equivariant: bool = False,
+        power_spectrum: bool = False,
         long_range: Mapping[str, Any] | None = None,
         convolution: str = "auto",
         kernel_backend: str = "auto",

@@ -74,11 +74,13 @@ class E2FormerV2Config:
         inverse_distance: ``v2`` 1/(d+1e-8), ``v1_5`` 1/max(d,1e-6).
         cutoff: Å.
         score: ``qk``, ``qk_dot``, ``qk_dot_scalar``.
-        message_order: 0 or 1, for all layers or one each.
+        message_order: 0, 1 or 2, for all layers or one each: the value alone, with the direction, or with its harmonics
+            of degrees 1 and 2.
         attention_norm: ``smooth`` or the authors'.
         envelope_exponent: 3 (release v2) or 5 (release v1.5).
         atom_embedding: add the element/charge/spin embedding to the initial scalars.
         reflection_equivariant: O(3) instead of SO(3): drop the cross-product paths.
+        power_spectrum: the feed-forward's scalars see the squares of the other degrees.
         long_range: None or {layers, lower, upper, envelope}.
         convolution: form of the order-1 convolution.
         kernel_backend: who computes it.
@@ -107,6 +109,7 @@ class E2FormerV2Config:
     envelope_exponent: int = 5
     atom_embedding: bool = True
     reflection_equivariant: bool = False
+    power_spectrum: bool = False
     long_range: LongRange | Mapping[str, Any] | None = None
     convolution: str = "auto"
     kernel_backend: str = "auto"
@@ -149,12 +152,15 @@ class E2FormerV2Config:
             if len(orders) != self.num_layers:
                 raise ValueError(f"message_order: expected {self.num_layers} entries (num_layers), got {len(orders)}")
         for order in self.message_orders:
-            if isinstance(order, bool) or order not in (0, 1):
-                raise ValueError(f"message_order: expected 0 or 1 (per layer), got {self.message_order!r}")
+            if isinstance(order, bool) or order not in (0, 1, 2):
+                raise ValueError(f"message_order: expected 0, 1 or 2 (per layer), got {self.message_order!r}")
+            if order == 2 and self.convolution == "eaas":
+                raise ValueError("convolution: expected auto, on_the_fly or dense with message_order 2, got 'eaas'")
         for key in (
             "edge_layer_norm",
             "atom_embedding",
             "reflection_equivariant",
+            "power_spectrum",
             "activation_checkpointing",
             "cuda_graph",
         ):

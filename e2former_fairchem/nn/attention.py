@@ -101,9 +101,9 @@ class PathProjection(nn.Module):
 
 
 class EquivariantAttention(nn.Module):
-    """Attention over neighbours with order-0 or order-1 messages (docs/network.md, section 6).
+    """Attention over neighbours with messages of order 0, 1 or 2 (docs/network.md, section 6).
 
-    order: 0 or 1. cutoff, envelope_exponent, bell: of the graph it runs on (the long-range blocks have their own).
+    order: of the messages. cutoff, bell: of the graph it runs on (the long-range blocks have their own).
     """
 
     def __init__(
@@ -134,20 +134,20 @@ class EquivariantAttention(nn.Module):
         self.query_key = QueryKey(lmax, channels, heads, config.head_dim)
         self.value = SO3Linear(lmax, channels, channels)
         self.dot = None if config.score == "qk" else DirectionalGate(config)
+        if order == 0:
+            self.coupling, self.paths, width = None, None, channels
+        else:
+            paths, dtype = path_table(lmax, config.reflection_equivariant, order), torch.get_default_dtype()
+            self.register_buffer("coupling", paths.coupling.to(dtype), persistent=False)
+            width = heads * (config.value_multiplicity or channels // heads)
+            self.paths = PathProjection(paths.row_paths, channels, width)
         if order == 1:
-            paths = path_table(lmax, config.reflection_equivariant)
             tables = eaas_tables(paths)
-            dtype = torch.get_default_dtype()
             self.row_paths, self.lists, self.num_recursions = tables.row_paths, tables.lists, len(tables.recursion)
-            self.register_buffer("coupling", tables.coupling.to(dtype), persistent=False)
             self.register_buffer("aligned_index", tables.aligned_index, persistent=False)
             self.register_buffer("aligned_value", tables.aligned_value.to(dtype), persistent=False)
             for n, matrix in enumerate(tables.recursion):
                 self.register_buffer(f"recursion{n}", matrix.to(dtype), persistent=False)
-            width = heads * (config.value_multiplicity or channels // heads)
-            self.paths = PathProjection(tables.row_paths, channels, width)
-        else:
-            self.coupling, self.paths, width = None, None, channels
         self.out = SO3Linear(lmax, width, channels)
 
     @property
@@ -196,7 +196,7 @@ class EquivariantAttention(nn.Module):
         if self.dot is not None:
             dot = self.dot.project(h, execution)
             dot_weights = self.dot(self.target_embedding.weight, self.source_embedding.weight, execution)
-        form = execution.form if self.spec.order == 1 else "relative"
+        form = execution.form if self.spec.order > 0 else "relative"
         arguments = (self.spec, query, key, value, dot, graph.vec, edges, radial, dot_weights, self.coupling)
         if execution.kernels and form != "dense":
 

@@ -33,7 +33,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = EquivariantRMSNorm(config.lmax, config.sphere_channels)
         self.attention = EquivariantAttention(config, order, cutoff, bell)
         self.norm2 = EquivariantRMSNorm(config.lmax, config.sphere_channels)
-        self.feedforward = GatedFeedForward(config.lmax, config.sphere_channels)
+        self.feedforward = GatedFeedForward(config.lmax, config.sphere_channels, config.power_spectrum)
 
     def forward(
         self,

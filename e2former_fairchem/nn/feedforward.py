@@ -20,16 +20,18 @@ class GatedFeedForward(nn.Module):
     r"""The authors' ``s3`` feed-forward (docs/network.md, section 7).
 
     y = W1 x; gates G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; result W2 z.
+    power_spectrum: the scalars of x see the squares of the other degrees first (equation 7.3).
     """
 
-    def __init__(self, lmax: int, channels: int) -> None:
+    def __init__(self, lmax: int, channels: int, power_spectrum: bool = False) -> None:
         super().__init__()
         self.lmax, self.channels = lmax, channels
         self.linear1 = SO3Linear(lmax, channels, channels)
         self.gates = kaiming_linear(channels, (lmax + 1) * channels)
         self.linear2 = SO3Linear(lmax, channels, channels)
+        self.power = kaiming_linear(lmax * channels, channels, bias=False) if power_spectrum else None
 
-    def weights(self, norm: EquivariantRMSNorm) -> tuple[Tensor, ...]:
+    def weights(self, norm: EquivariantRMSNorm) -> tuple[Tensor | None, ...]:
         """The parameters of the norm and the network in the order of the kernels' arguments."""
         return (
             norm.affine_weight,
@@ -40,6 +42,7 @@ class GatedFeedForward(nn.Module):
             self.gates.bias,
             self.linear2.weight,
             self.linear2.bias,
+            None if self.power is None else self.power.weight,
         )
 
     def prepared(self, norm: EquivariantRMSNorm, execution: Execution) -> HalfWeights | Weights | None:

@@ -25,6 +25,7 @@ CONFIGS = {
     "eaas": {"convolution": "eaas"},
     "qk_dot": {"score": "qk_dot"},
     "qk_dot_scalar": {"score": "qk_dot_scalar"},
+    "order_2": {"message_order": 2, "reflection_equivariant": True, "power_spectrum": True},
 }
 # Network, execution, precision of products. The interpreter has time for a few, and for first derivatives:
 # test_triton_model.py has all networks there, in float64.
@@ -32,11 +33,12 @@ INTERPRETED = [
     ("qk", "kernels", "highest"),
     ("qk", "kernels", "high"),  # weights that train stay float32, which a CPU does not round to TF32
     ("qk", "frozen", "highest"),
-    *((name, "frozen_half", "high") for name in ("qk", "softplus", "eaas")),
+    ("order_2", "kernels", "highest"),
+    *((name, "frozen_half", "high") for name in ("qk", "softplus", "eaas", "order_2")),
 ]
 ON_GPU = [
     (name, execution, precision)
-    for name in ("qk", "eaas", "qk_dot", "qk_dot_scalar")
+    for name in ("qk", "eaas", "qk_dot", "qk_dot_scalar", "order_2")
     for execution, precisions in (
         ("kernels", ("highest", "high")),
         ("frozen", ("highest",)),

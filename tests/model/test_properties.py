@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -68,6 +69,13 @@ class TestEAAS(EquivarianceTests, PeriodicTests, GradientTests):
         return hydra_model(convolution="eaas")
 
 
+class TestOrderTwo(EquivarianceTests, PeriodicTests, GradientTests, SmoothCutoffTests):
+    reflection = True
+
+    def build_model(self) -> HydraModel:
+        return hydra_model(message_order=2, reflection_equivariant=True, power_spectrum=True)
+
+
 class TestOnTheFlyDot(EquivarianceTests, GradientTests, SmoothCutoffTests):
     def build_model(self) -> HydraModel:
         return hydra_model(convolution="on_the_fly", score="qk_dot")
@@ -103,19 +111,22 @@ def test_the_authors_softmax_jumps() -> None:
         Tests().test_limit_of_the_jump()
 
 
-@pytest.mark.parametrize("lmax", [1, 2, 3, 4])
-@pytest.mark.parametrize("reflection_equivariant", [False, True])
-def test_forms_agree(lmax: int, reflection_equivariant: bool, float64_default: None) -> None:
+@pytest.mark.parametrize(
+    ("lmax", "reflection_equivariant", "order"),
+    [*itertools.product([1, 2, 3, 4], [False, True], [1]), (1, False, 2), (2, True, 2), (4, False, 2)],
+)
+def test_forms_agree(lmax: int, reflection_equivariant: bool, order: int, float64_default: None) -> None:
     """dense, eaas and on_the_fly are one function; so are their derivatives in every parameter."""
-    results = {}
-    for convolution in ("dense", "on_the_fly", "eaas", "auto"):
-        model = hydra_model(convolution=convolution, lmax=lmax, reflection_equivariant=reflection_equivariant)
+    results, changes = {}, {"lmax": lmax, "reflection_equivariant": reflection_equivariant, "message_order": order}
+    forms = ("on_the_fly", "eaas", "auto") if order == 1 else ("on_the_fly", "auto")
+    for convolution in ("dense", *forms):
+        model = hydra_model(convolution=convolution, **changes)
         model.train()
         out = model(atomic_data([random_molecule(), water_box()], torch.float64))
         loss = out["forces"]["forces"].square().sum() + out["energy"]["energy"].square().sum()
         grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
         results[convolution] = [out["energy"]["energy"], out["forces"]["forces"], *grads]
-    for convolution in ("on_the_fly", "eaas", "auto"):
+    for convolution in forms:
         for got, expected in zip(results[convolution], results["dense"], strict=True):
             scale = float(expected.detach().abs().max()) + 1e-12
             assert float((got - expected).detach().abs().max()) <= 1e-10 * scale

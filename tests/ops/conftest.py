@@ -142,7 +142,7 @@ class Make:
             square = self(heads, heads), self(heads)
             dot_weights = DotWeights(None, *square, self(heads), self(heads), self(heads, heads), self(heads))
         outputs = heads if score == "qk_dot" else 2 * heads
-        coupling = self(PATHS[lmax], 3, rows).detach() if order == 1 else None
+        coupling = self(PATHS[lmax], spec.directions, rows).detach() if order > 0 else None
         nodes_in = (self(nodes, heads, width), self(nodes, heads, width), self(nodes, rows, heads * per_head), dot)
         weights = (self.radial(1, outputs, hidden, basis), dot_weights, coupling)
         return (spec, *nodes_in, vec, edges, *weights)
@@ -318,7 +318,7 @@ def norm_operation(make: Make, size: int = 7, compiled: bool = False, channels: 
 
 
 def feedforward_operation(
-    make: Make, size: int = 7, compiled: bool = False, channels: int = 6, lmax: int = 2
+    make: Make, size: int = 7, compiled: bool = False, channels: int = 6, lmax: int = 2, power: bool = False
 ) -> Operation:
     from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
 
@@ -333,7 +333,7 @@ def feedforward_operation(
         "gate_bias": (degrees * c,),
         "weight2": (degrees, c, c),
         "bias2": (c,),
-    }
+    } | ({"power_weight": (c, lmax * c)} if power else {})
     tensors = {n: make(*s) for n, s in shapes.items()}
 
     def run(t: dict[str, Tensor]) -> Tensor:
@@ -408,6 +408,7 @@ OPERATIONS = {
     "edge_degree": edge_degree_operation,
     "norm": norm_operation,
     "feedforward": feedforward_operation,
+    "feedforward_power": functools.partial(feedforward_operation, power=True),
     "query_key": query_key_operation,
     "grouped_linear": grouped_operation,
     "so3_linear": so3_operation,

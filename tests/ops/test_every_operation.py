@@ -13,8 +13,8 @@ from e2former_kernels.common.backend import triton_installed
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
-ON_NODES = ["norm", "feedforward", "query_key", "grouped_linear", "so3_linear"]
-KERNELS = ["attention", "edge_degree", "norm", "feedforward", "query_key"]
+ON_NODES = ["norm", "feedforward", "feedforward_power", "query_key", "grouped_linear", "so3_linear"]
+KERNELS = ["attention", "edge_degree", "norm", "feedforward", "feedforward_power", "query_key"]
 ALL = ["attention", "attention_dot", "attention_dot_scalar", "edge_degree", *ON_NODES]
 PREFIXES = ["radial.", "dot_weights.radial."]
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -26,6 +26,7 @@ SMALL = {
     "edge_degree": EDGES,
     "norm": {},
     "feedforward": {},
+    "feedforward_power": {},
     "query_key": {},
 }
 NODES = {"size": 100, "channels": 64}
@@ -34,6 +35,7 @@ WIDE = {
     "edge_degree": {"size": 900, "nodes": 60, "width": 32, "basis": 32, "hidden": 16},
     "norm": NODES,
     "feedforward": NODES,
+    "feedforward_power": NODES,
     "query_key": NODES | {"width": 32},
 }
 
@@ -112,7 +114,8 @@ WEIGHTS = [("smooth", "v1_5"), ("molfm", "v1_5"), ("molfm", "v2"), ("softplus", 
 SCORES = ["attention", "attention_dot", "attention_dot_scalar"]
 COMBINATIONS = [
     pytest.param(score, order, *weights, 1 + (s + 2 * order + n) % 4, id=f"{score}-{order}-{'-'.join(weights)}")
-    for (s, score), order, (n, weights) in itertools.product(enumerate(SCORES), (0, 1), enumerate(WEIGHTS))
+    for (s, score), order, (n, weights) in itertools.product(enumerate(SCORES), (0, 1, 2), enumerate(WEIGHTS))
+    if order < 2 or n == s or score == "attention"
 ]
 
 
@@ -131,7 +134,8 @@ def test_scores_orders_weights_and_degrees(
 @pytest.mark.parametrize("name", ON_NODES)
 def test_derivatives_against_finite_differences(operation, name: str) -> None:
     """Of all inputs; the edges' operations have their own."""
-    small = {"norm": {"channels": 3}, "feedforward": {"channels": 2}, "query_key": {"channels": 2, "width": 3}}
+    small = {"norm": {"channels": 3}, "query_key": {"channels": 2, "width": 3}}
+    small |= {key: {"channels": 2} for key in ("feedforward", "feedforward_power")}
     case = operation(name, size=2, **({"lmax": 1} | small[name] if name in small else {}))
     tensors = tuple(case.tensors.values())
 

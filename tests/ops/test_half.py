@@ -152,25 +152,27 @@ def feedforward_weights(degrees: int, channels: int) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("residual", "power"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("nodes", "lmax"), [(0, 2), (1, 1), (37, 2), (5, 4)])
 def test_feedforward(
-    nodes: int, lmax: int, residual: bool, device: str, matmul_precision: Callable[[str], None]
+    nodes: int, lmax: int, residual: bool, power: bool, device: str, matmul_precision: Callable[[str], None]
 ) -> None:
     """The result and the gradient, however large an atom's features are."""
     channels = 24 if device == "cpu" else 256
     given = feedforward_weights(lmax + 1, channels)
+    spectrum = 0.5 * torch.randn(channels, lmax * channels, dtype=torch.float64) / (lmax * channels) ** 0.5
     features = torch.randn(nodes, (lmax + 1) ** 2, channels, dtype=torch.float64)
     grad = torch.randn_like(features) * sizes_of(nodes, (1.0, 1e-9, 1e6))
     features *= sizes_of(nodes, (1.0, 1e-9, 1e6, 0.0))
 
     def run(dtype: torch.dtype, half: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, cast = features.to(device, dtype).requires_grad_(), [w.to(device, dtype) for w in given]
+        options = {"residual": residual, "power_weight": spectrum.to(device, dtype) if power else None}
         if half:
-            prepared = half_feedforward(Weights(*cast), torch.get_float32_matmul_precision())
-            y = gated_feedforward(x, *cast, residual=residual, prepared=prepared)
+            prepared = half_feedforward(Weights(*cast, options["power_weight"]), torch.get_float32_matmul_precision())
+            y = gated_feedforward(x, *cast, **options, prepared=prepared)
         else:
-            y = gated_feedforward_reference(x, *cast, residual=residual)
+            y = gated_feedforward_reference(x, *cast, **options)
         (by_x,) = torch.autograd.grad(y, x, grad.to(device, dtype))
         return y.detach(), by_x
 

@@ -24,7 +24,7 @@ def test_feedforward(make, compare, residual: bool) -> None:
     c = 6
     shapes = [(5, 9, c), (3, c), (c,), (3, c, c), (c,), (3 * c, c), (3 * c,), (3, c, c), (c,)]
     arguments = [make(*s) for s in shapes]
-    op, reference = (f(*arguments, residual) for f in (gated_feedforward, gated_feedforward_reference))
+    op, reference = (f(*arguments, residual=residual) for f in (gated_feedforward, gated_feedforward_reference))
     compare(op, reference, arguments[:-1])
     assert torch.allclose(*(torch.autograd.grad(x.sum(), arguments[-1])[0] for x in (op, reference)))
 

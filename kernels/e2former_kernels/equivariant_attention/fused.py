@@ -126,11 +126,11 @@ class FusedAttention(Step):
 
     @property
     def directions(self) -> int:
-        """B of the kernels: 3 for the relative form of order 1, else 1."""
-        return 1 if self.coupling is None else 3
+        """B of the kernels."""
+        return 1 if self.coupling is None else self.spec.directions
 
     def plan(self, tensors: list[Tensor]) -> Plan:
-        coupling = None if self.coupling is None else self.coupling.unflatten(1, (3, -1))
+        coupling = None if self.coupling is None else self.coupling.unflatten(1, (self.directions, -1))
         return attention_plan(self.spec, self.form, self.outline.like(tensors), self.edges, coupling)
 
     def _gate(self, tensors: list[Tensor], changes: Sequence[Tensor] = ()) -> RadialGate:

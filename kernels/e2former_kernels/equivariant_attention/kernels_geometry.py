@@ -35,13 +35,54 @@ def inverse_of(d, V2: tl.constexpr):
 
 
 @triton.jit
+def second_degree(x, y, z):
+    """Harmonics of degree 2 of a direction over the root of 5 (component normalisation): their norm is 1."""
+    root: tl.constexpr = 1.7320508075688772
+    return root * x * z, root * x * y, y * y - 0.5 * (x * x + z * z), root * y * z, 0.5 * root * (z * z - x * x)
+
+
+@triton.jit
+def second_degree_dot(x, y, z, a, b, c):
+    """Change of :func:`second_degree` along (a, b, c)."""
+    root: tl.constexpr = 1.7320508075688772
+    return (
+        root * (a * z + x * c),
+        root * (a * y + x * b),
+        2.0 * y * b - x * a - z * c,
+        root * (b * z + y * c),
+        root * (z * c - x * a),
+    )
+
+
+@triton.jit
+def second_degree_back(g0, g1, g2, g3, g4, x, y, z):
+    """Gradient by the direction of <g, second_degree>, linear in it."""
+    root: tl.constexpr = 1.7320508075688772
+    gx = root * (g0 * z + g1 * y - g4 * x) - g2 * x
+    gy = root * (g1 * x + g3 * z) + 2.0 * g2 * y
+    gz = root * (g0 * x + g3 * y + g4 * z) - g2 * z
+    return gx, gy, gz
+
+
+@triton.jit
+def store_scale(scale, e, inside, x, y, z, s, B: tl.constexpr):
+    """Row e of scale [E, B]: x, y, z and the five of degree 2."""
+    tl.store(scale + B * e, x, mask=inside)
+    tl.store(scale + B * e + 1, y, mask=inside)
+    tl.store(scale + B * e + 2, z, mask=inside)
+    if B == 8:
+        for k in tl.static_range(5):
+            tl.store(scale + B * e + 3 + k, s[k], mask=inside)
+
+
+@triton.jit
 def geometry_kernel(
     vec, distance, envelope, scale, row, source, target, species, target_species, pair_row,
     E, Z, intervals, knots_per_length, lower, upper,
     P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr,
     TABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Envelope and message scale (the direction; 1/d; or 1) of every edge, and its length.
+    """Envelope, message scale (direction and harmonics of degree 2; direction; 1/d; or 1) and length of every edge.
 
     TABLE: instead of the length its position in the interval of the radial table, 0 to 1, and in ``row`` the interval's
     first row. species: of the senders; target_species: of the run's receivers. pair_row: [Z, Z].
@@ -61,8 +102,9 @@ def geometry_kernel(
     else:
         tl.store(distance + e, d, mask=inside)
     inv, _ = inverse_of(d, V2)
-    if B == 3:
-        store_vector(scale, e, inside, x * inv, y * inv, z * inv)
+    if B > 1:
+        x, y, z = x * inv, y * inv, z * inv
+        store_scale(scale, e, inside, x, y, z, second_degree(x, y, z), B)
     else:
         if ORDER == 0:
             inv = 0.0 * inv + 1.0
@@ -102,16 +144,26 @@ def geometry_backward_kernel(
         g += _total(grad_parts + (B + 1) * plane, e, stride, inside, S)
     else:
         g += tl.load(grad_distance + e, mask=inside, other=0.0)
-    if B == 3:
+    if B > 1:
         gx = _total(grad_parts, e, stride, inside, S)
         gy = _total(grad_parts + plane, e, stride, inside, S)
         gz = _total(grad_parts + 2 * plane, e, stride, inside, S)
+        if B == 8:
+            further = ()
+            for k in tl.static_range(3, 8):
+                further = further + (_total(grad_parts + k * plane, e, stride, inside, S),)
+            ax, ay, az = second_degree_back(
+                further[0], further[1], further[2], further[3], further[4], x * inv, y * inv, z * inv
+            )
+            gx += ax
+            gy += ay
+            gz += az
         g += slope * (gx * x + gy * y + gz * z)
-    elif ORDER == 1:
+    elif ORDER > 0:
         g += slope * _total(grad_parts, e, stride, inside, S)
     g = g / d
     vx, vy, vz = g * x, g * y, g * z
-    if B == 3:
+    if B > 1:
         vx += gx * inv
         vy += gy * inv
         vz += gz * inv
@@ -149,15 +201,29 @@ def geometry_tangent_kernel(
     tl.store(envelope_dot + e, du * d_dot, mask=inside)
     inv, slope = inverse_of(d, V2)
     inv_dot = slope * d_dot
-    if B == 3:
-        store_vector(scale, e, inside, x * inv, y * inv, z * inv)
-        store_vector(scale_dot, e, inside, cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot)
+    if B > 1:
+        cx, cy, cz = cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot
+        x, y, z = x * inv, y * inv, z * inv
+        store_scale(scale, e, inside, x, y, z, second_degree(x, y, z), B)
+        store_scale(scale_dot, e, inside, cx, cy, cz, second_degree_dot(x, y, z, cx, cy, cz), B)
     else:
         if ORDER == 0:
             inv = 0.0 * inv + 1.0
             inv_dot = 0.0 * inv
         tl.store(scale + e, inv, mask=inside)
         tl.store(scale_dot + e, inv_dot, mask=inside)
+
+
+@triton.jit
+def _totals(grad_scale, e, inside, E, tiles, first, B: tl.constexpr):
+    """Columns first .. first + B of the sum over the tiles of grad_scale [tiles, E, 2 B], a tuple."""
+    totals = ()
+    for b in tl.static_range(B):
+        total = tl.load(grad_scale + e * (2 * B) + first + b, mask=inside, other=0.0)
+        for k in range(1, tiles):
+            total += tl.load(grad_scale + (k * E + e) * (2 * B) + first + b, mask=inside, other=0.0)
+        totals = totals + (total,)
+    return totals
 
 
 @triton.jit
@@ -187,23 +253,24 @@ def geometry_second_kernel(
     vx = 0.0 * x
     vy = vx
     vz = vx
-    if ORDER == 1:
+    if ORDER > 0:
         # the value enters through s = p (1/d), p = vec or 1, and its change p' (1/d) + p (1/d)_d d'
         bend = _inverse_bend(d, V2)
-        gs0 = 0.0 * x
-        hs0 = gs0
-        if B == 3:
-            gs1, gs2, hs1, hs2 = gs0, gs0, gs0, gs0
-        for k in range(tiles):
-            at = grad_scale + (k * E + e) * (2 * B)
-            gs0 += tl.load(at, mask=inside, other=0.0)
-            hs0 += tl.load(at + B, mask=inside, other=0.0)
-            if B == 3:
-                gs1 += tl.load(at + 1, mask=inside, other=0.0)
-                gs2 += tl.load(at + 2, mask=inside, other=0.0)
-                hs1 += tl.load(at + 4, mask=inside, other=0.0)
-                hs2 += tl.load(at + 5, mask=inside, other=0.0)
-        if B == 3:
+        gs = _totals(grad_scale, e, inside, E, tiles, 0, B)
+        hs = _totals(grad_scale, e, inside, E, tiles, B, B)
+        if B > 1:
+            gs0, gs1, gs2, hs0, hs1, hs2 = gs[0], gs[1], gs[2], hs[0], hs[1], hs[2]
+            if B == 8:  # and through harmonics of s, quadratic in it
+                inv_dot = slope * d_dot
+                a, b, c = second_degree_back(gs[3], gs[4], gs[5], gs[6], gs[7], x * inv, y * inv, z * inv)
+                gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
+                a, b, c = second_degree_back(
+                    hs[3], hs[4], hs[5], hs[6], hs[7],
+                    cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot,
+                )  # fmt: skip
+                gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
+                a, b, c = second_degree_back(hs[3], hs[4], hs[5], hs[6], hs[7], x * inv, y * inv, z * inv)
+                hs0, hs1, hs2 = hs0 + a, hs1 + b, hs2 + c
             along = gs0 * x + gs1 * y + gs2 * z
             along_dot = hs0 * x + hs1 * y + hs2 * z
             g += slope * (along + hs0 * cx + hs1 * cy + hs2 * cz)
@@ -211,8 +278,8 @@ def geometry_second_kernel(
             vy += gs1 * inv + hs1 * slope * d_dot
             vz += gs2 * inv + hs2 * slope * d_dot
         else:
-            along_dot = hs0
-            g += slope * gs0
+            along_dot = hs[0]
+            g += slope * gs[0]
         g += bend * d_dot * along_dot
         g_dot += slope * along_dot
     g_dot = g_dot / d

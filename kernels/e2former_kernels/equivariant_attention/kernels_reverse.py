@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from e2former_kernels.equivariant_attention.kernels_value import sigmoid, softplus
+from e2former_kernels.equivariant_attention.kernels_value import (
+    add_each,
+    dots,
+    load_rows,
+    load_scale,
+    sigmoid,
+    softplus,
+    weighted,
+)
 from e2former_kernels.radial.table import feature, load, spline_and_slope
 
 
@@ -48,18 +56,12 @@ def attend_backward_kernel(
     at_a = ra[:, None] * H + h[None, :]
     mask_a = (ra[:, None] < R) & in_h[None, :]
     base = grad + i * (B * R * H)
-    a0 = load(base + at_a, mask_a, MASKED).to(dtype)
-    if B == 3:
-        a1 = load(base + R * H + at_a, mask_a, MASKED).to(dtype)
-        a2 = load(base + 2 * R * H + at_a, mask_a, MASKED).to(dtype)
+    grad_a = load_rows(base, at_a, mask_a, R * H, B, MASKED, dtype)
     if RB > 0:
         rb = RA + tl.arange(0, RB)
         at_b = rb[:, None] * H + h[None, :]
         mask_b = (rb[:, None] < R) & in_h[None, :]
-        b0 = load(base + at_b, mask_b, MASKED_B).to(dtype)
-        if B == 3:
-            b1 = load(base + R * H + at_b, mask_b, MASKED_B).to(dtype)
-            b2 = load(base + 2 * R * H + at_b, mask_b, MASKED_B).to(dtype)
+        grad_b = load_rows(base, at_b, mask_b, R * H, B, MASKED_B, dtype)
     if NORM <= 1:
         m = load(top + i * H + h, in_h, MASKED)
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
@@ -83,10 +85,7 @@ def attend_backward_kernel(
         g = feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
         p = feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
         u = tl.load(envelope + e)
-        s0 = tl.load(scale + e * B)
-        if B == 3:
-            s1 = tl.load(scale + e * B + 1)
-            s2 = tl.load(scale + e * B + 2)
+        c = load_scale(scale, e, B)
         x = x_next.to(dtype)
         if RB > 0:
             z = z_next.to(dtype)
@@ -114,25 +113,16 @@ def attend_backward_kernel(
             w = softplus(a) * u * p
         else:
             w = sigmoid(a) * u * p
-        y0 = tl.sum(x * a0, axis=0)
+        y = dots(x, grad_a, B)
         if RB > 0:
-            y0 += tl.sum(z * b0, axis=0)
-        if HALF:
-            y0 *= both
-        gw = s0 * y0
-        tl.store(parts + e, tl.sum(w * y0, axis=0))
-        if B == 3:
-            y1 = tl.sum(x * a1, axis=0)
-            y2 = tl.sum(x * a2, axis=0)
-            if RB > 0:
-                y1 += tl.sum(z * b1, axis=0)
-                y2 += tl.sum(z * b2, axis=0)
+            y = add_each(y, dots(z, grad_b, B), B)
+        gw = tl.zeros([BH], dtype=dtype)
+        for b in tl.static_range(B):
+            by = y[b]
             if HALF:
-                y1 *= both
-                y2 *= both
-            gw += s1 * y1 + s2 * y2
-            tl.store(parts + plane + e, tl.sum(w * y1, axis=0))
-            tl.store(parts + 2 * plane + e, tl.sum(w * y2, axis=0))
+                by *= both
+            gw += c[b] * by
+            tl.store(parts + b * plane + e, tl.sum(w * by, axis=0))
         summed += gw * w
         tl.store(slope + e * H + h, gw, mask=in_h)
     if NORM <= 1:
@@ -268,20 +258,12 @@ def sender_kernel(
         w = load(weight + e * H + h, in_h, MASKED)
         if HALF:
             w *= tl.load(grad_factor + i)
-        s0 = tl.load(scale + e * B)
-        x = s0 * load(base + at_a, mask_a, MASKED).to(dtype)
-        if B == 3:
-            s1 = tl.load(scale + e * B + 1)
-            s2 = tl.load(scale + e * B + 2)
-            x += s1 * load(base + R * H + at_a, mask_a, MASKED).to(dtype)
-            x += s2 * load(base + 2 * R * H + at_a, mask_a, MASKED).to(dtype)
-        acc_a += x * w[None, :]
+        c = load_scale(scale, e, B)
+        x = load_rows(base, at_a, mask_a, R * H, B, MASKED, dtype)
+        acc_a += weighted(c, x, B) * w[None, :]
         if RB > 0:
-            y = s0 * load(base + at_b, mask_b, MASKED_B).to(dtype)
-            if B == 3:
-                y += s1 * load(base + R * H + at_b, mask_b, MASKED_B).to(dtype)
-                y += s2 * load(base + 2 * R * H + at_b, mask_b, MASKED_B).to(dtype)
-            acc_b += y * w[None, :]
+            y = load_rows(base, at_b, mask_b, R * H, B, MASKED_B, dtype)
+            acc_b += weighted(c, y, B) * w[None, :]
         gx = load(pair + e * H + h, in_h, MASKED)
         if HALF:
             gx *= tl.load(query_factor + i)

@@ -17,6 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.equivariant_attention.kernels_value import (
+    add_each,
+    add_scaled,
+    dots,
+    load_rows,
+    load_scale,
+    no_rows,
+    store_rows,
+    weighted,
+)
+
 
 @triton.jit
 def _gate(a, NORM: tl.constexpr):
@@ -211,55 +222,29 @@ def aggregate_tangent_kernel(
     at_a = ra[:, None] * H + h[None, :]
     mask_a = (ra[:, None] < R) & in_h[None, :]
     dtype = out.dtype.element_ty
-    a0 = tl.zeros([RA, BH], dtype=dtype)
-    if B == 3:
-        a1 = tl.zeros([RA, BH], dtype=dtype)
-        a2 = tl.zeros([RA, BH], dtype=dtype)
+    sum_a = no_rows(B, RA, BH, dtype)
     if RB > 0:
         rb = RA + tl.arange(0, RB)
         at_b = rb[:, None] * H + h[None, :]
         mask_b = (rb[:, None] < R) & in_h[None, :]
-        b0 = tl.zeros([RB, BH], dtype=dtype)
-        if B == 3:
-            b1 = tl.zeros([RB, BH], dtype=dtype)
-            b2 = tl.zeros([RB, BH], dtype=dtype)
+        sum_b = no_rows(B, RB, BH, dtype)
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         j = tl.load(source + e).to(tl.int64)
         w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
         w_dot = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0)
-        s0 = tl.load(scale + e * B)
-        t0 = tl.load(scale_dot + e * B)
-        if B == 3:
-            s1 = tl.load(scale + e * B + 1)
-            s2 = tl.load(scale + e * B + 2)
-            t1 = tl.load(scale_dot + e * B + 1)
-            t2 = tl.load(scale_dot + e * B + 2)
-        # x: what s multiplies; y: what s' multiplies
+        c, c_dot = load_scale(scale, e, B), load_scale(scale_dot, e, B)
+        # x: what the scale multiplies; y: what its change multiplies
         y = tl.load(value + j * R * H + at_a, mask=mask_a, other=0.0)
         x = y * w_dot[None, :] + tl.load(value_dot + j * R * H + at_a, mask=mask_a, other=0.0) * w[None, :]
-        y = y * w[None, :]
-        a0 += s0 * x + t0 * y
-        if B == 3:
-            a1 += s1 * x + t1 * y
-            a2 += s2 * x + t2 * y
+        sum_a = add_scaled(add_scaled(sum_a, c, x, B), c_dot, y * w[None, :], B)
         if RB > 0:
             y = tl.load(value + j * R * H + at_b, mask=mask_b, other=0.0)
             x = y * w_dot[None, :] + tl.load(value_dot + j * R * H + at_b, mask=mask_b, other=0.0) * w[None, :]
-            y = y * w[None, :]
-            b0 += s0 * x + t0 * y
-            if B == 3:
-                b1 += s1 * x + t1 * y
-                b2 += s2 * x + t2 * y
+            sum_b = add_scaled(add_scaled(sum_b, c, x, B), c_dot, y * w[None, :], B)
     base = out + i * B * R * H
-    tl.store(base + at_a, a0, mask=mask_a)
-    if B == 3:
-        tl.store(base + R * H + at_a, a1, mask=mask_a)
-        tl.store(base + 2 * R * H + at_a, a2, mask=mask_a)
+    store_rows(base, at_a, mask_a, R * H, sum_a, B)
     if RB > 0:
-        tl.store(base + at_b, b0, mask=mask_b)
-        if B == 3:
-            tl.store(base + R * H + at_b, b1, mask=mask_b)
-            tl.store(base + 2 * R * H + at_b, b2, mask=mask_b)
+        store_rows(base, at_b, mask_b, R * H, sum_b, B)
 
 
 @triton.jit
@@ -283,65 +268,38 @@ def message_second_kernel(
     at_a = ra[:, None] * H + h[None, :]
     mask_a = (ra[:, None] < R) & in_h[None, :]
     base = grad + i * B * R * H
-    a0 = tl.load(base + at_a, mask=mask_a, other=0.0)
-    if B == 3:
-        a1 = tl.load(base + R * H + at_a, mask=mask_a, other=0.0)
-        a2 = tl.load(base + 2 * R * H + at_a, mask=mask_a, other=0.0)
+    dtype = grad.dtype.element_ty
+    grad_a = load_rows(base, at_a, mask_a, R * H, B, True, dtype)
     if RB > 0:
         rb = RA + tl.arange(0, RB)
         at_b = rb[:, None] * H + h[None, :]
         mask_b = (rb[:, None] < R) & in_h[None, :]
-        b0 = tl.load(base + at_b, mask=mask_b, other=0.0)
-        if B == 3:
-            b1 = tl.load(base + R * H + at_b, mask=mask_b, other=0.0)
-            b2 = tl.load(base + 2 * R * H + at_b, mask=mask_b, other=0.0)
+        grad_b = load_rows(base, at_b, mask_b, R * H, B, True, dtype)
     dot_sum = tl.zeros([BH], dtype=grad.dtype.element_ty)
     both_sum = dot_sum
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         j = tl.load(source + e).to(tl.int64)
         x = tl.load(value + j * R * H + at_a, mask=mask_a, other=0.0)
         y = tl.load(value_dot + j * R * H + at_a, mask=mask_a, other=0.0)
-        d0 = tl.sum(x * a0, axis=0)
-        f0 = tl.sum(y * a0, axis=0)
-        if B == 3:
-            d1 = tl.sum(x * a1, axis=0)
-            d2 = tl.sum(x * a2, axis=0)
-            f1 = tl.sum(y * a1, axis=0)
-            f2 = tl.sum(y * a2, axis=0)
+        d, d_dot = dots(x, grad_a, B), dots(y, grad_a, B)
         if RB > 0:
             x = tl.load(value + j * R * H + at_b, mask=mask_b, other=0.0)
             y = tl.load(value_dot + j * R * H + at_b, mask=mask_b, other=0.0)
-            d0 += tl.sum(x * b0, axis=0)
-            f0 += tl.sum(y * b0, axis=0)
-            if B == 3:
-                d1 += tl.sum(x * b1, axis=0)
-                d2 += tl.sum(x * b2, axis=0)
-                f1 += tl.sum(y * b1, axis=0)
-                f2 += tl.sum(y * b2, axis=0)
+            d, d_dot = add_each(d, dots(x, grad_b, B), B), add_each(d_dot, dots(y, grad_b, B), B)
         w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
         w_dot = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0)
-        s0 = tl.load(scale + e * B)
-        by_dot = s0 * d0
-        by = tl.load(scale_dot + e * B) * d0 + s0 * f0
-        if B == 3:
-            s1 = tl.load(scale + e * B + 1)
-            s2 = tl.load(scale + e * B + 2)
-            by_dot += s1 * d1 + s2 * d2
-            by += tl.load(scale_dot + e * B + 1) * d1 + s1 * f1
-            by += tl.load(scale_dot + e * B + 2) * d2 + s2 * f2
+        c, c_dot = load_scale(scale, e, B), load_scale(scale_dot, e, B)
+        by_dot = weighted(c, d, B)
+        by = weighted(c_dot, d, B) + weighted(c, d_dot, B)
         tl.store(grad_weight_dot + e * H + h, by_dot, mask=in_h)
         tl.store(grad_weight + e * H + h, by, mask=in_h)
         dot_sum += by_dot * w
         both_sum += by_dot * w_dot + by * w
         if SCALE:
             to = grad_scale + (tile.to(tl.int64) * E + e) * (2 * B)
-            tl.store(to, tl.sum(w_dot * d0 + w * f0, axis=0))
-            tl.store(to + B, tl.sum(w * d0, axis=0))
-            if B == 3:
-                tl.store(to + 1, tl.sum(w_dot * d1 + w * f1, axis=0))
-                tl.store(to + 2, tl.sum(w_dot * d2 + w * f2, axis=0))
-                tl.store(to + 4, tl.sum(w * d1, axis=0))
-                tl.store(to + 5, tl.sum(w * d2, axis=0))
+            for b in tl.static_range(B):
+                tl.store(to + b, tl.sum(w_dot * d[b] + w * d_dot[b], axis=0))
+                tl.store(to + B + b, tl.sum(w * d[b], axis=0))
     tl.store(sum_dot + i * H + h, dot_sum, mask=in_h)
     tl.store(sum_both + i * H + h, both_sum, mask=in_h)
 
@@ -375,18 +333,11 @@ def aggregate_transposed_second_kernel(
         w = tl.load(weight + e * H + h, mask=in_h, other=0.0)
         w_dot = tl.load(weight_dot + e * H + h, mask=in_h, other=0.0)
         base = grad + i * B * R * H
-        c0 = tl.load(scale + e * B) * w_dot + tl.load(scale_dot + e * B) * w
-        acc_a += c0[None, :] * tl.load(base + at_a, mask=mask_a, other=0.0)
-        if B == 3:
-            c1 = tl.load(scale + e * B + 1) * w_dot + tl.load(scale_dot + e * B + 1) * w
-            c2 = tl.load(scale + e * B + 2) * w_dot + tl.load(scale_dot + e * B + 2) * w
-            acc_a += c1[None, :] * tl.load(base + R * H + at_a, mask=mask_a, other=0.0)
-            acc_a += c2[None, :] * tl.load(base + 2 * R * H + at_a, mask=mask_a, other=0.0)
-        if RB > 0:
-            acc_b += c0[None, :] * tl.load(base + at_b, mask=mask_b, other=0.0)
-            if B == 3:
-                acc_b += c1[None, :] * tl.load(base + R * H + at_b, mask=mask_b, other=0.0)
-                acc_b += c2[None, :] * tl.load(base + 2 * R * H + at_b, mask=mask_b, other=0.0)
+        for b in tl.static_range(B):
+            c = tl.load(scale + e * B + b) * w_dot + tl.load(scale_dot + e * B + b) * w
+            acc_a += c[None, :] * tl.load(base + b * R * H + at_a, mask=mask_a, other=0.0)
+            if RB > 0:
+                acc_b += c[None, :] * tl.load(base + b * R * H + at_b, mask=mask_b, other=0.0)
     row = j
     if ACCUMULATE:
         row = tl.load(senders + j).to(tl.int64)

@@ -1,9 +1,10 @@
 r"""Triton kernels of the attention's value: neighbours are streamed. First derivative: ``kernels_reverse.py``.
 
 Layout: a value row of C channels with head c mod H is a [C/H, H] matrix, so the value of an atom is a [R, H] matrix,
-R = (lmax+1)^2 C/H, and a head's weight multiplies a column. B directions (3: order 1; 1: a plain weighted sum). A
-program has one atom and BH heads, so nothing crosses a warp but sums over heads; its rows are split in RA + RB
-(``common/tiles.py``).
+R = (lmax+1)^2 C/H, and a head's weight multiplies a column. B numbers of an edge multiply a row (8: order 2, harmonics
+of degrees 1 and 2; 3: order 1, the direction; 1: a plain weighted sum). A program has one atom and BH heads, so nothing
+crosses a warp but sums over heads; its rows are split in RA + RB (``common/tiles.py``). What there is for each of the B
+is a tuple.
 
 Features of an edge are the gate g (columns 0 to H) and the head's input p (columns H to 2H) of the radial network: an
 array [E, 2H], or with TABLE a spline (``radial/table.py``) at row ``row[e]``, position ``position[e]``.
@@ -37,6 +38,76 @@ def sigmoid(a):
 def softplus(a):
     """log(1 + exp(a))."""
     return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+
+
+@triton.jit
+def no_rows(B: tl.constexpr, ROWS: tl.constexpr, BH: tl.constexpr, dtype: tl.constexpr):
+    """Zeros [ROWS, BH] for each of the B."""
+    rows = ()
+    for _ in tl.static_range(B):
+        rows = rows + (tl.zeros([ROWS, BH], dtype=dtype),)
+    return rows
+
+
+@triton.jit
+def load_rows(x, at, mask, step, B: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr):
+    """x[b, at] for each of the B, which are ``step`` apart."""
+    rows = ()
+    for b in tl.static_range(B):
+        rows = rows + (load(x + b * step + at, mask, MASKED).to(dtype),)
+    return rows
+
+
+@triton.jit
+def store_rows(x, at, mask, step, rows, B: tl.constexpr):
+    """x[b, at] = rows for each of the B."""
+    for b in tl.static_range(B):
+        tl.store(x + b * step + at, rows[b], mask=mask)
+
+
+@triton.jit
+def load_scale(scale, e, B: tl.constexpr):
+    """The B numbers of an edge."""
+    s = ()
+    for b in tl.static_range(B):
+        s = s + (tl.load(scale + e * B + b),)
+    return s
+
+
+@triton.jit
+def add_scaled(rows, s, x, B: tl.constexpr):
+    """Each of the B plus its number times x."""
+    added = ()
+    for b in tl.static_range(B):
+        added = added + (rows[b] + s[b] * x,)
+    return added
+
+
+@triton.jit
+def dots(x, rows, B: tl.constexpr):
+    """Sums over the rows of x times each of the B."""
+    found = ()
+    for b in tl.static_range(B):
+        found = found + (tl.sum(x * rows[b], axis=0),)
+    return found
+
+
+@triton.jit
+def weighted(s, rows, B: tl.constexpr):
+    """Sum over the B of their numbers times their rows."""
+    total = s[0] * rows[0]
+    for b in tl.static_range(1, B):
+        total += s[b] * rows[b]
+    return total
+
+
+@triton.jit
+def add_each(a, b, B: tl.constexpr):
+    """Sums of two for each of the B."""
+    found = ()
+    for n in tl.static_range(B):
+        found = found + (a[n] + b[n],)
+    return found
 
 
 @triton.jit
@@ -118,18 +189,12 @@ def attend_kernel(
     at_a = ra[:, None] * H + h[None, :]
     mask_a = (ra[:, None] < R) & in_h[None, :]
     dtype = out.dtype.element_ty
-    a0 = tl.zeros([RA, BH], dtype=dtype)
-    if B == 3:
-        a1 = tl.zeros([RA, BH], dtype=dtype)
-        a2 = tl.zeros([RA, BH], dtype=dtype)
+    sum_a = no_rows(B, RA, BH, dtype)
     if RB > 0:
         rb = RA + tl.arange(0, RB)
         at_b = rb[:, None] * H + h[None, :]
         mask_b = (rb[:, None] < R) & in_h[None, :]
-        b0 = tl.zeros([RB, BH], dtype=dtype)
-        if B == 3:
-            b1 = tl.zeros([RB, BH], dtype=dtype)
-            b2 = tl.zeros([RB, BH], dtype=dtype)
+        sum_b = no_rows(B, RB, BH, dtype)
     if NORM <= 1:
         m = load(top + i * H + h, in_h, MASKED)
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
@@ -149,30 +214,14 @@ def attend_kernel(
             w = w * sigmoid(a)
         if HALF:
             w *= tl.load(value_factor + j)
-        x = x.to(dtype) * w[None, :]
-        s0 = tl.load(scale + e * B)
-        a0 += s0 * x
-        if B == 3:
-            s1 = tl.load(scale + e * B + 1)
-            s2 = tl.load(scale + e * B + 2)
-            a1 += s1 * x
-            a2 += s2 * x
+        s = load_scale(scale, e, B)
+        sum_a = add_scaled(sum_a, s, x.to(dtype) * w[None, :], B)
         if RB > 0:
-            y = y.to(dtype) * w[None, :]
-            b0 += s0 * y
-            if B == 3:
-                b1 += s1 * y
-                b2 += s2 * y
+            sum_b = add_scaled(sum_b, s, y.to(dtype) * w[None, :], B)
     base = out + i * (B * R * H)
-    tl.store(base + at_a, a0, mask=mask_a)
-    if B == 3:
-        tl.store(base + R * H + at_a, a1, mask=mask_a)
-        tl.store(base + 2 * R * H + at_a, a2, mask=mask_a)
+    store_rows(base, at_a, mask_a, R * H, sum_a, B)
     if RB > 0:
-        tl.store(base + at_b, b0, mask=mask_b)
-        if B == 3:
-            tl.store(base + R * H + at_b, b1, mask=mask_b)
-            tl.store(base + 2 * R * H + at_b, b2, mask=mask_b)
+        store_rows(base, at_b, mask_b, R * H, sum_b, B)
 
 
 @triton.jit
@@ -207,6 +256,9 @@ def contract_rows_kernel(
     tl.store(out_factor + n, top)
 
 
+CONTRACTION_INPUT = 1 << 14  # numbers of x that a program of contract_kernel has
+
+
 def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> None:
     """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous; x and out may be float16.
 
@@ -215,10 +267,11 @@ def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> N
     nodes, inner, channels = x.shape
     if not out.numel():
         return
-    block = min(max(next_power(channels), 16), 128)
+    padded = max(next_power(inner), 16)
+    block = min(max(next_power(channels), 16), 128, max(CONTRACTION_INPUT // padded, 16))
     contract_kernel[nodes, math.ceil(channels / block)](
         matrix, x, out, matrix.shape[0], inner, channels,
-        PP=max(next_power(matrix.shape[0]), 16), KP=max(next_power(inner), 16), BC=block,
+        PP=max(next_power(matrix.shape[0]), 16), KP=padded, BC=block,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
 

@@ -99,7 +99,7 @@ def make_step(
     half: bool = False,
 ) -> FusedAttention:
     """The operation on one graph. Raises as :func:`equivariant_attention` does."""
-    value, relative = pieces.value, spec.order == 1 and form == "relative"
+    value, relative = pieces.value, spec.order > 0 and form == "relative"
     check_device("equivariant_attention", value.device)
     check_arguments(spec, pieces, edges, coupling, form)
     hidden, per_row = pieces.radial.hidden.shape[-1], value.shape[-1] * value.shape[1]
@@ -107,7 +107,7 @@ def make_step(
         raise ValueError("table: expected None for this score, whose features are no table's")
     if table is not None:
         check_table(table, value, 2 * spec.num_heads, mode.trained)
-    directions = 3 if relative else 1
+    directions = spec.directions if relative else 1
     if half and mode.trained:
         raise ValueError("half: expected false where weights are trained")
     # of an edge, and its share of the receivers' outer products, at some thirty edges each; their gradients may be half
@@ -143,7 +143,7 @@ def _settings(
     spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupling: Tensor | None, form: Form, table: RadialTable | None
 ) -> Settings:
     """All that is no tensor, for :func:`_make_step`; first the rows of the value."""
-    relative = spec.order == 1 and form == "relative"
+    relative = spec.order > 0 and form == "relative"
     rows = coupling.shape[0] if relative else pieces.value.shape[1]
     integers = [spec.lmax, spec.num_heads, spec.num_basis, spec.order, spec.envelope_exponent, edges.max_edges or 0]
     intervals, *of_table = (0,) if table is None else table[2:]

@@ -1,6 +1,6 @@
 """Equivariant attention in plain PyTorch: the definition that every kernel is held to.
 
-Three forms of the order-1 message are here. They are the same function:
+Three forms of the message are here. They are the same function:
 
 ``dense``      Clebsch-Gordan contraction on every edge (the standard implementation; tensors of size E x rows x C);
 ``relative``   the contraction is bilinear, so it leaves the sum: accumulate the outer product of direction and value
@@ -254,7 +254,8 @@ def aggregate(
     r"""Sum of messages per receiver (docs/network.md, equations 6.12 to 6.15).
 
     order 0: sum_j w v_j. order 1: :math:`Q_p = \sum_j w_{ij} \sum_{b,m} C_{pbm} \hat r_{ij,b} v_{j,m}`, p running
-    over the path rows. With ``form="sum"`` the value rows are added up as they are, divided by the distance.
+    over the path rows. order 2: the same with :math:`(\hat r, Y^2(\hat r) / \sqrt 5)` for :math:`\hat r`. With
+    ``form="sum"`` the value rows are added up as they are, divided by the distance.
 
     Args:
         spec: what to compute.
@@ -265,10 +266,10 @@ def aggregate(
         value: [E, M, C], of the edges' senders.
         target: [E], receivers.
         num_nodes: how many there are.
-        coupling: C, [P, 3, M]; for order 1 but with ``form="sum"``.
+        coupling: C, [P, B, M]; for orders 1 and 2 but with ``form="sum"``.
 
     Returns:
-        [num_nodes, M, C] or, order 1, [num_nodes, P, C].
+        [num_nodes, M, C] or, orders 1 and 2, [num_nodes, P, C].
     """
     if spec.order == 0:
         return segment_sum(_weighted(weights, value), target, num_nodes)
@@ -277,14 +278,16 @@ def aggregate(
         return segment_sum(_weighted(weights * scale, value), target, num_nodes)
     assert coupling is not None
     direction = vec.to(weights.dtype) * scale
-    rows, _, num_rows = coupling.shape
+    if spec.order == 2:
+        direction = torch.cat([direction, solid_harmonics(direction, 2)[:, 4:] / math.sqrt(5)], 1)
+    rows, directions, num_rows = coupling.shape
     if form == "dense":
-        by_axis = coupling.to(weights.dtype).transpose(0, 1).reshape(3, rows * num_rows)
+        by_axis = coupling.to(weights.dtype).transpose(0, 1).reshape(directions, rows * num_rows)
         matrix = (direction @ by_axis).view(-1, rows, num_rows)
         return segment_sum(torch.bmm(matrix, _weighted(weights, value)), target, num_nodes)
     weighted = _weighted(weights, value)
     outer = segment_outer(direction, weighted.flatten(1), target, num_nodes)
-    outer = outer.view(num_nodes, 3 * num_rows, value.shape[-1])
+    outer = outer.view(num_nodes, directions * num_rows, value.shape[-1])
     return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer)
 
 
@@ -391,10 +394,11 @@ def check_nodes_and_edges(
         if pieces.dot is None or pieces.dot_weights is None:
             raise ValueError(f"dot, dot_weights: score {spec.score!r} needs both, got None")
         check_shape("dot", pieces.dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, pieces.dot.shape[-1]))
-    if spec.order == 1 and form != "sum":
+    if spec.order > 0 and form != "sum":
+        number = spec.directions
         if coupling is None:
-            raise ValueError("coupling: order 1 needs the coefficients [P, 3, (lmax+1)^2], got None")
-        check_shape("coupling", coupling, "P, 3, (lmax+1)^2", (coupling.shape[0], 3, spec.num_rows))
+            raise ValueError(f"coupling: order {spec.order} needs the coefficients [P, {number}, (lmax+1)^2], got None")
+        check_shape("coupling", coupling, f"P, {number}, (lmax+1)^2", (coupling.shape[0], number, spec.num_rows))
 
 
 @torch.compiler.disable()
@@ -432,14 +436,14 @@ def equivariant_attention_reference(
         edges: sorted by receiver; their species are rows of the radial network's element tables.
         radial: weights of the radial network.
         dot_weights: weights of the directional gate, for the ``qk_dot*`` scores.
-        coupling: [P, 3, M], coefficients of the path rows; for order 1 but with ``form="sum"``.
+        coupling: [P, B, M], coefficients of the path rows; for orders 1 and 2 but with ``form="sum"``.
         form: see the module.
         recompute: evaluate in runs and recompute in every derivative, so that nothing of edge size outlives a run;
             False keeps edge tensors for the backward pass, which is faster for small systems.
         geometry: of ``vec``, where a caller has it for several layers; only without recomputation.
 
     Returns:
-        [N, M, C] (order 0), [N, P, C] (order 1) or [N, R, C] (``form="sum"``).
+        [N, M, C] (order 0), [N, P, C] (orders 1 and 2) or [N, R, C] (``form="sum"``).
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.

@@ -25,12 +25,15 @@ class AttentionSpec:
     score: ``qk`` (gate from the radial network), ``qk_dot`` (gate from the receiver's features contracted with
         normalised harmonics), ``qk_dot_scalar`` (the same with solid harmonics and a second MLP).
     norm: ``smooth``, ``molfm`` (the authors' softmax), ``softplus``, ``sigmoid``.
-    order: 1: the message is the tensor product of value and edge direction; 0: the value itself.
-    inverse_distance: how the order-1 message divides by the distance, ``v2``: 1/(d + 1e-8), ``v1_5``: 1/max(d, 1e-6).
+    order: of the message: 0 is the value itself, 1 its tensor product with the edge's direction, 2 that with the
+        direction's harmonics of degrees 1 and 2.
+    inverse_distance: how messages of order 1 and 2 divide by the distance, ``v2``: 1/(d + 1e-8), ``v1_5``:
+        1/max(d, 1e-6).
     num_basis, basis_cutoff: Gaussian basis from 0 to basis_cutoff (Å).
     cutoff, envelope_exponent: polynomial envelope (Å, p). bell: (lower, upper) in Å replaces it.
 
-    Made of these: num_rows M, and softmax_constant, what stands beside the softmax's sum.
+    Made of these: num_rows M; directions B, how many numbers of an edge multiply the value (order 0: none, 1); and
+    softmax_constant, what stands beside the softmax's sum.
     """
 
     lmax: int
@@ -44,16 +47,18 @@ class AttentionSpec:
     envelope_exponent: int = 5
     bell: tuple[float, float] | None = None
     num_rows: int = field(init=False, repr=False, compare=False)
+    directions: int = field(init=False, repr=False, compare=False)
     softmax_constant: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
             ("score", self.score, ("qk", "qk_dot", "qk_dot_scalar")),
             ("norm", self.norm, ("smooth", "molfm", "softplus", "sigmoid")),
-            ("order", self.order, (0, 1)),
+            ("order", self.order, (0, 1, 2)),
             ("inverse_distance", self.inverse_distance, ("v2", "v1_5")),
         ):
             if value not in allowed:
                 raise ValueError(f"{key}: expected one of {allowed}, got {value!r}")
         object.__setattr__(self, "num_rows", (self.lmax + 1) ** 2)
+        object.__setattr__(self, "directions", (1, 3, 8)[self.order])
         object.__setattr__(self, "softmax_constant", SMOOTH_CONSTANT if self.norm == "smooth" else MOLFM_CONSTANT)

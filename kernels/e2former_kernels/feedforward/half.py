@@ -16,6 +16,7 @@ from e2former_kernels.common.half import Rows, from_products, half_rows, half_we
 from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import kernels as kernel
+from e2former_kernels.feedforward.power import launch_power, launch_power_backward
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights
 from e2former_kernels.linear import so3_rows
 from e2former_kernels.linear.op import apply_so3
@@ -68,11 +69,18 @@ def _launch(x: Tensor) -> dict:
     return {"SILU": SILU_SCALE, "SIGMOID": SIGMOID_SCALE, "D": round(rows**0.5), "BC": block, "num_warps": warps}
 
 
-def _first(x: Tensor, weights: HalfWeights) -> tuple[Rows, Tensor]:
+def _normal(x: Tensor, given: Weights) -> Rows:
+    """The normalised rows, with the power spectrum's share in row 0."""
+    h = Rows(*launch_norm_rows(x, given.norm_weight, given.norm_bias))
+    if given.power_weight is not None:
+        h.numbers[:, 0] += launch_power(h) @ given.power_weight.t() / h.factor.unsqueeze(1)
+    return h
+
+
+def _first(rows: Rows, weights: HalfWeights) -> tuple[Rows, Tensor]:
     """Products of the rows behind row 0, [n, M-1, C], with the nodes' factors, and those of the gates, [n, (L+1) C]."""
-    given = weights.given
-    h, factor = launch_norm_rows(x, given.norm_weight, given.norm_bias)
-    y = h.new_empty(x.shape[0], x.shape[1] - 1, x.shape[2])
+    h, factor = rows
+    y = h.new_empty(h.shape[0], h.shape[1] - 1, h.shape[2])
     torch.bmm(h[:, 1:].transpose(0, 1), weights.first.numbers.transpose(1, 2), out=y.transpose(0, 1))
     return Rows(y, factor), h[:, 0] @ weights.gates.numbers[0].t()
 
@@ -86,7 +94,7 @@ def half_value(x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
     out = torch.empty_like(x)
     for run in node_runs(x.shape[0]) if x.numel() else ():
         part = x[run.nodes]
-        y, gates = _first(part, half)
+        y, gates = _first(_normal(part, half.given), half)
         z = new_rows(part, *part.shape)
         kernel.half_gate_kernel[(part.shape[0],)](
             *_gate_arguments(y, gates, half), *z, part.shape[2], **_launch(part)
@@ -101,7 +109,8 @@ def half_gradient(grad: Tensor, x: Tensor, half: HalfWeights, residual: bool) ->
     by_x = torch.empty_like(x)
     for run in node_runs(x.shape[0]) if x.numel() else ():
         part, by_out = x[run.nodes], grad[run.nodes]
-        y, gates = _first(part, half)
+        normal = _normal(part, half.given)
+        y, gates = _first(normal, half)
         rows, factor = half_rows(by_out)
         by_z = apply_so3(rows, half.second.numbers, True, torch.empty_like(rows))
         common = torch.empty_like(factor)
@@ -111,6 +120,10 @@ def half_gradient(grad: Tensor, x: Tensor, half: HalfWeights, residual: bool) ->
         by_h = rows  # nothing reads it any more
         torch.mm(gates, half.gates.numbers[0], out=by_h[:, 0])
         torch.bmm(y.numbers.transpose(0, 1), half.first.numbers, out=by_h[:, 1:].transpose(0, 1))
+        if half.given.power_weight is not None:
+            of_scalars = (common * half.back[0]).unsqueeze(1)
+            by_power = (by_h[:, 0] * of_scalars) @ half.given.power_weight
+            launch_power_backward(normal, by_power, Rows(by_h, common), half.back)
         launch_norm_rows_reverse(
             part, half.given.norm_weight, Rows(by_h, common), half.back, by_out if residual else None, by_x[run.nodes]
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.checks import check_nodes
+from e2former_kernels.common.half import Rows
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.step import Change, NodeStep, run_step
@@ -28,6 +29,7 @@ from e2former_kernels.feedforward.kernels import (
     gate_change_kernel,
     gate_kernel,
 )
+from e2former_kernels.feedforward.power import launch_power, launch_power_backward
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights, gated_feedforward_reference
 from e2former_kernels.linear import so3_rows
 from e2former_kernels.linear.op import add_so3_outer, apply_so3
@@ -68,7 +70,10 @@ def value(x: Tensor, weights: Weights) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
         for run in node_runs(x.shape[0]):
-            y, gates = _first(launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None), weights)
+            normal = launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None)
+            if weights.power_weight is not None:
+                normal[:, 0] += launch_power(Rows(normal, None)) @ weights.power_weight.t()
+            y, gates = _first(normal, weights)
             _gate(gate_kernel, y, y, gates)
             apply_so3(y, weights.weight2, False, out[run.nodes])
         out[:, 0].add_(weights.bias2)
@@ -100,6 +105,9 @@ def _first_derivative(
     grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: RunSums | None, residual: bool
 ) -> None:
     normal = launch_norm(x, weights.norm_weight, weights.norm_bias, None)
+    if weights.power_weight is not None:
+        power = launch_power(Rows(normal, None))
+        normal[:, 0] += power @ weights.power_weight.t()
     y, gates = _first(normal, weights)
     if sums is not None:
         z = torch.empty_like(y)
@@ -112,6 +120,10 @@ def _first_derivative(
         sums.add_product("gate_weight", gates.t(), y[:, 0])
         add_so3_outer(sums, "weight1", part, normal)
     by_normal = apply_so3(part, weights.weight1, True, y)
+    if weights.power_weight is not None:
+        launch_power_backward(Rows(normal, None), by_normal[:, 0] @ weights.power_weight, Rows(by_normal, None))
+        if sums is not None:
+            sums.add_product("power_weight", by_normal[:, 0].t(), power)
     norm = _of_norm(by_normal, None, x, None, weights, by_x, sums, grad if residual else None)
     if sums is not None:
         sums.add_columns(**norm, bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0])
@@ -121,6 +133,10 @@ def _second_derivative(
     grad: Tensor, x: Tensor, x_dot: Tensor, weights: Weights, by_x: Tensor, change: Tensor, sums: RunSums | None
 ) -> None:
     normal, normal_dot = launch_norm_tangent(x, x_dot, weights.norm_weight, weights.norm_bias)
+    if weights.power_weight is not None:
+        power, power_dot = launch_power(Rows(normal, None)), launch_power(Rows(normal, None), normal_dot)
+        normal[:, 0] += power @ weights.power_weight.t()
+        normal_dot[:, 0] += power_dot @ weights.power_weight.t()
     y, gates = _first(normal, weights)
     y_dot = apply_so3(normal_dot, weights.weight1, False, torch.empty_like(y))
     gates_dot = y_dot[:, 0] @ weights.gate_weight.t()
@@ -141,7 +157,16 @@ def _second_derivative(
         add_so3_outer(sums, "weight1", y_dot, normal)
         add_so3_outer(sums, "weight1", part, normal_dot)
     by_normal = apply_so3(y_dot, weights.weight1, True, y)
-    by_normal_dot = apply_so3(part, weights.weight1, True, normal_dot)
+    if weights.power_weight is None:
+        by_normal_dot = apply_so3(part, weights.weight1, True, normal_dot)
+    else:
+        by_normal_dot = apply_so3(part, weights.weight1, True, torch.empty_like(part))
+        by_power, by_power_dot = (by[:, 0] @ weights.power_weight for by in (by_normal, by_normal_dot))
+        change = normal_dot, by_power_dot, by_normal_dot
+        launch_power_backward(Rows(normal, None), by_power, Rows(by_normal, None), change=change)
+        if sums is not None:
+            sums.add_product("power_weight", by_normal[:, 0].t(), power)
+            sums.add_product("power_weight", by_normal_dot[:, 0].t(), power_dot)
     norm = _of_norm(by_normal, by_normal_dot, x, x_dot, weights, by_x, sums)
     if sums is not None:
         sums.add_columns(**norm, gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
@@ -227,7 +252,7 @@ def _step(residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, x:
     gates = degrees * channels
     expected = Weights(
         ("lmax+1, C", (degrees, channels)), one, square, one, ("(lmax+1) C, C", (gates, channels)),
-        ("(lmax+1) C", (gates,)), square, one,
+        ("(lmax+1) C", (gates,)), square, one, ("C, lmax C", (channels, gates - channels)),
     )  # fmt: skip
     named = {name: (t, *e) for name, t, e in zip(Weights._fields, weights, expected, strict=True)}
     check_nodes("gated_feedforward", "x", x, degrees, **named)
@@ -258,6 +283,7 @@ def gated_feedforward(
     gate_bias: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    power_weight: Tensor | None = None,
     residual: bool = False,
     prepared: HalfWeights | Weights | None = None,
     mode: Mode = EXACT,
@@ -271,6 +297,7 @@ def gated_feedforward(
     fit or a device without Triton.
     """
     tensors = (x, norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
+    tensors = tensors if power_weight is None else (*tensors, power_weight)
     if mode.compiled:
         return _registered(list(tensors), mode, settings=Settings([int(residual)]))
     return _run(residual, mode, prepared, *tensors)

@@ -28,6 +28,20 @@ class Weights(NamedTuple):
     gate_bias: Tensor
     weight2: Tensor
     bias2: Tensor
+    power_weight: Tensor | None = None
+
+
+def power_spectrum(h: Tensor) -> Tensor:
+    r"""p_{lc} = 1/(2l+1) sum_m h_{lmc}^2 of the degrees l > 0 (docs/network.md, equation 7.3).
+
+    Args:
+        h: [N, (L+1)^2, C].
+
+    Returns:
+        [N, L C].
+    """
+    degrees = round(h.shape[1] ** 0.5)
+    return torch.cat([h[:, l * l : (l + 1) ** 2].square().mean(1) for l in range(1, degrees)], -1)
 
 
 def gated_feedforward_reference(
@@ -40,12 +54,14 @@ def gated_feedforward_reference(
     gate_bias: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    power_weight: Tensor | None = None,
     residual: bool = False,
 ) -> Tensor:
     r"""The authors' ``s3`` feed-forward on the norm of its input (docs/network.md, sections 5.1 and 7).
 
-    h = norm(x); y = W1 h + b1; G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; then W2 z + b2,
-    and x as well with ``residual``.
+    h = norm(x), plus W_p p in the scalar row with ``power_weight`` (:func:`power_spectrum`); y = W1 h + b1;
+    G = W_g y_0 + b_g; z_0 = c_silu SiLU(G_0), z_l = c_sig sigmoid(G_l) y_l; then W2 z + b2, and x as well with
+    ``residual``.
 
     Args:
         x: [N, (L+1)^2, C].
@@ -57,6 +73,7 @@ def gated_feedforward_reference(
         gate_bias: b_g, [(L+1) C].
         weight2: W2, [L+1, C, C].
         bias2: b2, [C].
+        power_weight: W_p, [C, L C], or None.
         residual: add x.
 
     Returns:
@@ -64,6 +81,8 @@ def gated_feedforward_reference(
     """
     degrees, channels, _ = weight1.shape
     h = equivariant_rms_norm_reference(x, norm_weight, norm_bias)
+    if power_weight is not None:
+        h = torch.cat([h[:, :1] + F.linear(power_spectrum(h), power_weight).unsqueeze(1), h[:, 1:]], 1)
     scalar, rest = so3_linear_reference(h, weight1, bias1).split([1, degrees**2 - 1], 1)
     gates = F.linear(scalar, gate_weight, gate_bias).view(-1, degrees, channels)
     first, gate = gates.split([1, degrees - 1], 1)
