@@ -256,7 +256,7 @@ def contract_rows_kernel(
     tl.store(out_factor + n, top)
 
 
-CONTRACTION_INPUT = 1 << 14  # numbers of x that a program of contract_kernel has
+CONTRACTION_NUMBERS = 3 << 13  # of matrix and x in a program of contract_kernel: 96 KiB of shared memory
 
 
 def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> None:
@@ -267,11 +267,12 @@ def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> N
     nodes, inner, channels = x.shape
     if not out.numel():
         return
-    padded = max(next_power(inner), 16)
-    block = min(max(next_power(channels), 16), 128, max(CONTRACTION_INPUT // padded, 16))
+    paths, padded = max(next_power(matrix.shape[0]), 16), max(next_power(inner), 16)
+    block = min(max(next_power(channels), 16), 128)
+    while block > 16 and (paths + block) * padded > CONTRACTION_NUMBERS:
+        block //= 2
     contract_kernel[nodes, math.ceil(channels / block)](
-        matrix, x, out, matrix.shape[0], inner, channels,
-        PP=max(next_power(matrix.shape[0]), 16), KP=padded, BC=block,
+        matrix, x, out, matrix.shape[0], inner, channels, PP=paths, KP=padded, BC=block,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
