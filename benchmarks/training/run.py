@@ -34,8 +34,16 @@ RESULTS = Path(__file__).parent / "results"
 WINDOW = 10
 PROFILED = 5
 
-SMALL = ("backbone.sphere_channels=64", "backbone.num_layers=3", "backbone.num_heads=32", "backbone.cutoff=5.0")
-LARGE = ("backbone.sphere_channels=128", "backbone.num_layers=4", "backbone.num_heads=32", "backbone.cutoff=5.0")
+# The authors' function but for the smooth norm, which the rows of the tables have had from the start.
+FUNCTION = (
+    "backbone.message_order=1", "backbone.attention_norm=smooth", "backbone.reflection_equivariant=false",
+    "backbone.power_spectrum=false",
+)  # fmt: skip
+OURS = ("backbone.sphere_channels=64", "backbone.num_layers=3", "backbone.num_heads=32", "backbone.cutoff=5.0")
+SMALL = (*OURS, *FUNCTION)
+LARGE = (
+    "backbone.sphere_channels=128", "backbone.num_layers=4", "backbone.num_heads=32", "backbone.cutoff=5.0", *FUNCTION,
+)  # fmt: skip
 PAPER = ("backbone=e2former_v2_omol25_conserving",)
 ESCN = (
     "backbone.sphere_channels=64", "backbone.hidden_channels=64", "backbone.edge_channels=64", "backbone.num_layers=3",
@@ -44,6 +52,7 @@ ESCN = (
 CASES = {
     "small": (SMALL, "molecules", 11, "quickstart.yaml"),
     "large": (SMALL, "molecules", 115, "quickstart.yaml"),
+    "ours_large": (OURS, "molecules", 115, "quickstart.yaml"),  # as the config has it
     "wide": (LARGE, "molecules", 115, "quickstart.yaml"),
     "paper": (PAPER, "waters", 24, "quickstart.yaml"),
     "paper_6144": (PAPER, "waters", 97, "quickstart.yaml"),
