@@ -211,17 +211,19 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
             Charge and spin [B] and the two graphs. ``forward`` takes them as ``data["prepared"]`` where they are there,
             and then neither looks at a value nor changes the data.
         """
-        partition = None
+        try:
+            return self._prepare(data)
+        except Exception as error:
+            self._guard.remember(error)
+            raise
+
+    def _prepare(self, data: AtomicData) -> tuple[Tensor, Tensor, Graph, Graph | None]:
         learning = self.training and any(p.requires_grad for p in self.parameters())
         check = partial(check_batch, data, self.max_num_elements)
         if not learning:
             check = partial(check, self.elements_seen, self.strict_elements)
-        if active():
-            with self._guard.watch():
-                partition = self._partition(data)
-                charge, spin = check()
-        else:
-            charge, spin = check()
+        partition = self._partition(data) if active() else None
+        charge, spin = check()
         data["atomic_numbers"] = numbers = data["atomic_numbers"].long()
         if learning:
             self._record(numbers)
@@ -233,8 +235,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
                 data["pos"].requires_grad_(True)
             if regress.stress and not data["cell"].requires_grad:
                 data["cell"].requires_grad_(True)
-        with self._guard.watch():
-            graphs = self._graphs(data, partition)
+        graphs = self._graphs(data, partition)
         if partition is not None:
             data["atomic_numbers"], data["batch"] = numbers[partition.own], batch[partition.own]
         return charge, spin, *graphs
@@ -273,8 +274,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         return partition
 
     def _graphs(self, data: AtomicData, partition: Partition | None) -> tuple[Graph, Graph | None]:
-        graph = self._graph(data, self.cutoff, self.max_neighbors, partition=partition)
         long_range = self.config.long_range
+        graph = self._graph(data, self.cutoff, self.max_neighbors, partition=partition)
         if long_range is None:
             return graph, None
         limit = None if self.max_neighbors is None else int(_LONG_RANGE_NEIGHBORS * self.max_neighbors)

@@ -86,9 +86,8 @@ class Execution:
         """``make()``, once for frozen weights."""
         return make() if self.frozen is None else self.frozen.made(owner, name, make)
 
-    def on(self, config: E2FormerV2Config, graph: Graph, species: Tensor) -> Execution:
-        """The same on a graph, with what its layers share. species: [num_senders], atomic numbers."""
-        edges = graph.edge_list(species)
+    def on(self, config: E2FormerV2Config, graph: Graph, edges: EdgeList) -> Execution:
+        """The same on a graph and its edges, with what its layers share."""
         if self.kernels:
             return replace(self, edges=edges)
         numbers = graph.num_edges * 6 * (config.lmax + 1) ** 2 * config.sphere_channels
@@ -98,9 +97,9 @@ class Execution:
         geometry = edge_geometry(graph.vec, config.cutoff, config.num_radial_basis, config.envelope_exponent)
         return replace(self, edges=edges, geometry=geometry)
 
-    def on_long_range(self, graph: Graph, species: Tensor) -> Execution:
+    def on_long_range(self, edges: EdgeList) -> Execution:
         """The same on the long-range graph, whose networks have no splines."""
-        return replace(self, elements=None, compute_again=False, geometry=None, edges=graph.edge_list(species))
+        return replace(self, elements=None, compute_again=False, geometry=None, edges=edges)
 
 
 REFERENCE = Execution()
@@ -127,7 +126,7 @@ def choose_execution(
     config: E2FormerV2Config,
     graph: Graph,
     like: Tensor,
-    parameters: Callable[[], Sequence[nn.Parameter]],
+    module: nn.Module,
     frozen_weights: Callable[[Sequence[nn.Parameter]], tuple[Frozen, tuple[int, ...]]] | None,
 ) -> Execution:
     """How an evaluation of ``graph`` runs.
@@ -136,7 +135,7 @@ def choose_execution(
         config: of the network.
         graph: the short-range graph.
         like: a weight, for device and dtype.
-        parameters: of the network. Asked only where they matter, as the next.
+        module: the network. Its parameters are asked only where they matter, as the next.
         frozen_weights: what is made of the weights and the elements there are; None: nobody froze them.
 
     Raises:
@@ -151,7 +150,7 @@ def choose_execution(
     }
     if not given["kernels"]:
         return _said(Execution(**given, why_not={"kernels": _no_kernels(config, like)}))
-    weights, compiled = parameters(), torch.compiler.is_compiling()
+    weights, compiled = _parameters_of(module), torch.compiler.is_compiling()
     learn = any(p.requires_grad for p in weights)
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     mode = Mode(learn and torch.is_grad_enabled(), compiled, torch.get_float32_matmul_precision(), autocast)
@@ -185,6 +184,17 @@ def choose_execution(
     why_not = {name: reason for name, reason in reasons.items() if reason is not None}
     name = "frozen" if no_half else "frozen_half"
     return _said(Execution(name, half=no_half is None, replays=no_replay is None, why_not=why_not, **given))
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The module's parameters, in an order of their own: a walk without names, which takes most of the time."""
+    found, modules = [], [module]
+    while modules:
+        here = modules.pop()
+        if here is not None:
+            found += here._parameters.values()
+            modules += here._modules.values()
+    return [parameter for parameter in found if parameter is not None]
 
 
 def _first(*reasons: tuple[bool, str]) -> str | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from e2former_fairchem.captured import Replays
     from e2former_kernels.common.seal import Seal
 
-__all__ = ["Frozen", "parameters_of"]
+__all__ = ["Frozen"]
 
 logger = logging.getLogger("e2former_fairchem")
 
@@ -124,14 +124,3 @@ class _Splines:
         self._refused.add(wanted)
         logger.info("radial networks of %d elements do not fit a table: they are evaluated", len(wanted))
         return None
-
-
-def parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    """The module's parameters, in an order of their own: a walk without names, which takes most of the time."""
-    found, modules = [], [module]
-    while modules:
-        here = modules.pop()
-        if here is not None:
-            found += here._parameters.values()
-            modules += here._modules.values()
-    return [parameter for parameter in found if parameter is not None]

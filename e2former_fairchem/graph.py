@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from e2former_fairchem.neighbors import Candidates, Systems, choose_builder, find_neighbors, open_pairs, read_systems
-from e2former_fairchem.segments import Transpose, Transposed, gather_rows, row_differences
+from e2former_fairchem.neighbors import Candidates, OpenPairs, choose_builder, find_neighbors, open_pairs, read_systems
+from e2former_fairchem.segments import Transpose, Transposed, ascending, gather_rows, row_differences
 from e2former_kernels.common.runs import EdgeList
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Graph:
     @property
     def by_target(self) -> Transpose:
         """CSR of the receivers, in the form `e2former_fairchem.segments` takes; it does not know ``vec``."""
-        return partial(_ascending, self.row_ptr)
+        return partial(ascending, self.row_ptr)
 
     @property
     def by_source(self) -> Transpose:
@@ -124,10 +124,6 @@ class Graph:
             given = self.source, self.target, self.row_ptr, species, self.senders
             self._edge_list = EdgeList(*given, one_run=self.one_run)
         return self._edge_list
-
-
-def _ascending(pointer: Tensor) -> tuple[None, Tensor]:
-    return None, pointer
 
 
 @torch.compiler.disable
@@ -190,7 +186,8 @@ def build_graph(
             limits = {"lower": lower, "source_mask": source_mask, "max_neighbors": max_neighbors}
             graph, candidates = None, None
             if edge_index is not None:
-                _check_finite(bool(torch.isfinite(pos64).all()), pos64, batch, natoms)
+                if not torch.isfinite(pos64).all():
+                    _raise_not_finite(pos64, batch, natoms)
                 candidates = _given_edges(edge_index, cell_offsets, pbc, batch, pos.shape[0])
             elif kept is not None and (found := kept.look(pos64, cell64, pbc, batch, natoms, cutoff)) is not None:
                 candidates, stale = found
@@ -199,11 +196,12 @@ def build_graph(
                 )
             if graph is None and edge_index is None:
                 systems = read_systems(pos64, cell64, pbc, batch, natoms)
-                _check_finite(systems.finite, pos64, batch, natoms)
+                if not systems.finite:
+                    _raise_not_finite(pos64, batch, natoms)
                 reach = cutoff if kept is None else cutoff + kept.skin
                 name = choose_builder(systems, reach, builder)
                 if name == "pairs" and partition is None:
-                    graph = _from_pairs(systems, cutoff, **limits)
+                    graph = _from_pairs(open_pairs(systems, cutoff, MIN_DISTANCE, **limits), systems.pos, cutoff)
                 if graph is None:
                     candidates = find_neighbors(systems, reach, name)
                     if kept is not None:
@@ -230,20 +228,15 @@ def build_graph(
     return graph
 
 
-def _from_pairs(
-    systems: Systems, cutoff: float, lower: float, source_mask: Tensor | None, max_neighbors: int | None
-) -> Graph | None:
+def _from_pairs(found: OpenPairs | None, pos: Tensor, cutoff: float) -> Graph | None:
     """The graph, still without vectors, from all distances at once; None where that does not serve."""
-    found = open_pairs(systems, cutoff, MIN_DISTANCE, lower, source_mask, max_neighbors)
     if found is None:
         return None
-    nodes = systems.pos.shape[0]
+    nodes = pos.shape[0]
     # with an order the list is symmetric: every edge is there in both directions, and both pointers are the same
     pointer = None if found.source_order is None else found.row_ptr
     senders = Transposed(found.source, nodes, found.source_order, pointer)
-    return Graph(
-        found.source, found.target, systems.pos, None, None, found.row_ptr, float(cutoff), nodes, None, senders
-    )
+    return Graph(found.source, found.target, pos, None, None, found.row_ptr, float(cutoff), nodes, None, senders)
 
 
 def _from_candidates(
@@ -444,9 +437,7 @@ def _check_unique(source: Tensor, target: Tensor, offset: Tensor | None) -> None
         )
 
 
-def _check_finite(good: bool, pos: Tensor, batch: Tensor, natoms: Tensor) -> None:
-    if good:
-        return
+def _raise_not_finite(pos: Tensor, batch: Tensor, natoms: Tensor) -> None:
     finite = torch.isfinite(pos).all(dim=1)
     bad = (~finite).nonzero().squeeze(1)[:_NAMED].tolist()
     named = ", ".join(f"{_name(atom, batch, natoms)} at {pos[atom].tolist()}" for atom in bad)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from e2former_fairchem.captured import Atoms, Replays
 from e2former_fairchem.config import E2FormerV2Config, LongRange
 from e2former_fairchem.execution import Execution, choose_execution
-from e2former_fairchem.frozen import Frozen, parameters_of
+from e2former_fairchem.frozen import Frozen
 from e2former_fairchem.nn.block import TransformerBlock
 from e2former_fairchem.nn.embedding import AtomEmbedding, ChargeSpinEmbedding, EdgeDegreeEmbedding
 from e2former_fairchem.nn.images import image_nodes
@@ -138,7 +138,7 @@ class E2FormerV2(nn.Module):
             return self._frozen_weights(parameters, graph.present(atomic_numbers))
 
         frozen = None if self._frozen is None else frozen_weights
-        return choose_execution(self.config, graph, self.charge_spin.mix.weight, lambda: parameters_of(self), frozen)
+        return choose_execution(self.config, graph, self.charge_spin.mix.weight, self, frozen)
 
     @torch.compiler.disable
     def _frozen_weights(
@@ -179,29 +179,26 @@ class E2FormerV2(nn.Module):
         """Node features as :meth:`forward`, never from a CUDA graph. execution: chosen here when None."""
         atomic_numbers, charge, spin, batch = atoms
         execution = self._choose(graph, atomic_numbers) if execution is None else execution
-        species = graph.present(atomic_numbers)
-        execution = execution.on(self.config, graph, species)
+        species, own, numbers = graph.present(atomic_numbers), graph.own(batch), graph.own(atomic_numbers)
+        execution = execution.on(self.config, graph, graph.edge_list(species))
         images = image_nodes(pos, batch, charge.numel(), graph, species) if execution.node_factored else None
-        own = graph.own(batch)
         system = gather_rows(self.charge_spin(charge, spin), own, lambda: (None, _pointer(own, charge.numel())))
         x = self.edge_degree(graph, execution)
         if self.atom_embedding is not None:
-            token = self.atom_embedding(graph.own(atomic_numbers), system)
+            token = self.atom_embedding(numbers, system)
             x = torch.cat([x[:, :1] + token.unsqueeze(1), x[:, 1:]], 1)
+        checkpointed = self.config.activation_checkpointing and torch.is_grad_enabled()
+        given = system, graph, execution, images
         for block in self.blocks:
-            x = self._run(block, x, system, graph, execution, images)
+            x = checkpoint(block, x, *given, use_reentrant=False) if checkpointed else block(x, *given)
         if self.long_range is None:
             return self.norm(x, execution=execution)
         y = self.long_range.norm_in(x)
-        execution = execution.on_long_range(long_graph, long_graph.present(atomic_numbers))
+        execution = execution.on_long_range(long_graph.edge_list(long_graph.present(atomic_numbers)))
+        given = system, long_graph, execution, None
         for block in self.long_range.blocks:
-            y = self._run(block, y, system, long_graph, execution, None)
+            y = checkpoint(block, y, *given, use_reentrant=False) if checkpointed else block(y, *given)
         return self.long_range.mix(torch.cat([x, self.long_range.norm_out(y)], -1))
-
-    def _run(self, block: TransformerBlock, *args) -> Tensor:
-        if self.config.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the authors train without weight decay (docs/network.md, section 15.2).

@@ -10,9 +10,7 @@ None of this concerns workers that are started otherwise (training, torchrun): e
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,15 +135,10 @@ class ParallelGuard:
                 )
         _session.validated = True
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
+    def remember(self, error: Exception) -> None:
         """Remember an error after which the workers no longer listen (all of them raise it)."""
-        try:
-            yield
-        except Exception as error:
-            if _session.fixed is not None and _current():
-                _session.failed = f"e2former_v2: the graph-parallel workers stopped after an error ({error}); {_REMEDY}"
-            raise
+        if _session.fixed is not None and _current():
+            _session.failed = f"e2former_v2: the graph-parallel workers stopped after an error ({error}); {_REMEDY}"
 
 
 def _raise_second() -> None:

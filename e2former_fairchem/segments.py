@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Transposed", "gather_rows", "row_differences", "segment_sum"]
+__all__ = ["Transposed", "ascending", "gather_rows", "row_differences", "segment_sum"]
 
 Transpose = Callable[[], tuple[Tensor | None, Tensor]]
 
@@ -61,6 +61,11 @@ class Transposed:
         if self._pointer is None:
             self._pointer = _pointer(self._index.index_select(0, self.order), self._rows)
         return self._pointer
+
+
+def ascending(pointer: Tensor) -> tuple[None, Tensor]:
+    """The CSR of an index that ascends, in the form `gather_rows` takes."""
+    return None, pointer
 
 
 def _pointer(ascending: Tensor, rows: int) -> Tensor:

@@ -176,6 +176,7 @@ class EquivariantAttention(nn.Module):
         h_again: gives h once more, so that the backward pass need not keep what is made of it.
         Returns [N, (lmax+1)^2, C].
         """
+        radial, table = self.radial_and_splines(execution)
         query, key = self.query_key(h, execution, h_again)
         key, value = graph.fetch(key, self.value(h, execution))
         factored = execution.node_factored and self.spec.order == 1
@@ -191,7 +192,6 @@ class EquivariantAttention(nn.Module):
             assert images is not None
             key, value, half = images.of_images(key), sent(value), False  # far images are large
             edges = edges if images.edges is None else images.edges
-        radial, table = self.radial_and_splines(execution)
         dot = dot_weights = None
         if self.dot is not None:
             dot = self.dot.project(h, execution)
@@ -233,8 +233,9 @@ class EquivariantAttention(nn.Module):
 
     def behind_paths(self, precision: str) -> list[Tensor]:
         """That map for every degree, [C, paths * C]. precision: of products outside."""
+        scaled = self.paths.scaled()
         with float32_products(precision):
-            return [w @ b for w, b in zip(self.out.weight, self.paths.scaled(), strict=True)]
+            return [w @ b for w, b in zip(self.out.weight, scaled, strict=True)]
 
     def _output(self, rows: Tensor, execution: Execution) -> Tensor:
         """rows: [N, P or (lmax+1)^2, C] -> [N, (lmax+1)^2, C]."""

@@ -44,7 +44,7 @@ class TransformerBlock(nn.Module):
         images: ImageNodes | None,
     ) -> Tensor:
         """x: [N, (lmax+1)^2, C]; system: charge and spin embedding of each atom's system, [N, C]."""
-        if serves(self, execution):
+        if execution.half and serves(self, execution):
             x = half_attention(self, x, system, graph, execution)
         else:
             x = self.attend(system, graph, execution, images, x, graph.vec)

@@ -19,11 +19,10 @@ __all__ = ["half_attention", "serves"]
 
 
 def serves(block: TransformerBlock, execution: Execution) -> bool:
-    """Whether :func:`half_attention` covers a block."""
+    """Whether :func:`half_attention` covers a block of an execution with float16 rows."""
     attention = block.attention
     return (
-        execution.half
-        and execution.compute_again
+        execution.compute_again
         and execution.form == "relative"
         and attention.spec.order == 1
         and attention.dot is None

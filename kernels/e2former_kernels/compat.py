@@ -60,37 +60,27 @@ PRIVATE_NAMES = (
     PrivateName(
         "torch:_C._will_engine_execute_node",
         "`needs_input_grad` is true for every weight that requires gradients, also while forces alone are asked for",
-        "choosing the derivatives to compute (common/runs.py, step.py, registered.py)",
+        "choosing the derivatives to compute (common/step.py, registered.py)",
     ),
     PrivateName(
         "torch:_C._current_graph_task_id",
         "tells one backward pass from another, so that a first derivative takes up what the second of its pass left",
         "training on forces (common/step.py)",
     ),
-    PrivateName(
-        "torch:_C._dispatch_tls_local_include_set",
-        "the dispatcher excludes autograd in bodies of operations, where a derivative would silently be zero",
-        "every operation under torch.compile (common/registered.py)",
-    ),
-    PrivateName(
-        "torch:_C._dispatch_tls_local_exclude_set",
-        "as _dispatch_tls_local_include_set",
-        "every operation under torch.compile (common/registered.py)",
-    ),
-    PrivateName(
-        "torch:_C._ForceDispatchKeyGuard",
-        "as _dispatch_tls_local_include_set",
-        "every operation under torch.compile (common/registered.py)",
-    ),
-    PrivateName(
-        "torch:_C.DispatchKeySet",
-        "as _dispatch_tls_local_include_set",
-        "every operation under torch.compile (common/registered.py)",
-    ),
-    PrivateName(
-        "torch:_C.DispatchKey.ADInplaceOrView",
-        "as _dispatch_tls_local_include_set; so is AutogradFunctionality",
-        "every operation under torch.compile (common/registered.py)",
+    *(
+        PrivateName(
+            f"torch:_C.{name}",
+            "the dispatcher excludes autograd in bodies of operations, where a derivative would silently be zero",
+            "every operation under torch.compile (common/registered.py)",
+        )
+        for name in (
+            "_dispatch_tls_local_include_set",
+            "_dispatch_tls_local_exclude_set",
+            "_ForceDispatchKeyGuard",
+            "DispatchKeySet",
+            "DispatchKey.ADInplaceOrView",
+            "DispatchKey.AutogradFunctionality",
+        )
     ),
     PrivateName(
         "torch._subclasses.fake_tensor:is_fake",

@@ -272,7 +272,7 @@ def test_frozen_weights_cost_nothing(operation, monkeypatch, name: str) -> None:
     from e2former_kernels.common.sums import RunSums
     from e2former_kernels.feedforward import op as passes
     from e2former_kernels.norm import op
-    from e2former_kernels.radial.network import RadialGradients
+    from e2former_kernels.radial.network import RadialNetwork
 
     by_weights = []
 
@@ -285,7 +285,7 @@ def test_frozen_weights_cost_nothing(operation, monkeypatch, name: str) -> None:
 
         monkeypatch.setattr(module, function, run)
 
-    spy(RadialGradients, "backward", lambda s, g, kept, weights, *a: weights)
+    spy(RadialNetwork, "backward", lambda s, g, kept, weights, *a: weights)
     spy(RunSums, "add", lambda *a: True)
     spy(RunSums, "add_product", lambda *a: True)
     for module in (op, passes):

@@ -194,7 +194,7 @@ def test_weights_among_the_first_derivatives_are_recomputed(make, find_leaves) -
 )
 def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: bool, edges: int) -> None:
     """Value and tangent of the networks, and the gradients of both, against autograd."""
-    from e2former_kernels.radial.network import RadialGradients
+    from e2former_kernels.radial.network import RadialNetwork
 
     weights = make.radial(groups, 6, 4, 5, norms)
     species = torch.randint(0, 4, (2, edges))
@@ -212,7 +212,7 @@ def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: b
     inputs = [distance, *([change] if tangent else []), *leaves]
     reference = torch.autograd.grad(loss, inputs)
     with torch.no_grad():
-        gradients = RadialGradients(weights, 3.0, last)
+        gradients = RadialNetwork(weights, 3.0, last)
         out, kept = gradients.forward(distance, *species, change if tangent else None)
         both = torch.stack([grad, grad_change]) if tangent else grad[None]
         by_distance, by_change, by_weights = gradients.backward(both, kept, True)

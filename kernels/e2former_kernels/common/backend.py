@@ -27,6 +27,7 @@ class Mode(NamedTuple):
     precision: str = "highest"
     autocast: torch.dtype | None = None
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019  a mode is a few words
     def dot(self, dtype: torch.dtype) -> str:
         """``input_precision`` of ``tl.dot`` for matrices of a dtype: TF32 where products may be rounded to it."""
         if dtype != torch.float32:

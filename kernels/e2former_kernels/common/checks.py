@@ -11,6 +11,7 @@ from e2former_kernels.common.backend import triton_problem
 
 if TYPE_CHECKING:
     from e2former_kernels.common.runs import EdgeList
+    from e2former_kernels.radial.reference import RadialWeights
 
 #: A tensor that may be missing, its dimensions' names, its shape.
 Expected = tuple[Tensor | None, str, tuple[int, ...]]
@@ -83,3 +84,24 @@ def check_nodes(operation: str, name: str, x: Tensor, degrees: int, **tensors: E
         raise ValueError(f"{name}: expected [N, (lmax+1)^2, C] with {degrees**2} rows, got {tuple(x.shape)}")
     check_float(name, x)
     check_tensors(name, x, **tensors)
+
+
+def check_radial(
+    name: str, weights: RadialWeights, like_name: str, like: Tensor, groups: int, basis: int, outputs: int | None = None
+) -> None:
+    """Raise ValueError or TypeError naming the first tensor that is not one of ``groups`` networks as ``like`` is.
+
+    basis: n_b. outputs: K; as it is when None.
+    """
+    if weights.basis.dim() != 3 or weights.out.dim() != 3:
+        shapes = tuple(weights.basis.shape), tuple(weights.out.shape)
+        raise ValueError(f"{name}: expected basis [G, h, n_b] and out [G, K, h], got {shapes[0]} and {shapes[1]}")
+    hidden, elements = weights.basis.shape[1], weights.target_table.shape[0]
+    outputs = weights.out.shape[1] if outputs is None else outputs
+    row, table = ("G, h", (groups, hidden)), ("Z, G, h", (elements, groups, hidden))
+    expected = (
+        ("G, h, n_b", (groups, hidden, basis)), table, table, row, row, ("G, h, h", (groups, hidden, hidden)), row,
+        row, row, ("G, K, h", (groups, outputs, hidden)), ("G, K", (groups, outputs)),
+    )  # fmt: skip
+    named = zip(weights._fields, weights, expected, strict=True)
+    check_tensors(like_name, like, **{f"{name}.{field}": (tensor, *shape) for field, tensor, shape in named})

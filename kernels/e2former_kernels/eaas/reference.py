@@ -115,71 +115,43 @@ def _full_precision(function: Callable) -> Callable:
     return run
 
 
-def _rotate_in(x: Tensor, blocks: list[Tensor], transpose: bool) -> Tensor:
-    """Apply the block-diagonal Wigner matrix to rows [N, M, C]."""
-    parts = []
-    for degree, block in enumerate(blocks):
-        rows = x[:, degree * degree : (degree + 1) ** 2]
-        parts.append(torch.bmm(block.mT if transpose else block, rows))
-    return torch.cat(parts, 1)
-
-
-def _rotate_paths(x: Tensor, blocks: list[Tensor], row_paths: tuple[int, ...], transpose: bool) -> Tensor:
-    """Apply the Wigner matrices to path rows [N, P, C] in (l3, m3, path) order."""
+def _rotate(x: Tensor, blocks: list[Tensor], copies: Sequence[int], transpose: bool) -> Tensor:
+    """Apply the Wigner matrices to rows [N, sum (2l+1) copies_l, C] in (l, m, copy) order."""
     nodes, _, channels = x.shape
     parts, start = [], 0
-    for degree, paths in enumerate(row_paths):
-        size = (2 * degree + 1) * paths
-        rows = x[:, start : start + size].reshape(nodes, 2 * degree + 1, paths * channels)
-        block = blocks[degree]
+    for degree, (block, count) in enumerate(zip(blocks, copies, strict=True)):
+        size = (2 * degree + 1) * count
+        rows = x[:, start : start + size].reshape(nodes, 2 * degree + 1, count * channels)
         parts.append(torch.bmm(block.mT if transpose else block, rows).reshape(nodes, size, channels))
         start += size
     return torch.cat(parts, 1)
 
 
 class _Contract(torch.autograd.Function):
-    """(v, r) -> T(r) v through the axis-aligned frame."""
+    """(v, r) -> T(r) v through the axis-aligned frame, or (g, r) -> T(r)^T g."""
 
     @staticmethod
     @_full_precision
-    def forward(ctx, value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
-        ctx.tables = tables
-        ctx.save_for_backward(value, position)
+    def forward(ctx, x: Tensor, position: Tensor, tables: EAASTables, transpose: bool) -> Tensor:
+        ctx.tables, ctx.transpose = tables, transpose
+        ctx.save_for_backward(x, position)
         length, blocks = _frame(position, tables)
-        aligned = _rotate_in(value, blocks, transpose=False).index_select(1, tables.aligned_index)
-        scale = length.unsqueeze(-1) * tables.aligned_value.to(value.dtype)
-        return _rotate_paths(aligned * scale.unsqueeze(-1), blocks, tables.row_paths, transpose=True)
+        scale = (length.unsqueeze(-1) * tables.aligned_value.to(x.dtype)).unsqueeze(-1)
+        paths, ones = tables.row_paths, (1,) * len(blocks)
+        if not transpose:
+            aligned = _rotate(x, blocks, ones, False).index_select(1, tables.aligned_index)
+            return _rotate(aligned * scale, blocks, paths, True)
+        rows = x.new_zeros(x.shape[0], len(blocks) ** 2, x.shape[-1])
+        rows = rows.index_add(1, tables.aligned_index, _rotate(x, blocks, paths, False) * scale)
+        return _rotate(rows, blocks, ones, True)
 
     @staticmethod
     @_full_precision
     def backward(ctx, grad: Tensor):
-        value, position = ctx.saved_tensors
-        grad_value = _Transposed.apply(grad, position, ctx.tables) if ctx.needs_input_grad[0] else None
-        grad_position = _bilinear(grad, value, ctx.tables) if ctx.needs_input_grad[1] else None
-        return grad_value, grad_position, None
-
-
-class _Transposed(torch.autograd.Function):
-    """(g, r) -> T(r)^T g, the transpose of :class:`_Contract` in its first argument."""
-
-    @staticmethod
-    @_full_precision
-    def forward(ctx, grad: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
-        ctx.tables = tables
-        ctx.save_for_backward(grad, position)
-        length, blocks = _frame(position, tables)
-        scale = length.unsqueeze(-1) * tables.aligned_value.to(grad.dtype)
-        aligned = _rotate_paths(grad, blocks, tables.row_paths, transpose=False) * scale.unsqueeze(-1)
-        rows = aligned.new_zeros(grad.shape[0], len(tables.row_paths) ** 2, grad.shape[-1])
-        return _rotate_in(rows.index_add(1, tables.aligned_index, aligned), blocks, transpose=True)
-
-    @staticmethod
-    @_full_precision
-    def backward(ctx, grad_out: Tensor):
-        grad, position = ctx.saved_tensors
-        first = _Contract.apply(grad_out, position, ctx.tables) if ctx.needs_input_grad[0] else None
-        second = _bilinear(grad, grad_out, ctx.tables) if ctx.needs_input_grad[1] else None
-        return first, second, None
+        (x, position), need = ctx.saved_tensors, ctx.needs_input_grad
+        pair = (x, grad) if ctx.transpose else (grad, x)
+        by_x = _Contract.apply(grad, position, ctx.tables, not ctx.transpose) if need[0] else None
+        return by_x, _bilinear(*pair, ctx.tables) if need[1] else None, None, None
 
 
 def _bilinear(paths: Tensor, rows: Tensor, tables: EAASTables) -> Tensor:
@@ -206,7 +178,7 @@ def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: 
         [N, P, C], in that unit times the value's.
     """
     dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-    return _Contract.apply(value.to(dtype), position.to(dtype), tables)
+    return _Contract.apply(value.to(dtype), position.to(dtype), tables, False)
 
 
 def dense_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:

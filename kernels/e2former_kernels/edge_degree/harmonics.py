@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,12 +11,12 @@ from torch import Tensor
 from e2former_kernels.common.envelope import polynomial, polynomial_bend
 from e2former_kernels.common.harmonics import (
     harmonic_scales,
+    load_vector,
     next_order,
     next_order_dot,
     next_order_slopes,
     next_order_slopes_dot,
     store_vector,
-    vector_dot,
     vector_of,
 )
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE, EmbeddingSpec
@@ -99,8 +98,8 @@ def harmonics_backward_kernel(
         c, s = next_order(c, s, x, z)
     along = gx * x + gy * y + gz * z
     radial = du * total + tl.load(grad_distance + e, mask=inside, other=0.0)
-    vx, vy, vz = u * (gx - along * x) / d, u * (gy - along * y) / d, u * (gz - along * z) / d
-    store_vector(out, e, inside, vx + radial * x, vy + radial * y, vz + radial * z)
+    vx, vy = u * (gx - along * x) / d + radial * x, u * (gy - along * y) / d + radial * y
+    store_vector(out, e, inside, vx, vy, u * (gz - along * z) / d + radial * z)
 
 
 def weighted_harmonics(vec: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor]:
@@ -113,15 +112,26 @@ def weighted_harmonics(vec: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor
     return distance, out
 
 
-def weighted_harmonics_backward(grad: Tensor, grad_distance: Tensor, vec: Tensor, spec: EmbeddingSpec) -> Tensor:
-    """Gradient of :func:`weighted_harmonics` by vec, [E, 3]."""
-    out = torch.empty_like(vec)
+def weighted_harmonics_backward(
+    grad: Tensor, grad_distance: Tensor, vec: Tensor, spec: EmbeddingSpec, out: Tensor
+) -> None:
+    """Gradient of :func:`weighted_harmonics` by vec, to out [E, 3]."""
     if vec.shape[0]:
         grid, scales = _grid_and_scales(vec, spec)
         harmonics_backward_kernel[grid](
             grad.contiguous(), grad_distance.contiguous(), vec, scales, out, vec.shape[0], **_constants(spec)
         )
-    return out
+
+
+@triton.jit
+def _directions(vec, vec_dot, e, inside):
+    """Directions and lengths, and their changes."""
+    x, y, z = load_vector(vec, e, inside, 1.0)
+    x_dot, y_dot, z_dot = load_vector(vec_dot, e, inside, 0.0)
+    d = tl.sqrt(x * x + y * y + z * z)
+    x, y, z = x / d, y / d, z / d
+    d_dot = x * x_dot + y * y_dot + z * z_dot
+    return x, y, z, d, (x_dot - d_dot * x) / d, (y_dot - d_dot * y) / d, (z_dot - d_dot * z) / d, d_dot
 
 
 @triton.jit
@@ -132,8 +142,7 @@ def harmonics_tangent_kernel(
     """distance [E] and out [E, (L+1)^2], as harmonics_kernel, and their changes along vec_dot."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d = vector_of(vec, e, inside, True)
-    x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
+    x, y, z, d, x_dot, y_dot, z_dot, d_dot = _directions(vec, vec_dot, e, inside)
     tl.store(distance + e, d, mask=inside)
     tl.store(distance_dot + e, d_dot, mask=inside)
     u, du = polynomial(d, cutoff, P)
@@ -172,8 +181,7 @@ def harmonics_second_kernel(
     """Gradient by vec from those by everything that harmonics_tangent_kernel returns."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d = vector_of(vec, e, inside, True)
-    x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
+    x, y, z, d, x_dot, y_dot, z_dot, d_dot = _directions(vec, vec_dot, e, inside)
     u, du = polynomial(d, cutoff, P)
     at = e * ((L + 1) * (L + 1))
     zero = 0.0 * x
@@ -249,8 +257,9 @@ def harmonics_second_kernel(
     vx = by_g * (gx - along * x + hx_dot - across_dot * x - across * x_dot) + by_h * (hx - across * x)
     vy = by_g * (gy - along * y + hy_dot - across_dot * y - across * y_dot) + by_h * (hy - across * y)
     vz = by_g * (gz - along * z + hz_dot - across_dot * z - across * z_dot) + by_h * (hz - across * z)
-    vx, vy, vz = vx + radial * x, vy + radial * y, vz + radial * z
-    store_vector(out, e, inside, vx + turn * x_dot, vy + turn * y_dot, vz + turn * z_dot)
+    tl.store(out + 3 * e, vx + radial * x + turn * x_dot, mask=inside)
+    tl.store(out + 3 * e + 1, vy + radial * y + turn * y_dot, mask=inside)
+    tl.store(out + 3 * e + 2, vz + radial * z + turn * z_dot, mask=inside)
 
 
 def harmonics_tangent(vec: Tensor, vec_dot: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,18 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
+from e2former_kernels.common.harmonics import degree_of
 from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.edge_degree.reference import PAD
 from e2former_kernels.radial.table import RadialTable, feature, place, spline_and_slope
-
-
-@triton.jit
-def _degree(m):
-    """Degree of row m, for up to 25 rows."""
-    one = m * 0 + 1
-    return tl.where(m >= 1, one, 0) + tl.where(m >= 4, one, 0) + tl.where(m >= 9, one, 0) + tl.where(m >= 16, one, 0)
 
 
 @triton.jit
@@ -37,7 +32,7 @@ def harmonic_sum_kernel(
     c = tl.program_id(1) * BK + tl.arange(0, BK)
     m = tl.arange(0, BM)
     mask = (m[:, None] < M) & (c[None, :] < K)
-    at = _degree(m)[:, None] * K + c[None, :]
+    at = degree_of(m)[:, None] * K + c[None, :]
     total = tl.zeros([BM, BK], dtype=out.dtype.element_ty)
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         y = tl.load(harmonics + e * M + m, mask=m < M, other=0.0)
@@ -68,7 +63,7 @@ def harmonic_dot_kernel(features, grad, row_ptr, out, M, L, K, BM: tl.constexpr,
     m = tl.arange(0, BM)
     mask = (m[:, None] < M) & (c[None, :] < K)
     g = tl.load(grad + i * M * K + m[:, None] * K + c[None, :], mask=mask, other=0.0)
-    at = _degree(m)[:, None] * K + c[None, :]
+    at = degree_of(m)[:, None] * K + c[None, :]
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         a = tl.load(features + e * L * K + at, mask=mask, other=0.0)
         tl.store(out + e * M + m, tl.sum(a * g, axis=1), mask=m < M)
@@ -104,7 +99,7 @@ def harmonic_sum(harmonics: Tensor, features: Tensor, row_ptr: Tensor) -> Tensor
     return out
 
 
-def harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, out: Tensor) -> Tensor:
+def harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, out: Tensor) -> None:
     """out = sum over m of degree l of Y_em g_imc. harmonics: [E, M]; grad: [N, M, K]; out: [E, L, K]."""
     (_, degrees, width), (nodes, rows, _) = out.shape, grad.shape
     if out.numel():
@@ -112,7 +107,6 @@ def harmonic_features(harmonics: Tensor, grad: Tensor, row_ptr: Tensor, out: Ten
         harmonic_features_kernel[nodes, math.ceil(width / block)](
             harmonics, grad, row_ptr, out, rows, degrees, width, BL=degrees, BK=block, num_warps=1
         )
-    return out
 
 
 def harmonic_dot(features: Tensor, grad: Tensor, row_ptr: Tensor) -> Tensor:
@@ -135,6 +129,16 @@ def segment_sum(values: Tensor, row_ptr: Tensor) -> Tensor:
         block = min(next_power(width), 128)
         _segment_sum_kernel[nodes, math.ceil(width / block)](values, row_ptr, out, width, BLOCK=block, num_warps=1)
     return out
+
+
+def joined(sums: Tensor, total: Tensor) -> Tensor:
+    """[N, M, h + PAD]: the sums of features [N, M, h], the sum of y [N, M], and zeros that keep rows aligned."""
+    return torch.cat([sums, F.pad(total.unsqueeze(-1), (0, PAD - 1))], -1)
+
+
+def apart(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the sums of features and of the sum of y from that of :func:`joined`."""
+    return grad[..., :-PAD].contiguous(), grad[..., -PAD]
 
 
 @triton.jit

@@ -17,10 +17,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from e2former_kernels.common.backend import EXACT, Mode
-from e2former_kernels.common.checks import check_device, check_edges, check_float, check_same
+from e2former_kernels.common.checks import check_device, check_edges, check_float, check_radial, check_same
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
 from e2former_kernels.common.step import Change, Step, run_step
@@ -31,9 +30,11 @@ from e2former_kernels.edge_degree.harmonics import (
     weighted_harmonics_backward,
 )
 from e2former_kernels.edge_degree.kernels import (
+    apart,
     harmonic_dot,
     harmonic_features,
     harmonic_sum,
+    joined,
     place_edges,
     segment_sum,
     spline_backward,
@@ -41,8 +42,8 @@ from e2former_kernels.edge_degree.kernels import (
 )
 from e2former_kernels.edge_degree.reference import PAD, EmbeddingSpec, edge_degree_plan, last_layer
 from e2former_kernels.linear.op import so3_linear
-from e2former_kernels.radial.network import RadialGradients, RadialNetwork, add_gradients
-from e2former_kernels.radial.reference import RadialWeights, check_radial
+from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
+from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.table import RadialTable, check_table
 
 # Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
@@ -53,7 +54,7 @@ SECOND_NUMBERS = 3 << 27
 
 @dataclass(frozen=True)
 class _Embedding(Step):
-    """One embedding over its runs of receivers. Result: [N, M, h + 4], see :meth:`join`.
+    """One embedding over its runs of receivers. Result: [N, M, h + 4], see :func:`joined`.
 
     radial: the structure of the weights (which of them there are). table: of the networks without their last layer,
     where the weights are frozen. runs: of value and first derivative; training_runs: of gradients by weights and of the
@@ -77,83 +78,54 @@ class _Embedding(Step):
     def plan(self, tensors: list[Tensor]) -> Plan:
         return edge_degree_plan(self.spec, tensors[0], self.edges, self.weights(tensors[1:]))
 
-    def _network(self, tensors: list[Tensor]) -> RadialNetwork | None:
-        """The networks, the same in all passes of a training step; None where a table stands."""
-        if self.table is not None:
-            return None
+    def _features(self, tensors: list[Tensor]) -> RadialFeatures:
+        """Of the networks, which are the same in all passes of a training step."""
         network = self.cache.get("network")
         if network is None:
             network = RadialNetwork(self.weights(tensors[1:]), self.spec.cutoff, last=False)
         if self.trained:
             self.cache["network"] = network
-        return network
-
-    def _gradients(self, tensors: list[Tensor]) -> RadialGradients:
-        """The networks with their gradients."""
-        network = self._network(tensors)
-        return RadialGradients(self.weights(tensors[1:]), self.spec.cutoff, last=False, network=network)
-
-    @staticmethod
-    def join(sums: Tensor, total: Tensor) -> Tensor:
-        """[N, M, h + 4]: the sums of features, the sum of y, and three zeros that keep rows aligned."""
-        return torch.cat([sums, F.pad(total.unsqueeze(-1), (0, PAD - 1))], -1)
-
-    @staticmethod
-    def split(joined: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of the sums [N, M, h] and of the sum of y [N, M] from that of :meth:`join`."""
-        return joined[..., :-PAD].contiguous(), joined[..., -PAD]
+        return RadialFeatures(network)
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        vec, network = tensors[0], self._network(tensors)
+        vec, radial = tensors[0], None if self.table is not None else self._features(tensors)
 
         def of_run(run: EdgeRun) -> Tensor:  # a function: nothing of a run is there when the next begins
-            distance, y = weighted_harmonics(vec[run.edges].contiguous(), self.spec)
-            if network is None:
+            part = vec[run.edges].contiguous()
+            distance, y = weighted_harmonics(part, self.spec)
+            if radial is None:
                 return spline_sum(y, self.table, place_edges(self.table, distance, run), run.row_ptr)
-            hidden, _ = network.forward(distance, *run.elements)
+            hidden, _ = radial.forward(run, part, distance, keep=False)
             total = segment_sum(y, run.row_ptr)
-            return self.join(harmonic_sum(y, hidden, run.row_ptr), total)
+            return joined(harmonic_sum(y, hidden[0], run.row_ptr), total)
 
-        return _joined([of_run(run) for run in self.runs])
+        parts = [of_run(run) for run in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        network = radial = by_weights = None
-        if any(n > 0 for n in wanted):
-            radial = self._gradients(tensors)
-        else:
-            network = self._network(tensors)
-        vectors = []
+        by_vec, weights = tensors[0].new_empty(tensors[0].shape), any(n > 0 for n in wanted)
+        radial = self._features(tensors) if weights or self.table is None else None
 
         def of_run(run: EdgeRun) -> None:
-            nonlocal by_weights
-            vec = tensors[0][run.edges].detach().contiguous()
+            vec, part = tensors[0][run.edges].detach().contiguous(), grad[run.nodes]
             distance, y = weighted_harmonics(vec, self.spec)
-            if radial is None and network is None:
+            if radial is None:
                 placed = place_edges(self.table, distance, run)
-                grad_y, slope = spline_backward(y, self.table, placed, run.row_ptr, grad[run.nodes].contiguous())
-                vectors.append(weighted_harmonics_backward(grad_y, slope, vec, self.spec))
-                return
-            elements = run.elements
-            grad_sum, grad_total = self.split(grad[run.nodes])
-            if radial is None:
-                features, middle = network.forward(distance, *elements)
+                grad_y, slope = spline_backward(y, self.table, placed, run.row_ptr, part.contiguous())
             else:
-                features, kept = radial.forward(distance, *elements)
-                features = features[0]
-            grad_hidden = harmonic_features(y, grad_sum, run.row_ptr, torch.empty_like(features))
-            grad_y = harmonic_dot(features, grad_sum, run.row_ptr) + grad_total.index_select(0, run.target)
-            if radial is None:
-                slope = network.backward(grad_hidden, middle, distance, *elements)
-            else:
-                slope, _, more = radial.backward(grad_hidden.unsqueeze(0), kept, weights=True)
-                by_weights = add_gradients(by_weights, more)
+                features, kept = radial.forward(run, vec, distance, keep=weights)
+                grad_sum, grad_total = apart(part)
+                grad_hidden = torch.empty_like(features)
+                harmonic_features(y, grad_sum, run.row_ptr, grad_hidden[0])
+                grad_y = harmonic_dot(features[0], grad_sum, run.row_ptr) + grad_total.index_select(0, run.target)
+                slope, *_ = radial.backward(grad_hidden, kept, weights)
             if 0 in wanted:
-                vectors.append(weighted_harmonics_backward(grad_y, slope, vec, self.spec))
+                weighted_harmonics_backward(grad_y, slope, vec, self.spec, by_vec[run.edges])
 
-        for run in self.runs if radial is None else self.training_runs():
+        for run in self.training_runs() if weights else self.runs:
             of_run(run)
-        found = [t for t in by_weights or () if t is not None]
-        return [_joined(vectors) if n == 0 else found[n - 1] for n in wanted]
+        found = [by_vec, *(radial.found() if weights else ())]
+        return [found[n] for n in wanted]
 
     def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
         if change.wanted != [0]:
@@ -163,20 +135,18 @@ class _Embedding(Step):
         weights = any(n > 1 for n in by)
         by_grad = torch.empty_like(grad) if 0 in by else None
         by_vec = torch.empty_like(vec) if 1 in by else None
-        by_weights: RadialWeights | None = None
-        network = self._gradients(tensors)
+        radial = self._features(tensors)
 
         def of_run(run: EdgeRun) -> None:
-            nonlocal by_weights
             edges, row_ptr = (vec[run.edges], vec_dot[run.edges]), run.row_ptr
             distance, distance_dot, y, y_dot = harmonics_tangent(*edges, spec)
-            features, kept = network.forward(distance, *run.elements, distance_dot)
+            features, kept = radial.forward(run, edges[0], distance, edges[1], distance_dot)
             if by_grad is not None:
                 sums = harmonic_sum(y_dot, features[0], row_ptr).add_(harmonic_sum(y, features[1], row_ptr))
-                by_grad[run.nodes] = self.join(sums, segment_sum(y_dot, row_ptr))
+                by_grad[run.nodes] = joined(sums, segment_sum(y_dot, row_ptr))
             if by == [0]:
                 return
-            by_sum, by_total = self.split(grad[run.nodes])
+            by_sum, by_total = apart(grad[run.nodes])
             by_features = torch.empty_like(features)
             for harmonics, part in zip((y_dot, y), by_features, strict=True):
                 harmonic_features(harmonics, by_sum, row_ptr, part)
@@ -184,19 +154,14 @@ class _Embedding(Step):
             if by_vec is not None:
                 by_y = harmonic_dot(features[1], by_sum, row_ptr)
                 by_y_dot = harmonic_dot(features[0], by_sum, row_ptr).add_(by_total.index_select(0, run.target))
-            by_distance, by_distance_dot, more = network.backward(by_features, kept, weights, by_vec is not None)
-            by_weights = add_gradients(by_weights, more)
+            by_distance, by_distance_dot, _ = radial.backward(by_features, kept, weights, by_vec is not None)
             if by_vec is not None:
                 harmonics_second(by_y, by_y_dot, by_distance, by_distance_dot, *edges, spec, out=by_vec[run.edges])
 
         for run in self.training_runs():
             of_run(run)
-        found = [by_grad, by_vec, *(t for t in by_weights or () if t is not None)]
+        found = [by_grad, by_vec, *radial.found()]
         return [found[n] for n in by]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _step(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.checks import check_edges
+from e2former_kernels.common.checks import check_edges, check_radial
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.runs import EDGE, WHOLE, EdgeList, EdgeRun, Plan, plan_of
 from e2former_kernels.common.step import evaluate
 from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
-from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, check_radial, edge_geometry, radial_hidden
+from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_hidden
 
 AVERAGE_DEGREE = 23.01  # the authors' constant divisor
 RUN_NUMBERS = 1 << 24  # working memory of one run, in numbers: 64 MB in float32

@@ -9,7 +9,7 @@ are taken to float16 first (``common/half.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -23,12 +23,13 @@ from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as edge_kernel
 from e2former_kernels.equivariant_attention import kernels_reverse as attend_backward_kernel
 from e2former_kernels.equivariant_attention import kernels_value as attend_kernel
-from e2former_kernels.equivariant_attention.gate import GateGradients, GateNetwork, NetworkKept, RadialGate
+from e2former_kernels.equivariant_attention.gate import DirectionalGate, GateNetworks
 from e2former_kernels.equivariant_attention.kernels_value import launch_contract
-from e2former_kernels.equivariant_attention.reference import Form, Pieces, attention_plan
+from e2former_kernels.equivariant_attention.reference import DotWeights, Form, Pieces, attention_plan
 from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
-from e2former_kernels.radial.network import RadialNetwork
+from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
+from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.table import RadialTable
 
 # Pairs are for rows in float32 and in float16 (kernels/benchmarks/NOTES.md has the measured alternatives).
@@ -104,14 +105,17 @@ def _rows(x: Tensor, half: bool) -> Rows:
 class FusedAttention(Step):
     """One attention over its runs of receivers: everything but the tensors that may need gradients.
 
-    outline: which tensors there are. runs: of value and first derivative; training_runs: of the gradients by weights
-    and of the second derivative. coupling: [P, 3 M] or None. table: splines of the radial network, where its weights
-    are frozen. half: value and first derivative gather rows in float16. trained: passes share the radial network.
-    precision: ``input_precision`` of ``tl.dot``. cache: what a pass takes over from those before it.
+    radial, dot_weights: as among the tensors. outline: which tensors there are. runs: of value and first derivative;
+    training_runs: of the gradients by weights and of the second derivative. coupling: [P, 3 M] or None. table: splines
+    of the radial network, where its weights are frozen. half: value and first derivative gather rows in float16.
+    trained: passes share the radial network. precision: ``input_precision`` of ``tl.dot``. cache: what a pass takes
+    over from those before it.
     """
 
     spec: AttentionSpec
     form: Form
+    radial: RadialWeights
+    dot_weights: DotWeights | None
     outline: Pieces
     edges: EdgeList
     runs: list[EdgeRun]
@@ -133,29 +137,25 @@ class FusedAttention(Step):
         coupling = None if self.coupling is None else self.coupling.unflatten(1, (self.directions, -1))
         return attention_plan(self.spec, self.form, self.outline.like(tensors), self.edges, coupling)
 
-    def _gate(self, tensors: list[Tensor], changes: Sequence[Tensor] = ()) -> RadialGate:
-        """Gate and head with the gradients by their weights, and with tangents along ``changes``.
+    def _make_networks(self) -> RadialNetwork | GateNetworks:
+        return RadialNetwork(self.radial, self.spec.cutoff)
 
-        changes: of the tensors between value and weights.
-        """
-        return RadialGate(self.outline.like(tensors).radial, self.spec.cutoff, self._network(tensors))
+    def _networks(self) -> RadialNetwork | GateNetworks:
+        """The radial networks, the same for all passes where no table stands."""
+        networks = self.cache.get("networks") or self._make_networks()
+        if self.table is None:
+            self.cache["networks"] = networks
+        return networks
 
-    def _make_network(self, tensors: list[Tensor]) -> RadialNetwork:
-        return RadialNetwork(self.outline.like(tensors).radial, self.spec.cutoff)
+    def gate(self, tensors: list[Tensor], *changes: Tensor) -> RadialFeatures:
+        """Gate and head, with tangents along ``changes`` of the tensors between value and weights."""
+        return RadialFeatures(self._networks())
 
     def transposed(self) -> Tensor | None:
         """The coupling's transpose."""
         if self.coupling is not None and "transposed" not in self.cache:
             self.cache["transposed"] = self.coupling.t().contiguous()
         return self.cache.get("transposed")
-
-    def _network(self, tensors: list[Tensor]) -> RadialNetwork | None:
-        """The radial network, one for all passes; None where a table stands."""
-        if self.table is not None:
-            return None
-        if "network" not in self.cache:
-            self.cache["network"] = self._make_network(tensors)
-        return self.cache["network"]
 
     def _edges(self, run: EdgeRun, vec: Tensor, table: RadialTable | None) -> Edges:
         vec, source, species = vec[run.edges].contiguous(), run.source, run.species
@@ -172,29 +172,6 @@ class FusedAttention(Step):
                 **edge_kernel.constants_of(self.spec, self.directions, 256),
             )  # fmt: skip
         return Edges(vec, position, row, envelope, scale, source)
-
-    def _features(
-        self, network: RadialNetwork, run: EdgeRun, edges: Edges, tensors: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Features [e, 2H] of a run without a table, and what :meth:`_by_features` takes."""
-        features, middle = network.forward(edges.position, *run.elements)
-        return features, middle
-
-    def _by_features(
-        self,
-        network: RadialNetwork,
-        grad: Tensor,
-        kept: Tensor,
-        run: EdgeRun,
-        edges: Edges,
-        tensors: list[Tensor],
-        beside: dict[int, Tensor],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients by the distance and by what else the features know of the edge vector, from that by the features.
-
-        Those by inputs between value and weights go to ``beside``, by position.
-        """
-        return network.backward(grad, kept, edges.position, *run.elements), None
 
     def _given(self, tensors: list[Tensor], half: bool) -> Given:
         vec, *rest = tensors[:_RADIAL]
@@ -248,17 +225,17 @@ class FusedAttention(Step):
 
         tensors: for the weights of the features. Keeps the softmax's statistics for :meth:`gradients_of_runs`.
         """
-        network = self._network(tensors)
+        gate = self.gate(tensors) if self.table is None else None
         rows, heads = given.value_rows
         tiles = row_tiles(rows, heads, self.directions, *ATTEND_TILE)
         statistics = self._statistics(given)
 
         def of_run(run: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
             edges = self._edges(run, given.vec, self.table)
-            if network is None:
+            if gate is None:
                 features = self.table.knots
             else:
-                features, _ = self._features(network, run, edges, tensors)
+                features, _ = gate.forward(run, edges.vec, edges.position, keep=False)
             score = self._scores(run, edges, given, features, statistics)
             if finish is None:
                 summed = out[run.nodes].view(run.num_nodes, 1, rows, heads)
@@ -268,7 +245,7 @@ class FusedAttention(Step):
                 attend_kernel.attend_kernel[run.num_nodes, math.ceil(heads / tiles.heads)](
                     score, features, edges.row, edges.position, edges.envelope, edges.scale, *_arguments(given.value),
                     edges.source, run.row_ptr, statistics.top[run.nodes], statistics.total[run.nodes], summed,
-                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=network is None, HALF=given.half,
+                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=gate is None, HALF=given.half,
                     B=self.directions, UNROLL=ATTEND_UNROLL[given.half], **self._tiles(tiles),
                 )  # fmt: skip
             if finish is not None:
@@ -302,20 +279,18 @@ class FusedAttention(Step):
         rows, heads = given.value_rows
         width = given.query.numbers.shape[2]
         norm, directions, half = NORMS[self.spec.norm], self.directions, given.half
-        weights_wanted = [n for n in wanted if n >= self.first_weight]
-        table = None if weights_wanted else self.table
-        network = None if weights_wanted else self._network(tensors)
+        weights = any(n >= self.first_weight for n in wanted)
+        table = None if weights else self.table
+        gate = self.gate(tensors) if table is None else None
         if not self.trained:
-            self.cache.pop("network", None)
+            self.cache.pop("networks", None)
         known = self.cache.get("statistics") if table is self.table else None
         statistics = self._statistics(given) if known is None else known
-        runs = self.training_runs() if weights_wanted else self.runs
+        runs = self.training_runs() if weights else self.runs
         fresh = vec.new_empty if len(runs) == 1 else vec.new_zeros
         grad_vec, grad_query = torch.empty_like(vec), vec.new_empty(given.query.numbers.shape)
         by_sender = _KEY in wanted or _VALUE in wanted
         grad_key, grad_value = (fresh(t.numbers.shape) if by_sender else vec for t in (given.key, given.value))
-        gate = self._gate(tensors) if weights_wanted else None
-        beside: dict[int, Tensor] = {}
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
         blocks = math.ceil(heads / tiles.heads)
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
@@ -323,12 +298,10 @@ class FusedAttention(Step):
         def of_run(run: EdgeRun) -> None:
             edges = self._edges(run, vec, table)
             number, receivers = run.num_edges, run.num_nodes
-            if gate is not None:
-                features, kept = gate.forward(run, edges.vec, edges.position)
-            elif table is None:
-                features, middle = self._features(network, run, edges, tensors)
-            else:
+            if gate is None:
                 features = table.knots
+            else:
+                features, kept = gate.forward(run, edges.vec, edges.position, keep=weights)
             if known is None and norm <= 1:
                 self._scores(run, edges, given, features, statistics)
             part = outer(run)
@@ -363,28 +336,20 @@ class FusedAttention(Step):
                     R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
                     ACCUMULATE=run.senders is not None, UNROLL=SENDER_UNROLL[half], **self._tiles(sender_tiles),
                 )  # fmt: skip
-            grad_distance, grad_further, grad_harmonics = grad_parts, None, None
+            grad_distance, grad_harmonics = grad_parts, None
             if gate is not None:
-                grad_distance, _, grad_harmonics = gate.backward(grad_features.view_as(features), kept, weights=True)
-            elif table is None:
-                grad_distance, grad_further = self._by_features(
-                    network, grad_features, middle, run, edges, tensors, beside
-                )
+                grad_distance, _, grad_harmonics = gate.backward(grad_features.view_as(features), kept, weights)
             if number:
                 edge_kernel.geometry_backward_kernel[(math.ceil(number / 256),)](
                     edges.vec, grad_distance, grad_parts, grad_vec[run.edges], E=number, S=blocks,
                     PARTS=table is not None, **edge_kernel.constants_of(self.spec, directions, 256),
                 )  # fmt: skip
-            if grad_further is not None:
-                network.add_by_vec(grad_further, edges.vec, grad_vec[run.edges])
             if grad_harmonics is not None:
                 gate.add_by_vec(grad_harmonics, kept, grad_vec[run.edges])
 
         for run in runs:
             of_run(run)
-        found = dict(enumerate([grad_vec, grad_query, grad_key, grad_value])) | beside
-        if gate is not None:
-            found |= dict(enumerate(gate.found(), _RADIAL))
+        found = [grad_vec, grad_query, grad_key, grad_value, *(gate.found() if gate is not None else ())]
         return [found[n] for n in wanted]
 
     def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
@@ -400,29 +365,8 @@ class DirectionalAttention(FusedAttention):
 
     first_weight: ClassVar[int] = _DOT + 1
 
-    def _make_network(self, tensors: list[Tensor]) -> GateNetwork:
-        return GateNetwork(self.spec, *self.outline.like(tensors)[-2:])
+    def _make_networks(self) -> GateNetworks:
+        return GateNetworks.of(self.radial, self.dot_weights, self.spec.cutoff)
 
-    def _features(
-        self, network: GateNetwork, run: EdgeRun, edges: Edges, tensors: list[Tensor]
-    ) -> tuple[Tensor, NetworkKept]:
-        return network.forward(run, edges, tensors[_DOT][run.nodes].contiguous())
-
-    def _by_features(
-        self,
-        network: GateNetwork,
-        grad: Tensor,
-        kept: NetworkKept,
-        run: EdgeRun,
-        edges: Edges,
-        tensors: list[Tensor],
-        beside: dict[int, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        dot = tensors[_DOT]
-        if _DOT not in beside:
-            beside[_DOT] = dot.new_empty(dot.shape)
-        arguments = run, edges, dot[run.nodes].contiguous(), beside[_DOT][run.nodes]
-        return network.backward(grad, kept, *arguments)
-
-    def _gate(self, tensors: list[Tensor], changes: Sequence[Tensor] = ()) -> GateGradients:
-        return GateGradients(self.spec, *self.outline.like(tensors)[-2:], tensors[_DOT], *changes)
+    def gate(self, tensors: list[Tensor], *changes: Tensor) -> DirectionalGate:
+        return DirectionalGate(self.spec, self._networks(), self.dot_weights, tensors[_DOT], *changes)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
-from e2former_kernels.common.checks import check_device, check_float, check_same, check_tensors
+from e2former_kernels.common.checks import check_device, check_float, check_radial, check_same, check_tensors
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.runs import EdgeList
 from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
 from e2former_kernels.equivariant_attention.reference import DotWeights, Form, Pieces, check_nodes_and_edges
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
-from e2former_kernels.radial.reference import RadialWeights, check_radial
+from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.table import RadialTable, check_table
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
@@ -55,6 +55,7 @@ def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupli
     """Raise ValueError or TypeError naming the argument whose shape, dtype or device is not what it must be."""
     value = pieces.value
     check_nodes_and_edges(spec, pieces, edges, coupling, form)
+    check_device("equivariant_attention", value.device)
     if spec.score != "qk":
         check_dot_weights(spec, pieces.dot_weights, pieces.dot.shape[-1], value)
     if form not in ("relative", "sum"):
@@ -66,14 +67,6 @@ def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupli
     check_float("value", value)
     if value.dtype == torch.float64 and value.device.type == "cuda":
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
-
-
-def second_numbers_of(spec: AttentionSpec, pieces: Pieces) -> int:
-    """Working memory of one edge, in numbers, in the second derivative of score ``qk``: 2,600 for the paper's network.
-
-    Two numbers, a value and its change, of the radial network's layers, of features, scores and weights, and gradients.
-    """
-    return 6 * pieces.radial.hidden.shape[-1] + 14 * spec.num_heads + 32
 
 
 def gate_numbers_of(spec: AttentionSpec, pieces: Pieces) -> int:
@@ -100,7 +93,6 @@ def make_step(
 ) -> FusedAttention:
     """The operation on one graph. Raises as :func:`equivariant_attention` does."""
     value, relative = pieces.value, spec.order > 0 and form == "relative"
-    check_device("equivariant_attention", value.device)
     check_arguments(spec, pieces, edges, coupling, form)
     hidden, per_row = pieces.radial.hidden.shape[-1], value.shape[-1] * value.shape[1]
     if table is not None and spec.score != "qk":
@@ -121,13 +113,14 @@ def make_step(
     elif spec.score == "qk_dot_scalar":
         numbers += 5 * spec.num_heads + 3 * spec.num_rows
     budget = (TRAINING_NUMBERS,) if mode.trained else (FUSED_NUMBERS, SINGLE_NUMBERS)
-    second = second_numbers_of(spec, pieces), SECOND_NUMBERS
+    # two numbers, a value and its change, of the radial network's layers, features, scores, weights and gradients
+    second = 6 * hidden + 14 * spec.num_heads + 32, SECOND_NUMBERS
     if spec.score != "qk":
         second = gate_numbers_of(spec, pieces), GATE_NUMBERS
     return (FusedAttention if spec.score == "qk" else DirectionalAttention)(
+        precision=mode.dot(value.dtype),
         spec=spec,
         form=form,
-        outline=pieces.outline(),
         edges=edges,
         runs=edges.runs(numbers, *budget),
         training_runs=partial(edges.runs, second[0] + directions * per_row // 32, second[1], GATE_NUMBERS),
@@ -135,7 +128,9 @@ def make_step(
         table=table,
         half=half,
         trained=mode.trained,
-        precision=mode.dot(value.dtype),
+        radial=pieces.radial,
+        dot_weights=pieces.dot_weights,
+        outline=pieces.outline(),
     )
 
 

@@ -140,7 +140,7 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
     per_head = [v.view(senders, rows, heads) for v in value]
     weights = any(n > first_weight for n in by)
     by_scale = spec.order > 0 and 1 + _VEC in by
-    gate = step._gate(tensors, dots[_RADIAL:])
+    gate = step.gate(tensors, *dots[_RADIAL:])
     runs = step.training_runs()
     fresh = torch.empty_like if len(runs) == 1 else torch.zeros_like
     by_grad = torch.empty_like(grad) if 0 in by else None

@@ -31,8 +31,7 @@ from e2former_kernels.feedforward.kernels import (
 )
 from e2former_kernels.feedforward.power import launch_power, launch_power_backward
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights, gated_feedforward_reference
-from e2former_kernels.linear import so3_rows
-from e2former_kernels.linear.op import add_so3_outer, apply_so3
+from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.norm.op import launch_norm, launch_norm_reverse, launch_norm_tangent
 
 
@@ -63,21 +62,6 @@ def _first(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
 def of_rows(weights: Weights) -> Weights:
     """The weights as the passes take them: with the SO3 linears' for every row, [M, C, C]."""
     return weights._replace(weight1=so3_rows(weights.weight1), weight2=so3_rows(weights.weight2))
-
-
-def value(x: Tensor, weights: Weights) -> Tensor:
-    """The network. x: [N, M, C], contiguous; weights: of rows."""
-    out = torch.empty_like(x)
-    if x.numel():
-        for run in node_runs(x.shape[0]):
-            normal = launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None)
-            if weights.power_weight is not None:
-                normal[:, 0] += launch_power(Rows(normal, None)) @ weights.power_weight.t()
-            y, gates = _first(normal, weights)
-            _gate(gate_kernel, y, y, gates)
-            apply_so3(y, weights.weight2, False, out[run.nodes])
-        out[:, 0].add_(weights.bias2)
-    return out
 
 
 def gradients(
@@ -124,9 +108,14 @@ def _first_derivative(
         launch_power_backward(Rows(normal, None), by_normal[:, 0] @ weights.power_weight, Rows(by_normal, None))
         if sums is not None:
             sums.add_product("power_weight", by_normal[:, 0].t(), power)
-    norm = _of_norm(by_normal, None, x, None, weights, by_x, sums, grad if residual else None)
+    beside = grad if residual else None
+    _, parts = launch_norm_reverse(
+        x, weights.norm_weight, by_normal, None, None, sums is not None, by_x, parts=True, beside=beside
+    )
     if sums is not None:
-        sums.add_columns(**norm, bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0])
+        sums.add_columns(
+            norm_weight=parts.flatten(1), bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0]
+        )
 
 
 def _second_derivative(
@@ -167,26 +156,11 @@ def _second_derivative(
         if sums is not None:
             sums.add_product("power_weight", by_normal[:, 0].t(), power)
             sums.add_product("power_weight", by_normal_dot[:, 0].t(), power_dot)
-    norm = _of_norm(by_normal, by_normal_dot, x, x_dot, weights, by_x, sums)
-    if sums is not None:
-        sums.add_columns(**norm, gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
-
-
-def _of_norm(
-    grad: Tensor,
-    grad_dot: Tensor | None,
-    x: Tensor,
-    x_dot: Tensor | None,
-    weights: Weights,
-    by_x: Tensor,
-    sums: RunSums | None,
-    beside: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Writes the gradient by x, plus ``beside``; returns partial sums of that by the norm's weight, [programs, M C]."""
     _, parts = launch_norm_reverse(
-        x, weights.norm_weight, grad, x_dot, grad_dot, sums is not None, by_x, parts=True, beside=beside
-    )  # fmt: skip
-    return {} if parts is None else {"norm_weight": parts.flatten(1)}
+        x, weights.norm_weight, by_normal, x_dot, by_normal_dot, sums is not None, by_x, parts=True
+    )
+    if sums is not None:
+        sums.add_columns(norm_weight=parts.flatten(1), gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
 
 
 def _of_weights(sums: RunSums) -> Weights:
@@ -222,7 +196,15 @@ class _FeedForward(NodeStep):
         x, weights = self._given(tensors)
         if isinstance(weights, HalfWeights):
             return half_value(x, weights, self.residual)
-        out = value(x, weights)
+        out = torch.empty_like(x)
+        for run in node_runs(x.shape[0]) if x.numel() else ():
+            normal = launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None)
+            if weights.power_weight is not None:
+                normal[:, 0] += launch_power(Rows(normal, None)) @ weights.power_weight.t()
+            y, gates = _first(normal, weights)
+            _gate(gate_kernel, y, y, gates)
+            apply_so3(y, weights.weight2, False, out[run.nodes])
+        out[:, 0].add_(weights.bias2)
         return out.add_(x) if self.residual else out
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:

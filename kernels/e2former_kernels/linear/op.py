@@ -7,6 +7,7 @@ The map is bilinear: its derivatives are the same products with other arguments.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -19,7 +20,18 @@ from e2former_kernels.common.checks import check_tensors
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
-from e2former_kernels.linear.reference import grouped_linear_reference, so3_linear_reference, so3_rows
+from e2former_kernels.linear.reference import degree_of_row, grouped_linear_reference, so3_linear_reference
+
+
+@functools.lru_cache(maxsize=8)
+def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return degree_of_row(degrees, device)
+
+
+def so3_rows(weight: Tensor) -> Tensor:
+    """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several runs."""
+    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
 
 
 def _views(x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> list[Tensor]:

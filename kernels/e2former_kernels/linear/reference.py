@@ -6,7 +6,6 @@ and ones stand here: slices would be copies in the backward pass.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,17 +21,6 @@ def degree_of_row(degrees: int, device: torch.device) -> Tensor:
 def scalar_row(x: Tensor) -> Tensor:
     """1 for the row of degree 0, else 0: [M, 1], for x [N, M, ...]."""
     return torch.tensor([1.0] + [0.0] * (x.shape[1] - 1), dtype=x.dtype, device=x.device).unsqueeze(-1)
-
-
-@functools.lru_cache(maxsize=8)
-def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return degree_of_row(degrees, device)
-
-
-def so3_rows(weight: Tensor) -> Tensor:
-    """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several runs."""
-    return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
 
 
 def so3_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,5 +51,5 @@ def grouped_linear_reference(
     groups = x.split([r * w.shape[1] for r, w in zip(rows, weights, strict=True)], 1)
     # two dimensions: products of three are taken in one of several ways, which differ in their last bits
     parts = [F.linear(g.reshape(-1, w.shape[1]), w) for g, w in zip(groups, weights, strict=True)]
-    y = torch.cat([p.view(x.shape[0], -1) for p in parts], 1)
+    y = torch.cat([p.view(x.shape[0], r * p.shape[1]) for p, r in zip(parts, rows, strict=True)], 1)
     return y if bias is None else torch.cat([y[:, : bias.shape[0]] + bias, y[:, bias.shape[0] :]], 1)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _degree(m):
-    one = m * 0 + 1
-    return tl.where(m >= 1, one, 0) + tl.where(m >= 4, one, 0) + tl.where(m >= 9, one, 0) + tl.where(m >= 16, one, 0)
+from e2former_kernels.common.harmonics import degree_of
 
 
 @triton.jit
@@ -25,7 +21,7 @@ def norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS: tl.constexpr, SH
     inside = (m[:, None] < M) & (c[None, :] < C)
     at = m[:, None] * C + c[None, :]
     centred = _centre(tl.load(x + n * M * C + at, mask=inside, other=0.0), m, inside, C)
-    degree = _degree(m)
+    degree = degree_of(m)
     balance = 1.0 / ((2 * degree + 1) * L * C).to(centred.dtype)
     variance = tl.sum(centred * centred * balance[:, None])
     gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
@@ -59,7 +55,7 @@ def norm_tangent_kernel(
     at = m[:, None] * C + c[None, :]
     v = _centre(tl.load(x + n * M * C + at, mask=inside, other=0.0), m, inside, C)
     w = _centre(tl.load(x_dot + n * M * C + at, mask=inside, other=0.0), m, inside, C)
-    degree = _degree(m)
+    degree = degree_of(m)
     balance = 1.0 / ((2 * degree + 1) * L * C).to(v.dtype)
     scale = 1.0 / tl.sqrt(tl.sum(v * v * balance[:, None]) + EPS)
     slope = -scale * scale * scale * tl.sum(v * w * balance[:, None])
@@ -87,7 +83,7 @@ def norm_reverse_kernel(
     m, c = tl.arange(0, BM), tl.arange(0, BC)
     inside = (m[:, None] < M) & (c[None, :] < C)
     at = m[:, None] * C + c[None, :]
-    degree = _degree(m)
+    degree = degree_of(m)
     gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
     balance = (1.0 / ((2 * degree + 1) * L * C).to(gamma.dtype))[:, None]
     total = tl.zeros([BM, BC], dtype=gamma.dtype)
@@ -156,7 +152,7 @@ def norm_rows_reverse_kernel(
     m, c = tl.arange(0, BM), tl.arange(0, BC)
     inside = (m[:, None] < M) & (c[None, :] < C)
     row = n * M * C + m[:, None] * C + c[None, :]
-    degree = _degree(m)
+    degree = degree_of(m)
     gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
     balance = (1.0 / ((2 * degree + 1) * L * C).to(gamma.dtype))[:, None]
     v = _centre(tl.load(x + row, mask=inside, other=0.0), m, inside, C)

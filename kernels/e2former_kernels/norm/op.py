@@ -39,14 +39,16 @@ def _constants(x: Tensor, weight: Tensor) -> dict:
     }  # fmt: skip
 
 
+def _launch_value(kernel, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, *out: Tensor) -> None:
+    if x.numel():
+        given = weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous()
+        kernel[(x.shape[0],)](x, *given, *out, SHIFT=shift is not None, **_constants(x, weight))
+
+
 def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
     """The norm, without a graph. x: [N, M, C], contiguous."""
     out = torch.empty_like(x)
-    if x.numel():
-        norm_kernel[(x.shape[0],)](
-            x, weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous(), out,
-            SHIFT=shift is not None, **_constants(x, weight),
-        )  # fmt: skip
+    _launch_value(norm_kernel, x, weight, bias, shift, out)
     return out
 
 
@@ -107,11 +109,7 @@ def launch_norm_reverse(
 def launch_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Rows:
     """The norm of x [N, M, C], contiguous, as float16 rows with a factor per node."""
     rows = new_rows(x, *x.shape)
-    if x.numel():
-        norm_rows_kernel[(x.shape[0],)](
-            x, weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous(), *rows,
-            SHIFT=shift is not None, **_constants(x, weight),
-        )  # fmt: skip
+    _launch_value(norm_rows_kernel, x, weight, bias, shift, *rows)
     return rows
 
 

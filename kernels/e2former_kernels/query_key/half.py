@@ -16,8 +16,7 @@ from torch import Tensor
 from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight, new_rows
 from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.linear import so3_rows
-from e2former_kernels.linear.op import apply_so3
+from e2former_kernels.linear.op import apply_so3, so3_rows
 from e2former_kernels.query_key import kernels as kernel
 from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 

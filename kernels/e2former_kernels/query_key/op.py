@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
+from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.registered import register
 from e2former_kernels.common.runs import NodeRun, node_runs
 from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.linear import so3_rows
-from e2former_kernels.linear.op import add_so3_outer, apply_so3
+from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.query_key.half import HalfWeights, query_key_gradient, query_key_value
 from e2former_kernels.query_key.kernels import invariants_backward_kernel, invariants_kernel
-from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights, check_query_key, query_key_reference
-from e2former_kernels.radial.kernels import layer_kernel, layer_reverse_kernel
+from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
+from e2former_kernels.radial.kernels import layer_kernel, layer_reverse_kernel, row_constants
 
 # Working memory of a run of nodes, in bytes: half of the nodes' within these limits. More runs cost launches, and where
 # a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
@@ -77,12 +77,6 @@ def row_weights(weights: QueryKeyWeights) -> RowWeights:
     return RowWeights(weights, so3_rows(weights.weight))
 
 
-def outputs(hidden: Tensor, row_weights: RowWeights, out: Tensor) -> None:
-    """The last linear layer. hidden: [2, n, G]; out: [2, n, O], any strides."""
-    given = row_weights.given
-    torch.baddbmm(given.out_bias.unsqueeze(1), hidden, given.out_weight.transpose(1, 2), out=out)
-
-
 def _invariants(kernel, both: Tensor, bias: Tensor, s: Tensor, **constants: bool) -> None:
     parts, rows, nodes, _ = both.shape
     width = bias.shape[0]
@@ -96,14 +90,9 @@ def _invariants(kernel, both: Tensor, bias: Tensor, s: Tensor, **constants: bool
 def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
     """Grid and constants of the row kernels, and the tiles of one program."""
     groups, parts, nodes, width = middle.shape
-    padded = next_power(width)
-    block = max(TILE_NUMBERS // padded, 1)
-    steps = math.ceil(math.ceil(nodes / block) / MAX_PROGRAMS) if sums else 1
-    constants = {
-        "E": nodes, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": True,
-        "EDGE_MAJOR": False, "TANGENT": parts == 2, "num_warps": 4,
-    }  # fmt: skip
-    return (math.ceil(nodes / (block * steps)), groups), constants, steps
+    constants = row_constants(groups, width, TILE_NUMBERS, NORM=True, EDGE_MAJOR=False, TANGENT=parts == 2)
+    steps = math.ceil(math.ceil(nodes / constants["BE"]) / MAX_PROGRAMS) if sums else 1
+    return (math.ceil(nodes / (constants["BE"] * steps)), groups), constants | {"E": nodes}, steps
 
 
 def forward_run(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Run:
@@ -234,7 +223,9 @@ class _QueryKey(NodeStep):
             return query_key_value(h, weights).transpose(0, 1)
         out = h.new_empty(2, h.shape[0], weights.given.out_weight.shape[1])
         for run in runs(h, weights, 1, self.trained):
-            outputs(forward_run(h[run.nodes], None, weights).hidden[:, 0], weights, out[:, run.nodes])
+            hidden, given = forward_run(h[run.nodes], None, weights).hidden[:, 0], weights.given
+            last = given.out_bias.unsqueeze(1), hidden, given.out_weight.transpose(1, 2)
+            torch.baddbmm(*last, out=out[:, run.nodes])
         return out.transpose(0, 1)  # in memory queries and keys lie apart, as the attention reads them
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
@@ -256,6 +247,21 @@ class _QueryKey(NodeStep):
         by_h, by_weights, tangent = gradients(*given, weights, by_weights, self.trained)
         found = [tangent.transpose(0, 1), by_h, *(by_weights or ())]
         return [found[n] for n in by]
+
+
+def check_query_key(h: Tensor, weights: QueryKeyWeights) -> None:
+    """Raise ValueError, TypeError or RuntimeError naming what the kernels cannot take."""
+    degrees, width = weights.weight.shape[0], weights.norm_weight.shape[-1]
+    outputs, pair = weights.out_weight.shape[1], ("2, G", (2, width))
+    check_nodes(
+        "query_key", "h", h, degrees,
+        weight=(weights.weight, "lmax+1, 4 G, C", (degrees, 4 * width, h.shape[-1])),
+        bias=(weights.bias, "2 G", (2 * width,)),
+        hidden_weight=(weights.hidden_weight, "2, G, (lmax+1) G", (2, width, degrees * width)),
+        hidden_bias=(weights.hidden_bias, *pair), norm_weight=(weights.norm_weight, *pair),
+        norm_bias=(weights.norm_bias, *pair), out_weight=(weights.out_weight, "2, O, G", (2, outputs, width)),
+        out_bias=(weights.out_bias, "2, O", (2, outputs)),
+    )  # fmt: skip
 
 
 def _step(

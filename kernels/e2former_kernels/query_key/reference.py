@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.linear.reference import degree_of_row, scalar_row
 
 LAYER_NORM_EPS = 1e-5
@@ -25,21 +24,6 @@ class QueryKeyWeights(NamedTuple):
     norm_bias: Tensor  # [2, G]
     out_weight: Tensor  # [2, O, G]
     out_bias: Tensor  # [2, O]
-
-
-def check_query_key(h: Tensor, weights: QueryKeyWeights) -> None:
-    """Raise ValueError, TypeError or RuntimeError naming what the kernels cannot take."""
-    degrees, width = weights.weight.shape[0], weights.norm_weight.shape[-1]
-    outputs, pair = weights.out_weight.shape[1], ("2, G", (2, width))
-    check_nodes(
-        "query_key", "h", h, degrees,
-        weight=(weights.weight, "lmax+1, 4 G, C", (degrees, 4 * width, h.shape[-1])),
-        bias=(weights.bias, "2 G", (2 * width,)),
-        hidden_weight=(weights.hidden_weight, "2, G, (lmax+1) G", (2, width, degrees * width)),
-        hidden_bias=(weights.hidden_bias, *pair), norm_weight=(weights.norm_weight, *pair),
-        norm_bias=(weights.norm_bias, *pair), out_weight=(weights.out_weight, "2, O, G", (2, outputs, width)),
-        out_bias=(weights.out_bias, "2, O", (2, outputs)),
-    )  # fmt: skip
 
 
 def invariants(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

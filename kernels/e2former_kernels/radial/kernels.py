@@ -11,8 +11,21 @@ x it is J(gamma Y - r (v mean(n x') + x' mean(n v))) - r n mean(v J x'), by gamm
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
+
+from e2former_kernels.common.tiles import next_power
+from e2former_kernels.radial.reference import LAYER_NORM_EPS
+
+
+@functools.lru_cache(maxsize=64)
+def row_constants(groups: int, width: int, tile: int, **flags: bool) -> dict:
+    """Constants of these kernels on [groups, rows, width], with tiles of so many numbers; all but the rows E."""
+    padded = next_power(width)
+    block = max(tile // padded, 1)
+    return flags | {"G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "num_warps": 4}
 
 
 @triton.jit

@@ -1,9 +1,8 @@
 r"""Radial networks without a graph: cuBLAS's matrix products, with row kernels for everything between them.
 
-:class:`RadialNetwork`, for weights that no gradient is asked for, has the value and its derivative by the distance.
-:class:`RadialGradients` has also the change :math:`\dot F = F'(d)\,\dot d` of the features along a change of the
-distances (the tangent), and one reverse pass over both, for second derivatives; without a tangent the same pass gives
-the gradients by the weights. Callers pass edges in runs of bounded length. In float32 the first layer, a function of
+The value, the change :math:`\dot F = F'(d)\,\dot d` of the features along a change of the distances (the tangent), and
+one reverse pass over both, for second derivatives; without a tangent the same pass gives the first ones. Callers pass
+edges in runs of bounded length. In float32 the first layer, a function of
 the distance alone, comes from a table that is made from the weights of the moment (:func:`first_layer_table`). Sums
 over edges are matrix products and partial sums in a fixed order.
 """
@@ -12,15 +11,17 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.compat import foreach_add_
 from e2former_kernels.radial import kernels as kernel
-from e2former_kernels.radial.reference import LAYER_NORM_EPS, RadialWeights
+from e2former_kernels.radial.reference import RadialWeights
 
 # Intervals of the table of W0 phi(d) for one distance of two Gaussian centres. Cubic Hermite interpolation of Gaussians
 # of width two such distances is then good to 8e-9 of their weights, its slope to 8e-7 (errors h^4/384 and
@@ -28,8 +29,9 @@ from e2former_kernels.radial.reference import LAYER_NORM_EPS, RadialWeights
 KNOTS_PER_CENTRE = 16
 # The table reaches this many centre distances beyond the last Gaussian, which is 1e-14 there: exact at any distance.
 CENTRES_BEYOND = 16
-# Of the reverse kernels: no tangent, no sums for gradients by weights.
-VALUE_ALONE = {"TANGENT": False, "WEIGHTS": False, "SUMS": 0, "steps": 1}
+TILE_NUMBERS = 512  # numbers of one tile of the row kernels, which hold a dozen such tiles: 4 a thread
+ALONE_NUMBERS = 2048  # where nothing is kept for tangents and gradients by weights
+MAX_PROGRAMS = 4096  # programs that write partial sums of weight gradients, for each network
 
 
 @functools.lru_cache(maxsize=8)
@@ -57,32 +59,38 @@ def first_layer_table(basis: Tensor) -> Tensor:
     return table.to(basis.dtype).view(-1, 4, groups, hidden)
 
 
-def norm_launch(groups: int, rows: int, width: int, norms: bool) -> tuple[tuple[int, int], dict]:
-    """Grid and constants of the kernels on [groups, rows, width]."""
-    padded = next_power(width)
-    block = max(2048 // padded, 1)
-    constants = {
-        "E": rows, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "NORM": norms,
-        "num_warps": 4,
-    }  # fmt: skip
-    return (math.ceil(rows / block), groups), constants
+class Kept(NamedTuple):
+    """What the reverse pass takes over: T = 1, or 2 with a tangent."""
+
+    distance: Tensor  # [E]
+    distance_dot: Tensor | None  # [E]
+    target_species: Tensor
+    source_species: Tensor
+    middle: Tensor  # [G, T, E, h], products of the second layer
+    first: Tensor | None  # [G, T, E, h], results of the first layer; None where nothing is kept for weights
+    last: Tensor | None  # [G, T, E, h], results of the second layer (nothing without the last linear layer)
 
 
 class RadialNetwork:
-    """Radial networks with weights that no gradient is asked for, ready to be evaluated on runs of edges.
+    """Radial networks, evaluated on runs of edges; their weights are those of the moment.
 
-    cutoff: Å. last: with the last linear layer (results [E, G, K]) or without it (results [E, G, h]).
+    cutoff: Å. last: with the last linear layer (K results) or without it (K = h results).
     """
 
     def __init__(self, weights: RadialWeights, cutoff: float, last: bool = True) -> None:
         self.weights = RadialWeights(*(None if t is None else t.detach().contiguous() for t in weights))
         self.cutoff, self.last = cutoff, last
         self.groups, self.hidden, self.num_basis = weights.basis.shape
+        self.spacing = float(cutoff / (self.num_basis - 1))
         self.exact = weights.basis.dtype == torch.float64
         self.table = self.weights.basis if self.exact else first_layer_table(self.weights.basis)
 
-    def _launch(self, edges: int) -> tuple[tuple[int, int], dict]:
-        return norm_launch(self.groups, edges, self.hidden, self.weights.norm0_weight is not None)
+    def _launch(self, edges: int, tangent: bool, keep: bool, sums: bool = False) -> tuple[tuple[int, int], dict, int]:
+        """Grid and constants of the row kernels, and the tiles of one program."""
+        tile, norms = TILE_NUMBERS if keep else ALONE_NUMBERS, self.weights.norm0_weight is not None
+        constants = kernel.row_constants(self.groups, self.hidden, tile, NORM=norms, TANGENT=tangent)
+        steps = math.ceil(math.ceil(edges / constants["BE"]) / MAX_PROGRAMS) if sums else 1
+        return (math.ceil(edges / (constants["BE"] * steps)), self.groups), constants | {"E": edges}, steps
 
     def _first(self, distance: Tensor, slope: bool) -> tuple[Tensor, Tensor, dict]:
         """Table, slopes and constants of the first layer's kernels."""
@@ -105,136 +113,45 @@ class RadialNetwork:
             return w.basis, w.basis
         return (w.norm0_weight, w.norm0_bias) if which == 0 else (w.norm1_weight, w.norm1_bias)
 
-    def forward(self, distance: Tensor, target_species: Tensor, source_species: Tensor) -> tuple[Tensor, Tensor]:
-        """Results, and the second layer's products [G, E, h], which :meth:`backward` takes.
-
-        distance: [E], Å; target_species, source_species: [E].
-        """
-        w, edges = self.weights, distance.numel()
-        out = distance.new_empty(self.groups, edges, self.hidden)
-        if not edges:
-            width = w.out.shape[1] if self.last else self.hidden
-            return distance.new_empty(0, self.groups, width), out
-        grid, constants = self._launch(edges)
-        table, _, first = self._first(distance, False)
-        kernel.first_layer_kernel[grid](
-            distance, distance, target_species, source_species, table, table, w.target_table, w.source_table,
-            *self._norm(0), out, TANGENT=False, **first, **constants,
-        )  # fmt: skip
-        middle = torch.bmm(out, w.hidden.transpose(1, 2))
-        if not self.last:
-            out = out.view(edges, self.groups, self.hidden)
-        kernel.layer_kernel[grid](
-            middle, w.hidden_bias, *self._norm(1), out, EDGE_MAJOR=not self.last, TANGENT=False, **constants
-        )
-        if not self.last:
-            return out, middle
-        if self.groups == 1:
-            return torch.addmm(w.out_bias[0], out[0], w.out[0].t()).unsqueeze(1), middle
-        return torch.baddbmm(w.out_bias.unsqueeze(1), out, w.out.transpose(1, 2)).transpose(0, 1).contiguous(), middle
-
-    def backward(
-        self, grad: Tensor, middle: Tensor, distance: Tensor, target_species: Tensor, source_species: Tensor
-    ) -> Tensor:
-        """Gradient of ``sum(grad * forward(...))`` by the distance, [E]. ``middle`` is used up."""
-        w, edges = self.weights, distance.numel()
-        if not edges:
-            return distance.new_empty(0)
-        grid, constants = self._launch(edges)
-        if self.last:
-            if self.groups == 1:
-                grad = torch.mm(grad.reshape(edges, -1), w.out[0]).unsqueeze(0)
-            else:
-                grad = torch.bmm(grad.transpose(0, 1), w.out)
-        kernel.layer_reverse_kernel[grid](
-            grad.contiguous(), middle, w.hidden_bias, *self._norm(1), middle, middle, EDGE_MAJOR=not self.last,
-            **VALUE_ALONE, **constants,
-        )  # fmt: skip
-        grad = torch.bmm(middle, w.hidden)
-        table, slopes, first = self._first(distance, True)
-        out = distance.new_empty(self.groups, edges)
-        kernel.first_layer_reverse_kernel[grid](
-            grad, distance, distance, target_species, source_species, table, slopes, w.target_table, w.source_table,
-            *self._norm(0), grad, out, out, grad, STORE=False, **VALUE_ALONE, **first, **constants,
-        )  # fmt: skip
-        return out[0] if self.groups == 1 else out.sum(0)
-
-
-TILE_NUMBERS = 512  # numbers of one tile of the row kernels, which hold a dozen such tiles: 4 a thread
-MAX_PROGRAMS = 4096  # programs that write partial sums of weight gradients, for each network
-
-
-class Kept(NamedTuple):
-    """What the reverse pass takes over: T = 1, or 2 with a tangent."""
-
-    distance: Tensor  # [E]
-    distance_dot: Tensor | None  # [E]
-    target_species: Tensor
-    source_species: Tensor
-    first: Tensor  # [G, T, E, h], results of the first layer
-    middle: Tensor  # [G, T, E, h], products of the second layer
-    last: Tensor  # [G, T, E, h], results of the second layer (nothing without the last linear layer)
-
-
-class RadialGradients:
-    """Radial networks, evaluated on runs of edges with what their gradients need.
-
-    cutoff: Å. last: with the last linear layer (K results) or without it (K = h results). network: the same, where it
-    is made already.
-    """
-
-    def __init__(
-        self, weights: RadialWeights, cutoff: float, last: bool = True, network: RadialNetwork | None = None
-    ) -> None:
-        self.network = RadialNetwork(weights, cutoff, last) if network is None else network
-        self.weights, self.last = self.network.weights, last
-        self.groups, self.hidden, self.num_basis = weights.basis.shape
-        self.spacing = float(cutoff / (self.num_basis - 1))
-
-    def _launch(self, edges: int, tangent: bool, sums: bool = False) -> tuple[tuple[int, int], dict, int]:
-        """Grid and constants of the row kernels, and the tiles of one program."""
-        padded = next_power(self.hidden)
-        block = max(TILE_NUMBERS // padded, 1)
-        steps = math.ceil(math.ceil(edges / block) / MAX_PROGRAMS) if sums else 1
-        constants = {
-            "E": edges, "G": self.groups, "H": self.hidden, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block,
-            "NORM": self.weights.norm0_weight is not None, "TANGENT": tangent, "num_warps": 4,
-        }  # fmt: skip
-        return (math.ceil(edges / (block * steps)), self.groups), constants, steps
-
     def forward(
-        self, distance: Tensor, target_species: Tensor, source_species: Tensor, distance_dot: Tensor | None = None
+        self,
+        distance: Tensor,
+        target_species: Tensor,
+        source_species: Tensor,
+        distance_dot: Tensor | None = None,
+        keep: bool = True,
     ) -> tuple[Tensor, Kept]:
         """Features [T, E, G, K]: the value and, for a given distance_dot, the tangent; and what :meth:`backward` needs.
 
-        distance, distance_dot: [E], Å; target_species, source_species: [E].
+        distance, distance_dot: [E], Å; target_species, source_species: [E]. keep: what gradients by weights or tangents
+        need; without it, and without a tangent, there is the gradient by the distance.
         """
         w, edges, groups, hidden = self.weights, distance.numel(), self.groups, self.hidden
+        given = distance, distance_dot, target_species, source_species
         tangent = distance_dot is not None
-        parts = 2 if tangent else 1
-        first = distance.new_empty(groups, parts, edges, hidden)
+        first = distance.new_empty(groups, 2 if tangent else 1, edges, hidden)
         width = w.out.shape[1] if self.last else hidden
-        out = distance.new_empty(parts, edges, groups, width)
         if not edges:
-            return out, Kept(distance, distance_dot, target_species, source_species, first, first, first)
-        grid, constants, _ = self._launch(edges, tangent)
-        table, slopes, lookup = self.network._first(distance, tangent)
+            return distance.new_empty(first.shape[1], 0, groups, width), Kept(*given, first, first, first)
+        grid, constants, _ = self._launch(edges, tangent, keep)
+        table, slopes, lookup = self._first(distance, tangent)
         kernel.first_layer_kernel[grid](
             distance, distance_dot if tangent else distance, target_species, source_species, table, slopes,
-            w.target_table, w.source_table, *self.network._norm(0), first, **lookup, **constants,
+            w.target_table, w.source_table, *self._norm(0), first, **lookup, **constants,
         )  # fmt: skip
         middle = torch.bmm(first.view(groups, -1, hidden), w.hidden.transpose(1, 2)).view_as(first)
-        last = torch.empty_like(first) if self.last else out
-        kernel.layer_kernel[grid](
-            middle, w.hidden_bias, *self.network._norm(1), last, EDGE_MAJOR=not self.last, **constants
-        )
+        last = torch.empty_like(first) if keep else first
+        if not self.last:
+            last = last.view(-1, edges, groups, hidden)
+        kernel.layer_kernel[grid](middle, w.hidden_bias, *self._norm(1), last, EDGE_MAJOR=not self.last, **constants)
+        out = last
         if self.last:
+            out = distance.new_empty(first.shape[1], edges, groups, width)
             for g in range(groups):
                 torch.addmm(w.out_bias[g], last[g, 0], w.out[g].t(), out=out[0, :, g])
                 if tangent:
                     torch.mm(last[g, 1], w.out[g].t(), out=out[1, :, g])
-        kept = Kept(distance, distance_dot, target_species, source_species, first, middle, last)
-        return out, kept
+        return out, Kept(*given, middle, first, last) if keep else Kept(*given, middle, None, None)
 
     def backward(
         self, grad: Tensor, kept: Kept, weights: bool, distance: bool = True
@@ -250,48 +167,45 @@ class RadialGradients:
         if not edges:
             empty = kept.distance.new_empty(0)
             return empty, empty if tangent else None, self._no_gradient() if weights else None
-        grad = grad.contiguous()
-        parts = grad.shape[0]
-        by_out = by_out_bias = None
+        grad, by_out, by_out_bias, up = grad.contiguous(), None, None, kept.middle
         if self.last:
-            flat = grad.view(parts * edges, groups, -1)
+            flat = grad.view(-1, groups, grad.shape[-1])
             if weights:
                 by_out = self._products([flat[:, g] for g in range(groups)], kept.last)
                 by_out_bias = grad[0].sum(0)
-            up = kept.last
+            up = torch.empty_like(kept.middle) if kept.last is None else kept.last
             for g in range(groups):
                 torch.mm(flat[:, g], w.out[g], out=up[g].view(-1, hidden))
-        else:
-            up = kept.middle
-        grid, constants, steps = self._launch(edges, tangent, weights)
+        grid, constants, steps = self._launch(edges, tangent, kept.first is not None, weights)
         sums = grad.new_empty(grid[0], 5, groups, hidden) if weights else grad  # norm 1, b1, norm 0
         kernel.layer_reverse_kernel[grid](
-            up if self.last else grad, kept.middle, w.hidden_bias, *self.network._norm(1), up, sums, steps=steps,
-            SUMS=5, EDGE_MAJOR=not self.last, WEIGHTS=weights, **constants,
+            up if self.last else grad, kept.middle, w.hidden_bias, *self._norm(1), up, sums, steps=steps, SUMS=5,
+            EDGE_MAJOR=not self.last, WEIGHTS=weights, **constants,
         )  # fmt: skip
         by_hidden = self._products([up[g].view(-1, hidden) for g in range(groups)], kept.first) if weights else None
-        down = kept.first
+        down = torch.empty_like(up) if kept.first is None else kept.first
         torch.bmm(up.view(groups, -1, hidden), w.hidden, out=down.view(groups, -1, hidden))
         by_distance = grad.new_empty(groups, edges)
         by_dot = torch.empty_like(by_distance) if tangent else by_distance
-        table, slopes, lookup = self.network._first(kept.distance, True)
+        table, slopes, lookup = self._first(kept.distance, True)
         kernel.first_layer_reverse_kernel[grid](
             down, kept.distance, kept.distance_dot if tangent else kept.distance, kept.target_species,
-            kept.source_species, table, slopes, w.target_table, w.source_table, *self.network._norm(0), down,
+            kept.source_species, table, slopes, w.target_table, w.source_table, *self._norm(0), down,
             by_distance, by_dot, sums[:, 3:] if weights else sums, steps=steps, SUMS=5, WEIGHTS=weights,
             STORE=weights or (tangent and distance), **lookup, **constants,
         )  # fmt: skip
-        by_distance, by_dot = (x[0] if groups == 1 else x.sum(0) for x in (by_distance, by_dot))
+        by_distance = by_distance[0] if groups == 1 else by_distance.sum(0)
+        if tangent:
+            by_dot = by_dot[0] if groups == 1 else by_dot.sum(0)
         if tangent and distance:
             self._add_curvature(down, kept.distance, by_distance)
         found = None
         if weights:
             by_norm1, by_bias1, by_hidden_bias, *by_norm0 = sums.sum(0).unbind(0)
-            by_basis, by_target, by_source = self._first_layer_gradients(down, kept)
             norms = w.norm0_weight is not None
             found = RadialWeights(
-                by_basis, by_target, by_source, *(by_norm0 if norms else (None, None)), by_hidden, by_hidden_bias,
-                by_norm1 if norms else None, by_bias1 if norms else None, by_out, by_out_bias,
+                *self._first_layer_gradients(down, kept), *(by_norm0 if norms else (None, None)), by_hidden,
+                by_hidden_bias, by_norm1 if norms else None, by_bias1 if norms else None, by_out, by_out_bias,
             )  # fmt: skip
         return by_distance, by_dot if tangent else None, found
 
@@ -337,6 +251,41 @@ class RadialGradients:
         kernel.curvature_kernel[(math.ceil(edges / block),)](
             x, distance, out, edges, num_basis, self.spacing, BE=block, BW=padded
         )
+
+
+@dataclass(eq=False)
+class RadialFeatures:
+    """Features of runs of edges, with gradients by the weights added up over runs: None as long as none are wanted."""
+
+    network: RadialNetwork
+    weights_found: tuple[Tensor | None, ...] | None = None
+
+    def forward(
+        self,
+        run: EdgeRun,
+        vec: Tensor,
+        distance: Tensor,
+        vec_dot: Tensor | None = None,
+        distance_dot: Tensor | None = None,
+        keep: bool = True,
+    ) -> tuple[Tensor, Kept]:
+        """As :meth:`RadialNetwork.forward`, for the edges of a run."""
+        return self.network.forward(distance, *run.elements, distance_dot, keep)
+
+    def backward(
+        self, grad: Tensor, kept: Kept, weights: bool, by_vec: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients by distance, distance_dot and, for ``add_by_vec``, what else knows of the vectors.
+
+        grad: as the features. weights: whether gradients of the weights are wanted. by_vec: whether the rest is.
+        """
+        by_distance, by_distance_dot, more = self.network.backward(grad, kept, weights, by_vec)
+        self.weights_found = add_gradients(self.weights_found, more)
+        return by_distance, by_distance_dot, None
+
+    def found(self) -> list[Tensor]:
+        """Gradients by the tensors that the features are made of, all runs together."""
+        return [t for t in self.weights_found or () if t is not None]
 
 
 def add_gradients(total: RadialWeights | None, more: RadialWeights | None) -> RadialWeights | None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.checks import check_tensors
 from e2former_kernels.common.envelope import envelope
 
 
@@ -74,33 +73,6 @@ class RadialWeights(NamedTuple):
     norm1_bias: Tensor | None
     out: Tensor  # [G, K, h]
     out_bias: Tensor  # [G, K]
-
-
-def check_radial(
-    name: str,
-    weights: RadialWeights,
-    like_name: str,
-    like: Tensor,
-    groups: int,
-    num_basis: int,
-    outputs: int | None = None,
-) -> None:
-    """Raise ValueError or TypeError naming the first tensor that is not one of ``groups`` networks as ``like`` is.
-
-    outputs: K; as it is when None.
-    """
-    if weights.basis.dim() != 3 or weights.out.dim() != 3:
-        shapes = tuple(weights.basis.shape), tuple(weights.out.shape)
-        raise ValueError(f"{name}: expected basis [G, h, n_b] and out [G, K, h], got {shapes[0]} and {shapes[1]}")
-    hidden, elements = weights.basis.shape[1], weights.target_table.shape[0]
-    outputs = weights.out.shape[1] if outputs is None else outputs
-    row, table = ("G, h", (groups, hidden)), ("Z, G, h", (elements, groups, hidden))
-    expected = RadialWeights(
-        ("G, h, n_b", (groups, hidden, num_basis)), table, table, row, row, ("G, h, h", (groups, hidden, hidden)), row,
-        row, row, ("G, K, h", (groups, outputs, hidden)), ("G, K", (groups, outputs)),
-    )  # fmt: skip
-    named = zip(RadialWeights._fields, weights, expected, strict=True)
-    check_tensors(like_name, like, **{f"{name}.{field}": (tensor, *shape) for field, tensor, shape in named})
 
 
 def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:
