@@ -160,8 +160,8 @@ class ConvolutionCase:
 
         c, heads = self.channels, self.heads
         instructions, sizes, out = [], [], []
-        for l3, sources in enumerate(self.paths.paths):
-            for l1 in sources:
+        for l3, paths in enumerate(self.paths.paths):
+            for l1, _ in paths:
                 instructions.append((l1, 0, len(out), "uvu", False))
                 out.append((c, (l3, 1)))
                 sizes.append((l1, l3))
@@ -188,9 +188,9 @@ class ConvolutionCase:
             by_path = {s: b.view(-1, c, 2 * s[1] + 1) for s, b in zip(sizes, blocks, strict=True)}
             rows = [
                 by_path[l1, l3][:, :, m]
-                for l3, sources in enumerate(self.paths.paths)
+                for l3, paths in enumerate(self.paths.paths)
                 for m in range(2 * l3 + 1)
-                for l1 in sources
+                for l1, _ in paths
             ]
             return torch.stack(rows, 1)
 

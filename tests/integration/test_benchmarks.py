@@ -16,7 +16,7 @@ from e2former_fairchem.runners.benchmarks import SpeedBenchmark, TrainingBenchma
 
 TINY = (
     "overrides={backbone: e2former_v2_small, max_atoms: 60, backbone.sphere_channels: 8, backbone.num_layers: 1, "
-    "backbone.num_heads: 4, backbone.num_radial_basis: 8}"
+    "backbone.num_heads: 4, backbone.num_radial_basis: 8, backbone.message_order: 1}"
 )
 
 
