@@ -112,6 +112,36 @@ def next_order_slopes_dot(c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, 
 
 
 @triton.jit
+def second_degree(x, y, z):
+    """Harmonics of degree 2 of a direction over the root of 5 (component normalisation): their norm is 1."""
+    root: tl.constexpr = 1.7320508075688772
+    return root * x * z, root * x * y, y * y - 0.5 * (x * x + z * z), root * y * z, 0.5 * root * (z * z - x * x)
+
+
+@triton.jit
+def second_degree_dot(x, y, z, a, b, c):
+    """Change of :func:`second_degree` along (a, b, c)."""
+    root: tl.constexpr = 1.7320508075688772
+    return (
+        root * (a * z + x * c),
+        root * (a * y + x * b),
+        2.0 * y * b - x * a - z * c,
+        root * (b * z + y * c),
+        root * (z * c - x * a),
+    )
+
+
+@triton.jit
+def second_degree_back(g0, g1, g2, g3, g4, x, y, z):
+    """Gradient by the direction of <g, second_degree>, linear in it."""
+    root: tl.constexpr = 1.7320508075688772
+    gx = root * (g0 * z + g1 * y - g4 * x) - g2 * x
+    gy = root * (g1 * x + g3 * z) + 2.0 * g2 * y
+    gz = root * (g0 * x + g3 * y + g4 * z) - g2 * z
+    return gx, gy, gz
+
+
+@triton.jit
 def load_vector(x, e, inside, other):
     """The three columns of x [E, 3]."""
     a = tl.load(x + 3 * e, mask=inside, other=other)

@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 
 from e2former_kernels.common.envelope import envelope_bend, envelope_constants, envelope_of
-from e2former_kernels.common.harmonics import load_vector, store_vector
+from e2former_kernels.common.harmonics import (
+    load_vector,
+    second_degree,
+    second_degree_back,
+    second_degree_dot,
+    store_vector,
+)
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.table import place
 
@@ -32,36 +38,6 @@ def inverse_of(d, V2: tl.constexpr):
         inv = 1.0 / tl.maximum(d, 1e-6)
         slope = tl.where(d > 1e-6, -inv * inv, 0.0)
     return inv, slope
-
-
-@triton.jit
-def second_degree(x, y, z):
-    """Harmonics of degree 2 of a direction over the root of 5 (component normalisation): their norm is 1."""
-    root: tl.constexpr = 1.7320508075688772
-    return root * x * z, root * x * y, y * y - 0.5 * (x * x + z * z), root * y * z, 0.5 * root * (z * z - x * x)
-
-
-@triton.jit
-def second_degree_dot(x, y, z, a, b, c):
-    """Change of :func:`second_degree` along (a, b, c)."""
-    root: tl.constexpr = 1.7320508075688772
-    return (
-        root * (a * z + x * c),
-        root * (a * y + x * b),
-        2.0 * y * b - x * a - z * c,
-        root * (b * z + y * c),
-        root * (z * c - x * a),
-    )
-
-
-@triton.jit
-def second_degree_back(g0, g1, g2, g3, g4, x, y, z):
-    """Gradient by the direction of <g, second_degree>, linear in it."""
-    root: tl.constexpr = 1.7320508075688772
-    gx = root * (g0 * z + g1 * y - g4 * x) - g2 * x
-    gy = root * (g1 * x + g3 * z) + 2.0 * g2 * y
-    gz = root * (g0 * x + g3 * y + g4 * z) - g2 * z
-    return gx, gy, gz
 
 
 @triton.jit
@@ -215,14 +191,16 @@ def geometry_tangent_kernel(
 
 
 @triton.jit
-def _totals(grad_scale, e, inside, E, tiles, first, B: tl.constexpr):
-    """Columns first .. first + B of the sum over the tiles of grad_scale [tiles, E, 2 B], a tuple."""
+def _totals(parts, e, inside, E, tiles, N: tl.constexpr):
+    """Sum over the tiles of parts [tiles, E, N], a tuple."""
     totals = ()
-    for b in tl.static_range(B):
-        total = tl.load(grad_scale + e * (2 * B) + first + b, mask=inside, other=0.0)
-        for k in range(1, tiles):
-            total += tl.load(grad_scale + (k * E + e) * (2 * B) + first + b, mask=inside, other=0.0)
-        totals = totals + (total,)
+    for n in tl.static_range(N):
+        totals = totals + (tl.load(parts + e * N + n, mask=inside, other=0.0),)
+    for k in range(1, tiles):
+        added = ()
+        for n in tl.static_range(N):
+            added = added + (totals[n] + tl.load(parts + (k * E + e) * N + n, mask=inside, other=0.0),)
+        totals = added
     return totals
 
 
@@ -256,20 +234,19 @@ def geometry_second_kernel(
     if ORDER > 0:
         # the value enters through s = p (1/d), p = vec or 1, and its change p' (1/d) + p (1/d)_d d'
         bend = _inverse_bend(d, V2)
-        gs = _totals(grad_scale, e, inside, E, tiles, 0, B)
-        hs = _totals(grad_scale, e, inside, E, tiles, B, B)
+        s = _totals(grad_scale, e, inside, E, tiles, 2 * B)
         if B > 1:
-            gs0, gs1, gs2, hs0, hs1, hs2 = gs[0], gs[1], gs[2], hs[0], hs[1], hs[2]
+            gs0, gs1, gs2, hs0, hs1, hs2 = s[0], s[1], s[2], s[B], s[B + 1], s[B + 2]
             if B == 8:  # and through harmonics of s, quadratic in it
                 inv_dot = slope * d_dot
-                a, b, c = second_degree_back(gs[3], gs[4], gs[5], gs[6], gs[7], x * inv, y * inv, z * inv)
+                a, b, c = second_degree_back(s[3], s[4], s[5], s[6], s[7], x * inv, y * inv, z * inv)
                 gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
                 a, b, c = second_degree_back(
-                    hs[3], hs[4], hs[5], hs[6], hs[7],
+                    s[11], s[12], s[13], s[14], s[15],
                     cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot,
                 )  # fmt: skip
                 gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
-                a, b, c = second_degree_back(hs[3], hs[4], hs[5], hs[6], hs[7], x * inv, y * inv, z * inv)
+                a, b, c = second_degree_back(s[11], s[12], s[13], s[14], s[15], x * inv, y * inv, z * inv)
                 hs0, hs1, hs2 = hs0 + a, hs1 + b, hs2 + c
             along = gs0 * x + gs1 * y + gs2 * z
             along_dot = hs0 * x + hs1 * y + hs2 * z
@@ -278,8 +255,8 @@ def geometry_second_kernel(
             vy += gs1 * inv + hs1 * slope * d_dot
             vz += gs2 * inv + hs2 * slope * d_dot
         else:
-            along_dot = hs[0]
-            g += slope * gs[0]
+            along_dot = s[1]
+            g += slope * s[0]
         g += bend * d_dot * along_dot
         g_dot += slope * along_dot
     g_dot = g_dot / d

@@ -91,7 +91,7 @@ def _first_derivative(
     normal = launch_norm(x, weights.norm_weight, weights.norm_bias, None)
     if weights.power_weight is not None:
         power = launch_power(Rows(normal, None))
-        normal[:, 0] += power @ weights.power_weight.t()
+        normal[:, 0].addmm_(power, weights.power_weight.t())
     y, gates = _first(normal, weights)
     if sums is not None:
         z = torch.empty_like(y)
@@ -124,8 +124,8 @@ def _second_derivative(
     normal, normal_dot = launch_norm_tangent(x, x_dot, weights.norm_weight, weights.norm_bias)
     if weights.power_weight is not None:
         power, power_dot = launch_power(Rows(normal, None)), launch_power(Rows(normal, None), normal_dot)
-        normal[:, 0] += power @ weights.power_weight.t()
-        normal_dot[:, 0] += power_dot @ weights.power_weight.t()
+        normal[:, 0].addmm_(power, weights.power_weight.t())
+        normal_dot[:, 0].addmm_(power_dot, weights.power_weight.t())
     y, gates = _first(normal, weights)
     y_dot = apply_so3(normal_dot, weights.weight1, False, torch.empty_like(y))
     gates_dot = y_dot[:, 0] @ weights.gate_weight.t()
@@ -200,7 +200,7 @@ class _FeedForward(NodeStep):
         for run in node_runs(x.shape[0]) if x.numel() else ():
             normal = launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None)
             if weights.power_weight is not None:
-                normal[:, 0] += launch_power(Rows(normal, None)) @ weights.power_weight.t()
+                normal[:, 0].addmm_(launch_power(Rows(normal, None)), weights.power_weight.t())
             y, gates = _first(normal, weights)
             _gate(gate_kernel, y, y, gates)
             apply_so3(y, weights.weight2, False, out[run.nodes])
