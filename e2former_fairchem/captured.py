@@ -4,7 +4,7 @@ Steps of molecular dynamics and relaxations evaluate the same atoms again and ag
 A CUDA graph replays fixed kernels on fixed memory, so the list is padded to a capacity by edges of padding atoms, which
 form a system of their own: to the network it is one more molecule of the batch, and nothing reads its features. Forward
 and backward are one graph each. Derivatives that a replay cannot give (of second order, or of an evaluation whose
-activations have been overwritten by a later one) run without graphs and give the same numbers.
+activations have been overwritten by a later one) run without graphs, on the same padded list.
 """
 
 from __future__ import annotations
@@ -242,6 +242,10 @@ class Replays:
         self._captures[key] = capture
 
         def evaluate(vec: Tensor) -> Tensor:
-            return trunk.evaluate(atoms, graph.with_vec(vec), execution=execution)
+            # padded as the replay was: what rounds differently gives another function's derivatives
+            inputs = PaddedInputs(atoms, graph, capture.inputs.padding, execution.elements[0])
+            inputs.fill(atoms, graph)
+            padded = torch.cat([vec, inputs.rest[graph.num_edges :]])
+            return trunk.evaluate(inputs.atoms, inputs.graph(padded), execution=execution)[: graph.num_nodes]
 
         return _Replay.apply(capture, evaluate, atoms, graph, graph.vec)

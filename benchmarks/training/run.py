@@ -27,6 +27,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from fairchem.core.common import distutils
 from torchtnt.framework.callback import Callback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ class StepTimes(Callback):
         self.profile = None
 
     def on_train_step_end(self, state, unit) -> None:
-        """Count; begin and end what is measured."""
+        """Count; begin and end what is measured; of several ranks the first writes."""
         self.count += 1
         done = self.count - self.warmup
         if done < 0:
@@ -120,7 +121,8 @@ class StepTimes(Callback):
         if done == self.steps + PROFILED:
             _wait()
             self.profile.stop()
-            self._write(unit)
+            if distutils.is_master():
+                self._write(unit)
 
     def _write(self, unit) -> None:
         kernels = [event for event in self.profile.events() if event.device_type.name == "CUDA"]
@@ -140,12 +142,11 @@ class StepTimes(Callback):
 def train(case: str, replay: str, data: Path, options: argparse.Namespace) -> dict:
     """One training through fairchem's command line."""
     from fairchem.core import _cli
-    from fairchem.core.common import distutils
 
     overrides, kind, batch, config = CASES[case]
     total = options.warmup + options.steps + PROFILED + 1
     file = data / f"{case}_{replay}.json"
-    repeats = float(batch * total // options.structures + 1)  # one epoch is long enough
+    repeats = float(batch * options.ranks * total // options.structures + 1)  # one epoch is long enough
     callback = f"{{_target_: run.StepTimes, warmup: {options.warmup}, steps: {options.steps}, file: {file}}}"
     metrics = "{_target_: e2former_fairchem.training.metrics.Metrics, every_n_steps: 50, tensorboard: false}"
     line = [
@@ -156,7 +157,7 @@ def train(case: str, replay: str, data: Path, options: argparse.Namespace) -> di
         *(() if case.startswith("escn") else (f"runner.train_eval_unit.replay={replay}",)),
         f"runner.max_steps={total}", "runner.max_epochs=null", "runner.cpu_threads=null",
         f"runner.callbacks=[{callback},{metrics}]", "~checkpoint_every", f"job.run_dir={data / 'runs'}",
-        f"job.run_name={case}_{replay}",
+        f"job.run_name={case}_{replay}", f"job.scheduler.ranks_per_node={options.ranks}",
     ]  # fmt: skip
     try:
         _cli.main(argparse.Namespace(config=str(ROOT / "configs" / config)), line)
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--structures", type=int, default=400)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--replay", nargs="+", choices=("off", "auto"), default=["off", "auto"])
+    parser.add_argument("--ranks", type=int, default=1, help="data parallel, a GPU each; batches are a rank's")
     parser.add_argument("--strict", dest="tf32", action="store_false", help="float32 products instead of TF32")
     parser.add_argument("--name", default="training")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -183,7 +185,7 @@ def main() -> None:
 
     records = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
-        "tf32": options.tf32, "steps": options.steps, "warmup": options.warmup, "cases": {},
+        "tf32": options.tf32, "ranks": options.ranks, "steps": options.steps, "warmup": options.warmup, "cases": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)

@@ -277,15 +277,15 @@ class Checkpoints(TrainCheckpointCallback):
     def on_train_start(self, state: State, unit: TTrainUnit) -> None:
         """Know what the card needs."""
         super().on_train_start(state, unit)
-        self._card = partial(self._describe, unit, len(state.train_state.dataloader.dataset))
+        self._card = partial(self._describe, unit, len(state.train_state.dataloader.dataset), versions())
 
-    def _describe(self, unit: TTrainUnit, structures: int) -> dict[str, Any]:
+    def _describe(self, unit: TTrainUnit, structures: int, with_versions: dict[str, str]) -> dict[str, Any]:
         """The card as it is now; all ranks take part."""
         card = {"structures": structures, "steps": unit.train_progress.num_steps_completed}
         if isinstance(unit, TrainEvalUnit):
             card |= unit.card
             card["states"] = [list(state) for state in sorted(set().union(*gather(unit.states_seen)))]
-        return card | {"validation": self._errors, "versions": versions()}
+        return card | {"validation": self._errors, "versions": with_versions}
 
     def on_eval_epoch_end(self, state: State, unit: TEvalUnit) -> None:
         """Errors for the card."""

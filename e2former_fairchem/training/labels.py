@@ -273,6 +273,8 @@ def get_dataloader(
             batch_sampler=loader.batch_sampler,
             collate_fn=collate_fn,
             num_workers=num_workers,
+            # a rank of several starts processes anew ("spawn"), which would have to send them open databases
+            multiprocessing_context="fork",
             pin_memory=loader.pin_memory,
             persistent_workers=True,
         )

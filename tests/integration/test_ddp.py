@@ -23,7 +23,7 @@ SETTINGS = (
     "runner.callbacks.1.every_n_steps=1",
 )
 TWO = ("job.scheduler.ranks_per_node=2",)
-KINDS = {"data": (*TWO, "batch_size=4"), "graph": (*TWO, "+job.graph_parallel.group_size=2")}
+KINDS = {"data": (*TWO, "batch_size=4", "num_workers=1"), "graph": (*TWO, "+job.graph_parallel.group_size=2")}
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -107,9 +108,9 @@ def test_an_error_is_raised_by_all_workers(found: dict, case: str, message: str)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_give_what_one_gives(tmp_path: Path, forks: BaseContext) -> None:
+def test_two_gpus_give_what_one_gives(tmp_path: Path) -> None:
     """By hand, on a machine with two GPUs: `pytest -m gpu tests/integration/test_graph_parallel.py`."""
-    found = run_workers(tmp_path, "cuda", forks)
+    found = run_workers(tmp_path, "cuda", multiprocessing.get_context("spawn"))  # a fork has no CUDA
     for name in NAMES:
         check_case(found, name)
 
