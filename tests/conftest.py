@@ -53,6 +53,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     gc.unfreeze()  # C++ bindings count what is left at the end
 
 
+@pytest.fixture(autouse=True)
+def no_device_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fairchem keeps the device that one test has chosen in the environment, where the next would find it."""
+    if "fairchem.core.common.distutils" in sys.modules:
+        monkeypatch.delenv(sys.modules["fairchem.core.common.distutils"].CURRENT_DEVICE_TYPE_STR, raising=False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
     """Triton's interpreter without what it does again and again for nothing, two fifths of its time.

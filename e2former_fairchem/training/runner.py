@@ -9,6 +9,7 @@ import torch
 from fairchem.core.components.callbacks import StopBeforeTimeoutCallback
 from fairchem.core.components.train.train_runner import TrainEvalRunner
 from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT
+from torch.utils.data import DataLoader
 from torchtnt.framework.fit import fit
 
 from e2former_fairchem.compat import set_runner_callbacks, slurm_timeout_hours
@@ -17,6 +18,7 @@ from e2former_fairchem.training.checkpoint import read_checkpoint, resume_withou
 from e2former_fairchem.training.resume import check_state
 from e2former_fairchem.training.unit import TrainEvalUnit
 from e2former_fairchem.training.values import integer
+from e2former_kernels.compat import end_workers
 
 
 def evaluation_interval(every: int, max_epochs: int | None) -> int:
@@ -74,6 +76,9 @@ class EpochTrainEvalRunner(TrainEvalRunner):
             self._fit()
         finally:
             torch.set_num_threads(threads)
+            for loader in (self.train_dataloader, self.eval_dataloader):
+                if isinstance(loader, DataLoader):
+                    end_workers(loader)
 
     def _fit(self) -> None:
         set_runner_callbacks(self)

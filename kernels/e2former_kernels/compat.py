@@ -11,12 +11,14 @@ import importlib
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import DataLoader
 
 __all__ = [
     "PRIVATE_NAMES",
     "TESTED_TORCH",
     "PrivateName",
     "current_graph_task_id",
+    "end_workers",
     "foreach_add_",
     "foreach_copy_",
     "is_fake",
@@ -98,6 +100,13 @@ PRIVATE_NAMES = (
         "as _foreach_add_, from one list to another",
         "replay of CUDA graphs (e2former_fairchem/captured.py)",
     ),
+    PrivateName(
+        "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers",
+        "workers that stay are told to end when their iterator (`DataLoader._iterator`) is collected; where the "
+        "interpreter ends first, it waits five seconds for each of them",
+        "the end of training runs with workers (e2former_fairchem/training/runner.py)",
+        ("self",),
+    ),
 )
 
 
@@ -127,3 +136,10 @@ def with_autograd() -> contextlib.AbstractContextManager:
     autograd = torch._C.DispatchKeySet(keys.AutogradFunctionality) | torch._C.DispatchKeySet(keys.ADInplaceOrView)
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     return torch._C._ForceDispatchKeyGuard(included, excluded - autograd)
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End the processes that a loader keeps; its next iteration starts others."""
+    if loader.num_workers and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from fairchem.core.datasets.ase_datasets import AseDBDataset
 from omegaconf import DictConfig
+from torch.utils.data import DataLoader
 
 from e2former_fairchem import cli, compat
 from e2former_fairchem.commands import doctor
@@ -89,6 +91,17 @@ def test_doctor_tells_what_is_installed(capsys, monkeypatch) -> None:
     out = capsys.readouterr().out
     assert "fairchem-core 2.26.0: UNTESTED (the tests ran with 2.24)" in out
     assert "fairchem.core._cli:gone is gone: breaks the tests" in out and "1 private names are gone" in out
+
+
+def test_workers_of_a_loader_end_when_told() -> None:
+    loader = DataLoader(range(4), num_workers=2, persistent_workers=True, multiprocessing_context="fork")
+    for _ in range(2):
+        assert [int(n) for n in loader] == [0, 1, 2, 3]
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        kernels.end_workers(loader)
+        assert not any(worker.is_alive() for worker in workers)
+    kernels.end_workers(DataLoader(range(4)))
 
 
 def test_versions_are_bounded_to_what_is_tested(repo: Path) -> None:
