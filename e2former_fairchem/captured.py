@@ -193,13 +193,13 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (vec,) = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        if not again and ctx.replays == ctx.capture.replays:
+        create_graph = torch.is_grad_enabled()
+        if not create_graph and ctx.replays == ctx.capture.replays:
             return None, None, None, None, ctx.capture.gradient(grad, vec.shape[0])
         with torch.enable_grad():
             if not vec.requires_grad:
                 vec = vec.detach().requires_grad_()
-            (found,) = torch.autograd.grad(ctx.evaluate(vec), vec, grad, create_graph=again)
+            (found,) = torch.autograd.grad(ctx.evaluate(vec), vec, grad, create_graph=create_graph)
         return None, None, None, None, found
 
 

@@ -202,7 +202,7 @@ def draw(outcomes: Outcomes, title: str, subtitle: str) -> Figure:
     """The figure.
 
     Args:
-        outcomes: of `run.run_plan`.
+        outcomes: of `run.run_checks`.
         title: what was checked.
         subtitle: how, in one line.
     """

@@ -32,7 +32,7 @@ Outcomes = dict[str, dict[str, Outcome]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SelectedCheck:
     """A check that will run: its name, settings and systems."""
 
     check: str
@@ -40,9 +40,9 @@ class Plan:
     systems: list[tuple[str, Atoms]]
 
 
-def make_plan(
+def select_checks(
     checks: Sequence[str], settings: Mapping[str, Mapping[str, Any]], structures: Sequence[str] | None
-) -> list[Plan]:
+) -> list[SelectedCheck]:
     """Check names, settings and systems, before a model is loaded.
 
     Args:
@@ -59,29 +59,31 @@ def make_plan(
             got = ", ".join(unknown) or "none"
             raise ValueError(f"{key}: expected some of {', '.join(CHECKS)}, got {got}")
     own = None if structures is None else load_systems(structures, "structures")
-    plan = []
+    selected = []
     for name in (name for name in CHECKS if name in checks):
         kind, _ = CHECKS[name]
         built = build_settings(kind, name, settings.get(name, {}))
-        plan.append(Plan(name, built, own or load_systems(built.systems, f"{name}.systems")))
-    return plan
+        selected.append(SelectedCheck(name, built, own or load_systems(built.systems, f"{name}.systems")))
+    return selected
 
 
-def run_plan(potential: Potential, plan: Sequence[Plan], seed: int, say: Callable[[str], None]) -> Outcomes:
+def run_checks(
+    potential: Potential, selected: Sequence[SelectedCheck], seed: int, say: Callable[[str], None]
+) -> Outcomes:
     """Run the checks; an exception ends the check of its system only, and is in its outcome.
 
     A system with an element that the checkpoint's training never saw is skipped.
 
     Args:
         potential: the model.
-        plan: see `make_plan`.
+        selected: see `select_checks`.
         seed: each check and system draws its random numbers from a stream of its own.
         say: gets a line for each check of a system when it is done.
     """
-    total = sum(len(one.systems) for one in plan)
+    total = sum(len(one.systems) for one in selected)
     start, done = time.monotonic(), 0
     outcomes: Outcomes = {}
-    for one in plan:
+    for one in selected:
         _, function = CHECKS[one.check]
         found = outcomes.setdefault(one.check, {})
         for number, (name, atoms) in enumerate(one.systems):

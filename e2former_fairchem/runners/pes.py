@@ -18,7 +18,7 @@ from e2former_fairchem.files import replacing, sha256_of, write_json, write_text
 from e2former_fairchem.leaderboard.predictor import check_model, describe_settings, inference_settings
 from e2former_fairchem.leaderboard.provenance import environment
 from e2former_fairchem.pes.potential import PRECISIONS, Potential
-from e2former_fairchem.pes.run import CHECKS, Outcomes, make_plan, run_plan, summarize
+from e2former_fairchem.pes.run import CHECKS, Outcomes, run_checks, select_checks, summarize
 from e2former_fairchem.pes.table import notes, render, rows, totals
 from e2former_fairchem.training.callbacks import keep_old
 from e2former_fairchem.training.signals import end_on_signal
@@ -88,7 +88,7 @@ class PESRunner(Runner):
                 "plot: expected matplotlib to be installed (pip install matplotlib), or plot=false"
             )
         checks, structures = _plain(checks), _plain(structures)
-        self.plan = make_plan(
+        self.selected = select_checks(
             [checks] if isinstance(checks, str) else checks,
             _plain(settings) or {},
             [structures] if isinstance(structures, str) else structures,
@@ -125,7 +125,7 @@ class PESRunner(Runner):
             potential = Potential.load(
                 self.checkpoint, self.task_name, self.inference, self.precision, device, self.max_atoms
             )
-            outcomes = run_plan(potential, self.plan, self.seed, lambda line: print(line, flush=True))
+            outcomes = run_checks(potential, self.selected, self.seed, lambda line: print(line, flush=True))
         finally:
             torch.set_num_threads(threads)
         self._report(potential, outcomes, device, time.monotonic() - start)
@@ -149,7 +149,7 @@ class PESRunner(Runner):
             "environment": environment(device),
             "seconds": round(seconds, 1),
             "verdicts": summarize(outcomes),
-            "settings": {one.check: dataclasses.asdict(one.settings) for one in self.plan},
+            "settings": {one.check: dataclasses.asdict(one.settings) for one in self.selected},
             "checks": {c: {s: o.as_json() for s, o in found.items()} for c, found in outcomes.items()},
         }
         keep_old(*(self.output_dir / name for name in ("pes.json", "pes.md", "pes.png")))

@@ -19,7 +19,7 @@ from e2former_fairchem.pes import bond_scan, extensivity
 from e2former_fairchem.pes.curves import extrema, find_jumps, integrate
 from e2former_fairchem.pes.result import Metric, Outcome, worst
 from e2former_fairchem.pes.rounding import energy_rounding
-from e2former_fairchem.pes.run import CHECKS, make_plan, run_plan, summarize
+from e2former_fairchem.pes.run import CHECKS, run_checks, select_checks, summarize
 from e2former_fairchem.pes.settings import build_settings
 from e2former_fairchem.pes.systems import load_systems
 from e2former_fairchem.pes.table import render, rows
@@ -335,8 +335,8 @@ def test_default_systems_consist_of_the_samples_elements(defaults, repo: Path) -
 def test_systems_with_elements_never_seen_are_left_out_and_named() -> None:
     potential, lines = Fake(), []
     potential.elements = ("H", "C", "F", "O")
-    plan = make_plan(["reflection"], {"reflection": {"systems": ["H2O2", "CHFClBr"]}}, None)
-    found = run_plan(potential, plan, 0, lines.append)["reflection"]
+    plan = select_checks(["reflection"], {"reflection": {"systems": ["H2O2", "CHFClBr"]}}, None)
+    found = run_checks(potential, plan, 0, lines.append)["reflection"]
     assert found["H2O2"].verdict == "pass" and found["CHFClBr"].verdict == "skipped"
     assert "reflection CHFClBr: skipped (training never saw Br, Cl)" in lines[1]
     assert "training never saw Br, Cl" in render(rows({"reflection": found}))
@@ -405,10 +405,10 @@ def test_an_exception_ends_its_own_check_only() -> None:
         return 0.0, 0.0
 
     lines: list[str] = []
-    plan = make_plan(
+    plan = select_checks(
         ["forces", "extensivity"], {"forces": {"systems": ["H2O", "N2"]}, "extensivity": {"systems": ["H2O"]}}, None
     )
-    found = run_plan(Fake(sulks), plan, 0, lines.append)
+    found = run_checks(Fake(sulks), plan, 0, lines.append)
     assert summarize(found) == {"forces": "pass", "extensivity": "error"}
     broken = found["extensivity"]["H2O"]
     assert broken.error == "RuntimeError: no | dimers\nplease" and "sulks" in broken.traceback

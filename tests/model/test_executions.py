@@ -6,7 +6,7 @@ twice; in Triton's interpreter, whose products are not rounded to TF32, float16 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +138,17 @@ def references() -> Callable[..., dict[str, Tensor]]:
     return get
 
 
+@pytest.fixture
+def unwritten_is_nan(device: str) -> Iterator[None]:
+    """Memory that a kernel is given and does not write is NaN, on a CPU."""
+    if device == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize(("device", "name", "execution", "precision"), CASES, indirect=["device"])
 def test_errors(
     device: str, name: str, execution: str, precision: str, references: Callable, matmul_precision: Callable
