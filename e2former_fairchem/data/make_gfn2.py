@@ -118,7 +118,7 @@ class GFN2:
         return found if np.isfinite(found.energy) and np.isfinite(found.forces).all() else None
 
 
-class _ForASE(Calculator):
+class ForASE(Calculator):
     """A `GFN2` as ASE's optimisers want it."""
 
     implemented_properties = ("energy", "forces")
@@ -216,7 +216,7 @@ def waters(seed: int) -> Iterator[tuple[Structure, Label | None, int]]:
     """Water clusters; a tenth of them is for tests."""
     random = np.random.default_rng(seed)
     for n in range(WATERS):
-        structure = _water(random, int(random.integers(2, 25)))
+        structure = water_cluster(random, int(random.integers(2, 25)))
         yield structure, _label(structure), int(n % 10 == 0)
 
 
@@ -298,7 +298,7 @@ Labelled = tuple[Structure, Label | None]
 def _relaxed(start: Structure, method: GFN2, steps: int) -> Generator[Labelled, None, Structure]:
     """Some steps of a relaxation, and its end, which is returned; where a calculation fails, the last one before."""
     atoms = Atoms(start.numbers, start.positions)
-    atoms.calc = _ForASE(method)
+    atoms.calc = ForASE(method)
     found = start
     try:
         for step, _ in enumerate(LBFGS(atoms, logfile=None, maxstep=0.1).irun(fmax=0.01, steps=steps)):
@@ -409,7 +409,8 @@ def _hydrogens(molecule: Molecule) -> np.ndarray:
     return np.flatnonzero(molecule.numbers == 1) if len(molecule.numbers) > 2 else np.array([], int)
 
 
-def _water(random: np.random.Generator, count: int) -> Structure:
+def water_cluster(random: np.random.Generator, count: int) -> Structure:
+    """Water molecules turned at random, each against those before it."""
     one = np.array([[0.0, 0.0, 0.1173], [0.0, 0.7572, -0.4692], [0.0, -0.7572, -0.4692]])
     positions = one + random.normal(0, 0.03, one.shape)
     for _ in range(count - 1):

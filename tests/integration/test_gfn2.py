@@ -34,7 +34,7 @@ def packed(folder: Path, count: int = 40) -> Path:
         arrays = {"natoms": natoms.astype(np.int16), "numbers": numbers.astype(np.uint8), "energy": energy}
         arrays |= {"positions": (positions + random.normal(0, 0.05, positions.shape)).astype(np.float32)}
         arrays |= {"forces": random.normal(size=positions.shape).astype(np.float32)}
-        arrays |= {key: np.zeros(size, np.int8) for key in ("charge", "kind")}
+        arrays["charge"], arrays["kind"] = np.zeros(size, np.int8), make_gfn2.CLASSES.index("relaxed") * (natoms == 3)
         arrays |= {"spin": np.ones(size, np.int8), "test": (np.arange(size) % 5 == 4).astype(np.uint8)}
         np.savez_compressed(folder / f"{name}.npz", **arrays)
     references = {"element_references": make_gfn2.fit_references(folder), "unit": "eV"}
@@ -133,15 +133,24 @@ def test_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training(repo: Path, launch: Callable, tiny: Sequence[str], elsewhere: Path) -> None:
-    """Through fairchem's command line, and the table of errors after it."""
+def test_training(
+    repo: Path, launch: Callable, tiny: Sequence[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through fairchem's command line, and the benchmarks after it."""
     folder = packed(elsewhere)
     short = ("steps=2", "batch_size=4", "runner.evaluate_every_n_steps=2", "job.run_dir=run", f"gfn2={folder}")
     launch(repo / "configs" / "train" / "gfn2_small.yaml", *tiny, *short)
     assert (elsewhere / "run" / "inference_ckpt.pt").is_file()
-    spec = importlib.util.spec_from_file_location("evaluate", repo / "benchmarks" / "gfn2" / "evaluate.py")
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
-    rows = evaluate.errors(elsewhere / "run" / "inference_ckpt.pt", folder, 6, "cpu")
-    assert set(rows) == {"displaced", "all"} and rows["all"]["structures"] == 6
+    monkeypatch.syspath_prepend(repo / "benchmarks" / "gfn2")
+    evaluate, properties = importlib.import_module("evaluate"), importlib.import_module("properties")
+    checkpoint = elsewhere / "run" / "inference_ckpt.pt"
+    rows = evaluate.errors(checkpoint, folder, 6, "cpu")
+    assert set(rows) == {"displaced", "relaxed", "all"} and rows["all"]["structures"] == 6
     assert 0 < rows["all"]["energy"] < 1e5 and rows["all"]["zero_forces"] == pytest.approx(800, rel=0.5)
+    moved = properties.dynamics(checkpoint, folder, "cpu", steps=3)
+    assert moved["molecules"] == 1 and moved["atoms"] == 3 and 1 <= moved["longest_bond_over_start"] < 1.5
+    if not missing:
+        found = properties.relax(checkpoint, folder, "cpu")
+        assert found["molecules"] == 1 and 0 < found["median_rmsd"] == found["largest_rmsd"]
+        (times,) = properties.speed(checkpoint, "cpu", (1,), properties.STRICT).values()
+        assert set(times) == {"potential", "gfn2"}
