@@ -108,6 +108,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         atom_embedding: bool = True,
         reflection_equivariant: bool = False,
         power_spectrum: bool = False,
+        divide_charge: bool = False,
         long_range: Mapping[str, Any] | None = None,
         convolution: str = "auto",
         kernel_backend: str = "auto",

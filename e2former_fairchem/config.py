@@ -81,6 +81,7 @@ class E2FormerV2Config:
         atom_embedding: add the element/charge/spin embedding to the initial scalars.
         reflection_equivariant: O(3) instead of SO(3): drop the cross-product paths.
         power_spectrum: the feed-forward's scalars see the squares of the other degrees.
+        divide_charge: what charge and spin add is divided among the atoms of a structure.
         long_range: None or {layers, lower, upper, envelope}.
         convolution: form of the order-1 convolution.
         kernel_backend: who computes it.
@@ -110,6 +111,7 @@ class E2FormerV2Config:
     atom_embedding: bool = True
     reflection_equivariant: bool = False
     power_spectrum: bool = False
+    divide_charge: bool = False
     long_range: LongRange | Mapping[str, Any] | None = None
     convolution: str = "auto"
     kernel_backend: str = "auto"
@@ -161,6 +163,7 @@ class E2FormerV2Config:
             "atom_embedding",
             "reflection_equivariant",
             "power_spectrum",
+            "divide_charge",
             "activation_checkpointing",
             "cuda_graph",
         ):

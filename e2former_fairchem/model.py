@@ -20,18 +20,12 @@ from e2former_fairchem.nn.images import image_nodes
 from e2former_fairchem.nn.linear import SO3Linear
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_fairchem.nn.radial import SpeciesEmbedding
-from e2former_fairchem.segments import gather_rows
 from e2former_fairchem.spatial_order import SpatialOrder, spatial_order
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
 
 logger = logging.getLogger("e2former_fairchem")
-
-
-def _pointer(index: Tensor, rows: int) -> Tensor:
-    """CSR pointer [rows + 1] of an ascending index."""
-    return torch.searchsorted(index, torch.arange(rows + 1, device=index.device))
 
 
 class LongRangeBlocks(nn.Module):
@@ -60,7 +54,7 @@ class E2FormerV2(nn.Module):
         super().__init__()
         self.config = config
         channels = config.sphere_channels
-        self.charge_spin = ChargeSpinEmbedding(channels)
+        self.charge_spin = ChargeSpinEmbedding(channels, config.max_num_elements if config.divide_charge else None)
         self.atom_embedding = AtomEmbedding(config.max_num_elements, channels) if config.atom_embedding else None
         self.edge_degree = EdgeDegreeEmbedding(config)
         self.blocks = nn.ModuleList(TransformerBlock(config, order) for order in config.message_orders)
@@ -179,10 +173,10 @@ class E2FormerV2(nn.Module):
         """Node features as :meth:`forward`, never from a CUDA graph. execution: chosen here when None."""
         atomic_numbers, charge, spin, batch = atoms
         execution = self._choose(graph, atomic_numbers) if execution is None else execution
-        species, own, numbers = graph.present(atomic_numbers), graph.own(batch), graph.own(atomic_numbers)
+        species, numbers = graph.present(atomic_numbers), graph.own(atomic_numbers)
         execution = execution.on(self.config, graph, graph.edge_list(species))
         images = image_nodes(pos, batch, charge.numel(), graph, species) if execution.node_factored else None
-        system = gather_rows(self.charge_spin(charge, spin), own, lambda: (None, _pointer(own, charge.numel())))
+        system = self.charge_spin.atoms(charge, spin, atomic_numbers, batch, graph)
         x = self.edge_degree(graph, execution)
         if self.atom_embedding is not None:
             token = self.atom_embedding(numbers, system)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Transposed", "ascending", "gather_rows", "row_differences", "segment_sum"]
+__all__ = ["Transposed", "ascending", "csr_of", "gather_rows", "row_differences", "segment_sum"]
 
 Transpose = Callable[[], tuple[Tensor | None, Tensor]]
 
@@ -66,6 +66,11 @@ class Transposed:
 def ascending(pointer: Tensor) -> tuple[None, Tensor]:
     """The CSR of an index that ascends, in the form `gather_rows` takes."""
     return None, pointer
+
+
+def csr_of(index: Tensor, rows: int) -> Transpose:
+    """The CSR of an index [E] that ascends, found when it is asked for."""
+    return lambda: (None, _pointer(index, rows))
 
 
 def _pointer(ascending: Tensor, rows: int) -> Tensor:

@@ -12,6 +12,7 @@ from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.execution import Execution
 from e2former_fairchem.nn.linear import kaiming_linear
 from e2former_fairchem.nn.radial import EMBEDDING_SCALE, RadialMLP, SpeciesEmbedding
+from e2former_fairchem.segments import csr_of, gather_rows, segment_sum
 from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 
 if TYPE_CHECKING:
@@ -20,27 +21,57 @@ if TYPE_CHECKING:
 TABLE_ROWS = 30
 MAX_CHARGE = 10
 MAX_SPIN = 20
+#: Of an atom's share, so that their sum is never zero.
+LEAST_WEIGHT = 1e-6
 
 
 class ChargeSpinEmbedding(nn.Module):
     r""":math:`s = \mathrm{SiLU}(W [E_q[\mathrm{clip}(q,-10,10)+10]; E_m[\mathrm{clip}(m,0,20)]] + b)`.
 
     q: total charge (e), m: spin multiplicity 2S+1, 0 meaning not given (docs/network.md, equation 4.1).
+
+    Args:
+        channels: C.
+        max_num_elements: atoms get shares by their element (`atoms`); None: each gets all of it.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, max_num_elements: int | None = None) -> None:
         super().__init__()
         self.charge_embedding = nn.Embedding(TABLE_ROWS, channels)
         self.spin_embedding = nn.Embedding(TABLE_ROWS, channels)
         for table in (self.charge_embedding, self.spin_embedding):
             nn.init.uniform_(table.weight, -EMBEDDING_SCALE, EMBEDDING_SCALE)
         self.mix = kaiming_linear(2 * channels, channels)
+        self.share = None if max_num_elements is None else SpeciesEmbedding(max_num_elements, channels, scale=1.0)
 
     def forward(self, charge: Tensor, spin: Tensor) -> Tensor:
         """charge, spin: [B], integers. Returns [B, C]."""
         charge_row = charge.long().clamp(-MAX_CHARGE, MAX_CHARGE) + MAX_CHARGE
         spin_row = spin.long().clamp(0, MAX_SPIN)
         return F.silu(self.mix(torch.cat([self.charge_embedding(charge_row), self.spin_embedding(spin_row)], -1)))
+
+    def atoms(self, charge: Tensor, spin: Tensor, atomic_numbers: Tensor, batch: Tensor, graph: Graph) -> Tensor:
+        """Each atom's part of s (docs/network.md, equation 4.1 or 4.4).
+
+        Args:
+            charge: [B], e.
+            spin: [B], multiplicity.
+            atomic_numbers: [N], of all atoms, with graph parallelism too.
+            batch: [N], ascending.
+            graph: says which atoms are this worker's.
+
+        Returns:
+            [n, C], of the graph's receivers.
+        """
+        system, own, count = self(charge, spin), graph.own(batch), charge.numel()
+        mine = gather_rows(system, own, csr_of(own, count))
+        if self.share is None:
+            return mine
+        every = mine if own is batch else gather_rows(system, batch, csr_of(batch, count))
+        weight = F.softplus((self.share(atomic_numbers) * every).sum(-1, keepdim=True)) + LEAST_WEIGHT
+        total = segment_sum(weight, batch, csr_of(batch, count))
+        neutral = self(torch.zeros_like(charge[:1]), torch.ones_like(spin[:1]))
+        return neutral + (mine - neutral) * (graph.own(weight) / gather_rows(total, own, csr_of(own, count)))
 
 
 class AtomEmbedding(nn.Module):

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
     "dense": ("mixed", {"convolution": "dense", "score": "qk_dot"}, GRADIENT, {}),
     "long range": ("mixed", {"long_range": LONG_RANGE, "score": "qk_dot_scalar"}, GRADIENT, {"train": True}),
     "nearest": ("mixed", {"max_neighbors": 3, "attention_norm": "molfm_v2"}, GRADIENT, {}),
-    "checkpointing": ("open", {"activation_checkpointing": True}, GRADIENT, {"train": True}),
+    "checkpointing": ("open", {"activation_checkpointing": True, "divide_charge": True}, GRADIENT, {"train": True}),
     "given edges": ("mixed", {"otf_graph": False}, GRADIENT, {}),
     "float32": ("mixed", {}, GRADIENT, {"dtype": torch.float32}),
     "autocast": ("open", {}, GRADIENT, {"dtype": torch.float32, "autocast": True}),

@@ -25,9 +25,9 @@ OURS = "e2former_fairchem.heads"
 DESIGN_KEYS = """
     lmax sphere_channels num_layers num_heads head_dim num_radial_basis radial_width value_multiplicity
     edge_layer_norm inverse_distance cutoff max_neighbors score message_order attention_norm envelope_exponent
-    atom_embedding reflection_equivariant power_spectrum long_range convolution kernel_backend
-    activation_checkpointing cuda_graph otf_graph max_num_elements direct_forces regress_forces regress_stress
-    dataset_mapping strict_elements
+    atom_embedding reflection_equivariant power_spectrum divide_charge long_range convolution
+    kernel_backend activation_checkpointing cuda_graph otf_graph max_num_elements direct_forces regress_forces
+    regress_stress dataset_mapping strict_elements
 """.split()
 DIRECT = {
     "energy": {"module": f"{OURS}.E2FormerV2EnergyHead"},

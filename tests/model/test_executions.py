@@ -25,7 +25,12 @@ CONFIGS = {
     "eaas": {"convolution": "eaas"},
     "qk_dot": {"score": "qk_dot"},
     "qk_dot_scalar": {"score": "qk_dot_scalar"},
-    "order_2": {"message_order": 2, "reflection_equivariant": True, "power_spectrum": True},
+    "order_2": {
+        "message_order": 2,
+        "reflection_equivariant": True,
+        "power_spectrum": True,
+        "divide_charge": True,
+    },
 }
 # Network, execution, precision of products. The interpreter has time for a few, and for first derivatives:
 # test_triton_model.py has all networks there, in float64.
@@ -91,7 +96,7 @@ class System:
         batch = torch.zeros_like(self.numbers)
         one, cell = batch[:1], torch.zeros(1, 3, 3).to(self.pos)
         graph = build_graph(pos, cell, torch.zeros_like(cell[0, :1]).bool(), batch, one + len(batch), 5.0)
-        return model(self.numbers, one, one + 1, batch, pos, graph)
+        return model(self.numbers, one + 1, one + 2, batch, pos, graph)
 
     def outputs(self, model: E2FormerV2) -> dict[str, Tensor]:
         """Features, forces and what comes of differentiating those: by all weights that train, or by the positions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ class TestOrderTwo(EquivarianceTests, PeriodicTests, GradientTests, SmoothCutoff
     reflection = True
 
     def build_model(self) -> HydraModel:
-        return hydra_model(message_order=2, reflection_equivariant=True, power_spectrum=True)
+        return hydra_model(message_order=2, reflection_equivariant=True, power_spectrum=True, divide_charge=True)
 
 
 class TestOnTheFlyDot(EquivarianceTests, GradientTests, SmoothCutoffTests):
@@ -130,3 +131,17 @@ def test_forms_agree(lmax: int, reflection_equivariant: bool, order: int, float6
         for got, expected in zip(results[convolution], results["dense"], strict=True):
             scale = float(expected.detach().abs().max()) + 1e-12
             assert float((got - expected).detach().abs().max()) <= 1e-10 * scale
+
+
+def test_shares_of_a_charge_add_up() -> None:
+    """What charge and spin add does not grow with the number of atoms; a neutral singlet's atoms have all of it."""
+    embedding = hydra_model(divide_charge=True, max_num_elements=10).backbone.model.charge_spin.double()
+    numbers, batch = torch.tensor([7, 1, 1, 1, 1, 6, 6, 8, 8]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 3])
+    charge, spin = torch.tensor([1, -1, 0, 0]), torch.tensor([1, 2, 1, 3])
+    graph = SimpleNamespace(own=lambda values: values)
+    found = embedding.atoms(charge, spin, numbers, batch, graph)
+    whole, neutral = embedding(charge, spin), embedding(charge[2:3], spin[2:3])
+    added = torch.zeros_like(whole).index_add(0, batch, found - neutral)
+    torch.testing.assert_close(added, whole - neutral)
+    assert torch.equal(found[7], whole[2]) and (whole[[0, 1, 3]] - neutral).abs().amax(1).min() > 0.01
+    assert torch.equal(found[1], found[2]) and not torch.allclose(found[0], found[1], atol=1e-4), "by element"
