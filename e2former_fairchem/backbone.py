@@ -28,7 +28,7 @@ from e2former_fairchem.inference_mode import outside_inference_mode
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
 from e2former_fairchem.parallel_guard import ParallelGuard
-from e2former_fairchem.training.values import number
+from e2former_fairchem.training.arguments import number
 from e2former_fairchem.validation import (
     check_batch,
     check_keys,

@@ -8,8 +8,8 @@ from typing import Any
 from torchtnt.framework.state import State
 from torchtnt.framework.unit import TTrainUnit
 
+from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.callbacks import Checkpoints
-from e2former_fairchem.training.values import integer
 
 
 class EarlyCheckpoints(Checkpoints):

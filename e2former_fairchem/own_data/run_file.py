@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from e2former_fairchem.training.values import integer
+from e2former_fairchem.training.arguments import integer
 
 FILE = "train.yaml"
 GROUPS = ("backbone", "heads")

@@ -25,10 +25,10 @@ from e2former_fairchem.md.record import LOG, TRAJECTORY, Record, claim, read_log
 from e2former_fairchem.md.run import Intervals, run, summarize
 from e2former_fairchem.md.settings import ENSEMBLES, Settings
 from e2former_fairchem.pes.systems import load_systems
+from e2former_fairchem.training.arguments import boolean, integer, number, positive
 from e2former_fairchem.training.callbacks import keep_old
 from e2former_fairchem.training.checkpoint import read_checkpoint
 from e2former_fairchem.training.signals import StopRequest, status
-from e2former_fairchem.training.values import boolean, integer, number, positive
 
 ENGINES = ("auto", "ase", "nvalchemi")
 _FOLDER = "job.run_dir"

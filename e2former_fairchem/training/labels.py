@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from e2former_fairchem.data.references import spread
-from e2former_fairchem.training.values import positive
+from e2former_fairchem.training.arguments import positive
 
 BAD_LABELS = ("refuse", "mask")
 #: Structures of a data set that are checked before the first step, evenly spread; batches are checked as they come.

@@ -19,9 +19,9 @@ from torchtnt.framework.state import State
 from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 
 from e2former_fairchem.files import write_text
+from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.callbacks import collect_metrics
 from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
-from e2former_fairchem.training.values import integer
 
 METRICS_FILE = "metrics.jsonl"
 

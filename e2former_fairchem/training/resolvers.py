@@ -28,8 +28,8 @@ from pathlib import Path
 
 from omegaconf import ListConfig, OmegaConf
 
+from e2former_fairchem.training.arguments import boolean, integer, number, positive
 from e2former_fairchem.training.resume import resume
-from e2former_fairchem.training.values import boolean, integer, number, positive
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SAMPLE_PARTS = ("train", "val_known", "val_new")

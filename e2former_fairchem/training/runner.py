@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from torchtnt.framework.fit import fit
 
 from e2former_fairchem.compat import set_runner_callbacks, slurm_timeout_hours
+from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import read_checkpoint, resume_without_record
 from e2former_fairchem.training.resume import check_state
 from e2former_fairchem.training.unit import TrainEvalUnit
-from e2former_fairchem.training.values import integer
 from e2former_kernels.compat import end_workers
 
 

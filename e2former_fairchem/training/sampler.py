@@ -9,7 +9,7 @@ import numpy as np
 from fairchem.core.datasets.base_dataset import BaseDataset
 from torch.utils.data import Sampler
 
-from e2former_fairchem.training.values import integer
+from e2former_fairchem.training.arguments import integer
 
 
 class StructureBatchSampler(Sampler[list[int]]):

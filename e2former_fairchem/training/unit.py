@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchtnt.framework import State
 
+from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.card import check_given
 from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater, states
 from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
-from e2former_fairchem.training.values import integer
 
 __all__ = ["TrainEvalUnit"]
 

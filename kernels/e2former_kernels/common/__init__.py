@@ -1,1 +1,1 @@
-"""Pieces shared by the operations: harmonics, radial network, envelope, evaluation in runs, argument checks."""
+"""Pieces shared by the operations: harmonics, envelope, evaluation in runs, float16 rows, argument checks."""
