@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from e2former_fairchem.data.checks import check_dataset
-from e2former_fairchem.training import values
+from e2former_fairchem.training import arguments
 from e2former_fairchem.training.checkpoint import check_checkpoint_path
 from e2former_fairchem.training.resolvers import element_references, sample
 
@@ -310,9 +310,9 @@ def test_wrong_type_in_the_other_configs(fails: Callable, repo: Path, fake_omol2
 
 
 def test_values_that_are_right_in_another_form() -> None:
-    assert values.integer("steps", 1e6, 1) == 1_000_000
-    assert isinstance(values.integer("steps", 1e6, 1), int)
-    assert values.number("lr", 0) == 0.0
+    assert arguments.integer("steps", 1e6, 1) == 1_000_000
+    assert isinstance(arguments.integer("steps", 1e6, 1), int)
+    assert arguments.number("lr", 0) == 0.0
     for wrong in (float("inf"), float("nan"), True, "1", None, [1], -1e-9):
         for check in (values.number, values.positive):
             with pytest.raises(ValueError, match="lr: expected a number"):
