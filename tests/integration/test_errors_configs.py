@@ -314,7 +314,7 @@ def test_values_that_are_right_in_another_form() -> None:
     assert isinstance(arguments.integer("steps", 1e6, 1), int)
     assert arguments.number("lr", 0) == 0.0
     for wrong in (float("inf"), float("nan"), True, "1", None, [1], -1e-9):
-        for check in (values.number, values.positive):
+        for check in (arguments.number, arguments.positive):
             with pytest.raises(ValueError, match="lr: expected a number"):
                 check("lr", wrong)
 
