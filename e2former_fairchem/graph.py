@@ -149,7 +149,7 @@ def build_graph(
     Edges are found on detached float64 copies, so which pairs are edges does not depend on the dtype, the device or the
     builder; ``vec`` is then taken from ``pos`` and ``cell`` (in float64, rounded once to the dtype of ``pos``), with a
     deterministic gradient of any order. The cost is linear in the number of atoms; small
-    batches on CUDA, where the host's launches are the cost, measure all pairs instead.
+    batches on CUDA, where the host's launches are the cost, measure all pairs instead. Long: a third is this text.
 
     Args:
         pos: [N, 3], Å, systems one after the other; need not be wrapped.

@@ -178,7 +178,10 @@ def harmonics_second_kernel(
     grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, E, cutoff,
     L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by vec from those by everything that harmonics_tangent_kernel returns."""
+    """Gradient by vec from those by everything that harmonics_tangent_kernel returns.
+
+    Long: values, slopes and their changes go through one loop over the orders.
+    """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
     x, y, z, d, x_dot, y_dot, z_dot, d_dot = _directions(vec, vec_dot, e, inside)

@@ -284,7 +284,10 @@ def harmonics_pair_kernel(vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: t
 def harmonics_second_kernel(
     grad, vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out [E, 3] += gradient by vec of <g, Y> + <h, Y'>. grad: [S, 2, E, M], g and h in S parts that are added up."""
+    """out [E, 3] += gradient by vec of <g, Y> + <h, Y'>. grad: [S, 2, E, M], g and h in S parts that are added up.
+
+    Long: values, slopes and their changes go through one loop over the orders.
+    """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
     x, y, z, d = vector_of(vec, e, inside, UNIT)

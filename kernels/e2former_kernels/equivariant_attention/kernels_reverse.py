@@ -33,7 +33,7 @@ def attend_backward_kernel(
     Writes pair[e, h] = <q, k> / sqrt(S); slope[e, h] = dL/dw; mean[n, h] = sum of slope w; with NORM 1 best[n, h], the
     edge of the largest score; and this program's part of the sums over heads by the message scale, grad_scale
     [B, programs, E]. The rows of the next edge are on their way while one is worked on: a compiler moves no load over
-    a store.
+    a store. Long: an edge's weight and its gradients share one load of its rows.
     """
     MASKED: tl.constexpr = H % BH != 0
     MASKED_B: tl.constexpr = MASKED or RA + RB != R
@@ -142,7 +142,7 @@ def score_backward_kernel(
 
     Replaces pair by dL/d<q, k> and weight by w, [e, h]; writes grad_query [n, H, S], grad_features [E, 2H] (without
     TABLE), and this program's part of the sums over heads, grad_parts [1 (+ 1), programs, E]: by the envelope and (with
-    TABLE) the length. Edges are taken BE at a time.
+    TABLE) the length. Edges are taken BE at a time. Long: all scores share what is loaded and stored.
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)

@@ -53,7 +53,7 @@ def weights_tangent_kernel(
     """w and w' of the edges of one receiver. One program: one receiver, BH heads.
 
     pair, pair_dot: x and x', [E, H]. Softmax only, [n, H]: top m, total T, drift sigma; top_dot m' and best, the edge
-    that m is taken from (molfm).
+    that m is taken from (molfm). Long: softmax needs a second loop over the same edges.
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)

@@ -127,7 +127,10 @@ def _pair_sum(
 
 
 def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor]:
-    """``Step.second`` of :class:`FusedAttention` (common/step.py), where no weights are among ``change.wanted``."""
+    """``Step.second`` of :class:`FusedAttention` (common/step.py), where no weights are among ``change.wanted``.
+
+    Long: a run's launches in order, each of which takes what the ones before it made.
+    """
     spec, directions, first_weight, given = step.spec, step.directions, step.first_weight, change.along()
     primal = [t.contiguous() for t in tensors[:first_weight]]
     dots = [given.get(n) for n in range(first_weight)]
