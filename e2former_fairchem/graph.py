@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from e2former_fairchem.neighbors import Candidates, OpenPairs, choose_builder, find_neighbors, open_pairs, read_systems
-from e2former_fairchem.segments import Transpose, Transposed, ascending, gather_rows, row_differences
+from e2former_fairchem.segments import Transpose, Transposed, ascending, gather_rows, row_differences, row_pointer
 from e2former_kernels.common.runs import EdgeList
 
 if TYPE_CHECKING:
@@ -295,11 +295,11 @@ def _from_candidates(
         _check_unique(source, target, offset)
     if halo is not None:
         source, target, num_nodes = halo.row[source], halo.row[target], halo.own.shape[0]
-    row_ptr = _pointer(target, num_nodes)
+    row_ptr = row_pointer(target, num_nodes)
     if max_neighbors is not None:
         nearest = _nearest(distance, target, row_ptr, max_neighbors)
         source, target, _, offset = _take((source, target, None, offset), nearest)
-        row_ptr = _pointer(target, num_nodes)
+        row_ptr = row_pointer(target, num_nodes)
     graph = Graph(source, target, pos, offset, None, row_ptr, float(cutoff), num_nodes, halo)
     if not given and source_mask is None and max_neighbors is None and halo is None:
         # every edge is there in both directions: receivers and senders have the same pointer
@@ -324,10 +324,6 @@ def _take(edges: tuple[Tensor | None, ...], which: Tensor) -> tuple[Tensor | Non
     """Rows of each tensor by a mask (read once for all) or a permutation."""
     index = which.nonzero().squeeze(1) if which.dtype == torch.bool else which
     return tuple(None if values is None else values.index_select(0, index) for values in edges)
-
-
-def _pointer(ascending: Tensor, rows: int) -> Tensor:
-    return torch.searchsorted(ascending, torch.arange(rows + 1, device=ascending.device, dtype=ascending.dtype))
 
 
 def _vectors(pos: Tensor, cell: Tensor, batch: Tensor, source: Tensor, target: Tensor, offset: Tensor | None) -> Tensor:

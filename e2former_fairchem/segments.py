@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Transposed", "ascending", "csr_of", "gather_rows", "row_differences", "segment_sum"]
+__all__ = ["Transposed", "ascending", "csr_of", "gather_rows", "row_differences", "row_pointer", "segment_sum"]
 
 Transpose = Callable[[], tuple[Tensor | None, Tensor]]
 
@@ -52,14 +52,14 @@ class Transposed:
             narrow = torch.int16 if self._rows < 2**15 else torch.int32
             ascending, self._order = self._index.to(narrow).sort(stable=True)
             if self._pointer is None:
-                self._pointer = _pointer(ascending, self._rows)
+                self._pointer = row_pointer(ascending, self._rows)
         return self._order
 
     @property
     def pointer(self) -> Tensor:
         """[rows + 1] int64."""
         if self._pointer is None:
-            self._pointer = _pointer(self._index.index_select(0, self.order), self._rows)
+            self._pointer = row_pointer(self._index.index_select(0, self.order), self._rows)
         return self._pointer
 
 
@@ -70,10 +70,11 @@ def ascending(pointer: Tensor) -> tuple[None, Tensor]:
 
 def csr_of(index: Tensor, rows: int) -> Transpose:
     """The CSR of an index [E] that ascends, found when it is asked for."""
-    return lambda: (None, _pointer(index, rows))
+    return lambda: (None, row_pointer(index, rows))
 
 
-def _pointer(ascending: Tensor, rows: int) -> Tensor:
+def row_pointer(ascending: Tensor, rows: int) -> Tensor:
+    """Where each row's entries begin: the CSR pointer [rows + 1] of an ascending index [E] in [0, rows)."""
     return torch.searchsorted(ascending, torch.arange(rows + 1, device=ascending.device, dtype=ascending.dtype))
 
 
