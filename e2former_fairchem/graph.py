@@ -94,6 +94,10 @@ class Graph:
         """Rows of the senders, from rows of the receivers that each worker computed: one exchange for all tensors."""
         return tensors if self.halo is None else self.halo.fetch(*tensors)
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the workers of what each computed of its own receivers; each may go on with it differently."""
+        return values if self.halo is None else self.halo.total(values)
+
     @property
     def source_order(self) -> Tensor:
         """[E] int64: permutation that sorts the edges by source, stable, so receivers ascend within a source."""

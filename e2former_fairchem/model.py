@@ -176,8 +176,8 @@ class E2FormerV2(nn.Module):
         species, numbers = graph.present(atomic_numbers), graph.own(atomic_numbers)
         execution = execution.on(self.config, graph, graph.edge_list(species))
         images = image_nodes(pos, batch, charge.numel(), graph, species) if execution.node_factored else None
-        system = self.charge_spin.atoms(charge, spin, atomic_numbers, batch, graph)
         x = self.edge_degree(graph, execution)
+        system = self.charge_spin.atoms(charge, spin, numbers, graph.own(batch), x[:, 0], graph)
         if self.atom_embedding is not None:
             token = self.atom_embedding(numbers, system)
             x = torch.cat([x[:, :1] + token.unsqueeze(1), x[:, 1:]], 1)

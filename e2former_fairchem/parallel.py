@@ -9,8 +9,9 @@ The fetch is a linear map and its adjoint is the way back, so each is the other'
     fetch:  y[halo] = x[send]                        rows of the owners -> rows of those who need them
     back:   x[send] = sum over workers of y[halo]
 
-One fetch for each layer: the layers depend on each other, so every worker meets the collectives of the forward pass, of
-the backward pass and of the backward pass's own derivative in the same order, whatever else it has to do.
+One fetch for each layer, and one sum over each system's atoms where charges are divided: the layers depend on each
+other, so every worker meets the collectives of the forward pass, of the backward pass and of the backward pass's own
+derivative in the same order, whatever else it has to do.
 """
 
 from __future__ import annotations
@@ -124,6 +125,11 @@ class Halo:
             for t, part in zip(tensors, parts, strict=True)
         )
 
+    @torch.compiler.disable
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the workers. Each makes of it what its own atoms need, so the adjoint is the same sum."""
+        return _Total.apply(values, self.group)
+
 
 class _Exchange(torch.autograd.Function):
     """Rows to every worker for rows from every worker; the derivative is the way back."""
@@ -140,14 +146,31 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
+def _all_reduce(values: Tensor, group: Any) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _Total(torch.autograd.Function):
+    """Sum over workers; so is the derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _all_reduce(values, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Total.apply(grad, ctx.group), None
+
+
 class _Sum(torch.autograd.Function):
     """Sum over workers with the identity as derivative."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _all_reduce(values, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -32,7 +32,7 @@ class ChargeSpinEmbedding(nn.Module):
 
     Args:
         channels: C.
-        max_num_elements: atoms get shares by their element (`atoms`); None: each gets all of it.
+        max_num_elements: atoms get shares by their element and surroundings (`atoms`); None: each gets all of it.
     """
 
     def __init__(self, channels: int, max_num_elements: int | None = None) -> None:
@@ -42,7 +42,10 @@ class ChargeSpinEmbedding(nn.Module):
         for table in (self.charge_embedding, self.spin_embedding):
             nn.init.uniform_(table.weight, -EMBEDDING_SCALE, EMBEDDING_SCALE)
         self.mix = kaiming_linear(2 * channels, channels)
-        self.share = None if max_num_elements is None else SpeciesEmbedding(max_num_elements, channels, scale=1.0)
+        self.share = self.surroundings = None
+        if max_num_elements is not None:
+            self.share = SpeciesEmbedding(max_num_elements, channels, scale=1.0)
+            self.surroundings = kaiming_linear(channels, channels, bias=False)
 
     def forward(self, charge: Tensor, spin: Tensor) -> Tensor:
         """charge, spin: [B], integers. Returns [B, C]."""
@@ -50,28 +53,32 @@ class ChargeSpinEmbedding(nn.Module):
         spin_row = spin.long().clamp(0, MAX_SPIN)
         return F.silu(self.mix(torch.cat([self.charge_embedding(charge_row), self.spin_embedding(spin_row)], -1)))
 
-    def atoms(self, charge: Tensor, spin: Tensor, atomic_numbers: Tensor, batch: Tensor, graph: Graph) -> Tensor:
+    def atoms(
+        self, charge: Tensor, spin: Tensor, atomic_numbers: Tensor, batch: Tensor, scalars: Tensor, graph: Graph
+    ) -> Tensor:
         """Each atom's part of s (docs/network.md, equation 4.1 or 4.4).
 
         Args:
             charge: [B], e.
             spin: [B], multiplicity.
-            atomic_numbers: [N], of all atoms, with graph parallelism too.
-            batch: [N], ascending.
-            graph: says which atoms are this worker's.
+            atomic_numbers: [n], of the graph's receivers.
+            batch: [n], their systems, ascending.
+            scalars: [n, C], the edge-degree embedding's.
+            graph: the receivers of all workers together are the systems' atoms.
 
         Returns:
             [n, C], of the graph's receivers.
         """
-        system, own, count = self(charge, spin), graph.own(batch), charge.numel()
-        mine = gather_rows(system, own, csr_of(own, count))
+        transpose = csr_of(batch, charge.numel())
+        system = self(charge, spin)
+        mine = gather_rows(system, batch, transpose)
         if self.share is None:
             return mine
-        every = mine if own is batch else gather_rows(system, batch, csr_of(batch, count))
-        weight = F.softplus((self.share(atomic_numbers) * every).sum(-1, keepdim=True)) + LEAST_WEIGHT
-        total = segment_sum(weight, batch, csr_of(batch, count))
+        bias = ((self.share(atomic_numbers) + self.surroundings(scalars)) * mine).sum(-1, keepdim=True)
+        weight = F.softplus(bias) + LEAST_WEIGHT
+        total = graph.total(segment_sum(weight, batch, transpose))
         neutral = self(torch.zeros_like(charge[:1]), torch.ones_like(spin[:1]))
-        return neutral + (mine - neutral) * (graph.own(weight) / gather_rows(total, own, csr_of(own, count)))
+        return neutral + (mine - neutral) * (weight / gather_rows(total, batch, transpose))
 
 
 class AtomEmbedding(nn.Module):

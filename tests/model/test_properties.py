@@ -138,10 +138,16 @@ def test_shares_of_a_charge_add_up() -> None:
     embedding = hydra_model(divide_charge=True, max_num_elements=10).backbone.model.charge_spin.double()
     numbers, batch = torch.tensor([7, 1, 1, 1, 1, 6, 6, 8, 8]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 3])
     charge, spin = torch.tensor([1, -1, 0, 0]), torch.tensor([1, 2, 1, 3])
-    graph = SimpleNamespace(own=lambda values: values)
-    found = embedding.atoms(charge, spin, numbers, batch, graph)
+    graph = SimpleNamespace(total=lambda values: values)
+    scalars = torch.randn(
+        9, embedding.mix.out_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    scalars[2] = scalars[1]
+    found = embedding.atoms(charge, spin, numbers, batch, scalars, graph)
     whole, neutral = embedding(charge, spin), embedding(charge[2:3], spin[2:3])
     added = torch.zeros_like(whole).index_add(0, batch, found - neutral)
     torch.testing.assert_close(added, whole - neutral)
     assert torch.equal(found[7], whole[2]) and (whole[[0, 1, 3]] - neutral).abs().amax(1).min() > 0.01
-    assert torch.equal(found[1], found[2]) and not torch.allclose(found[0], found[1], atol=1e-4), "by element"
+    assert torch.equal(found[1], found[2]), "the same element and surroundings"
+    assert not torch.allclose(found[0], found[1], atol=1e-4), "another element"
+    assert not torch.allclose(found[1], found[3], atol=1e-4), "other surroundings"
