@@ -84,6 +84,20 @@ def build() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once in a process has not been said yet."""
+    from e2former_fairchem import validation
+
+    monkeypatch.setattr(validation, "_logged", set())
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have all but their figures, which take seconds."""
+    monkeypatch.setattr("e2former_fairchem.report.page.draw", lambda sets, records: {})
+
+
 @pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[..., Path]:
     """Inference checkpoint of a random small model, in the format that fairchem's trainer writes."""

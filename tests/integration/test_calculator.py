@@ -17,8 +17,6 @@ from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
 from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 
-from e2former_fairchem import validation
-
 
 @pytest.fixture(scope="module")
 def checkpoint(write_checkpoint, tmp_path_factory):
@@ -119,8 +117,7 @@ def test_other_spellings_of_charge_and_spin(calculator, structures) -> None:
             attach(atoms, calculator).get_potential_energy()
 
 
-def test_spin_zero_is_accepted_and_said_once(calculator, structures, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(validation, "_logged", set())
+def test_spin_zero_is_accepted_and_said_once(calculator, structures, caplog, nothing_said) -> None:
     atoms = structures["ethanol"].copy()
     atoms.info["spin"] = 0
     with caplog.at_level(logging.WARNING):

@@ -19,7 +19,6 @@ from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 from safetensors.torch import save_file
 
-from e2former_fairchem import validation
 from e2former_fairchem.commands import convert_molfm
 from e2former_fairchem.commands import safetensors as safetensors_command
 from e2former_fairchem.data.references import read_element_references
@@ -111,8 +110,7 @@ def test_calculator_and_fine_tuning(one, tmp_path, capsys) -> None:
     assert model.no_weight_decay()
 
 
-def test_an_element_without_reference_has_no_energy(one, tmp_path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(validation, "_logged", set())
+def test_an_element_without_reference_has_no_energy(one, tmp_path, caplog, nothing_said) -> None:
     weights, config = release_files(one, tmp_path)
     report = convert_molfm_checkpoint(weights, config, tmp_path / "out.pt")
     assert report.elements[0] == "H" and report.elements[-1] == "Bi" and len(report.elements) == 83

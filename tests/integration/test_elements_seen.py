@@ -31,9 +31,7 @@ from e2former_fairchem.training.checkpoint import (
 RECORD = "backbone.elements_seen"
 
 
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "_logged", set())
+pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
 @pytest.fixture

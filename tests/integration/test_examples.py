@@ -16,7 +16,6 @@ import pytest
 
 from e2former_fairchem.training.card import write_card
 from e2former_fairchem.training.checkpoint import read_checkpoint
-from e2former_fairchem.training.report_callback import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -167,8 +166,7 @@ def test_dispersion(run, tmp_path, write_checkpoint, d3_table, monkeypatch) -> N
     assert near < far < 0
 
 
-def test_crystals(launch, run, monkeypatch) -> None:
-    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
+def test_crystals(launch, run, without_figures) -> None:
     out = run("crystals", "--structures", "10", "--epochs", "1")
     stress = re.search(rf"^stress of cells held out: ({NUMBER}) meV/Å\^3$", out, re.MULTILINE)
     table = re.search(rf"^validation .* ({NUMBER})$", out, re.MULTILINE)  # its last column is the stress
@@ -176,9 +174,8 @@ def test_crystals(launch, run, monkeypatch) -> None:
     assert re.search(rf"^copper, lattice constant: {NUMBER} Å \(EMT: 3\.590\)$", out, re.MULTILINE)
 
 
-def test_fine_tuning(launch, run, tmp_path, write_checkpoint, monkeypatch) -> None:
+def test_fine_tuning(launch, run, tmp_path, write_checkpoint, without_figures) -> None:
     """A second run has a folder of its own; the result is another potential than the one it started from."""
-    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
     first = Path("runs/fine_tuning")
     first.mkdir(parents=True)
     small = write_checkpoint(tmp_path / "small.pt", num_layers=1, sphere_channels=8)

@@ -17,7 +17,6 @@ from fairchem.core.units.mlip_unit.mlip_unit import initialize_finetuning_model
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 from fairchem.core.units.mlip_unit.utils import load_inference_model
 
-from e2former_fairchem import validation
 from e2former_fairchem.backbone import E2FormerV2Backbone
 
 OURS = "e2former_fairchem.heads"
@@ -79,9 +78,8 @@ def test_hessian_on_request(checkpoint, batch_of, structures, caplog) -> None:
     assert "compile is switched off" in caplog.text and not unit.inference_settings.compile
 
 
-def test_blocks_are_computed_once(write_checkpoint, tmp_path, caplog, monkeypatch) -> None:
+def test_blocks_are_computed_once(write_checkpoint, tmp_path, caplog, nothing_said) -> None:
     """fairchem's default and its preset `batch` ask for twice, for models that keep edges; so may a checkpoint."""
-    monkeypatch.setattr(validation, "_logged", set())
     path = write_checkpoint(tmp_path / "trained.pt", activation_checkpointing=True)
     with caplog.at_level(logging.INFO):
         for settings in (InferenceSettings(), inference_settings_batch()):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2former_fairchem import validation
 from e2former_fairchem.model import E2FormerV2
 
 
@@ -108,8 +107,7 @@ def test_charges_as_floats_are_accepted(build, batch_of, structures) -> None:
     assert torch.equal(build()(data)["energy"]["energy"], expected)
 
 
-def test_spin_zero_is_said_once(build, batch_of, structures, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(validation, "_logged", set())
+def test_spin_zero_is_said_once(build, batch_of, structures, caplog, nothing_said) -> None:
     data = batch_of(structures["water"])
     data["spin"][0] = 0
     model = build()
@@ -125,9 +123,8 @@ def test_positions_that_are_not_finite(value: float, refuse, batch_of, structure
     refuse(data, r"positions: expected finite coordinates, but atom 5 \(atom 2 of structure 1\) at .*; 1 atoms")
 
 
-def test_float32_positions_far_from_the_origin(build, batch_of, structures, caplog, monkeypatch) -> None:
+def test_float32_positions_far_from_the_origin(build, batch_of, structures, caplog, nothing_said) -> None:
     """One warning for each spacing of the numbers there, by structure; an error where they mean nothing."""
-    monkeypatch.setattr(validation, "_logged", set())
     model = build(dtype=torch.float32)
 
     def moved(distance: float, dtype: torch.dtype = torch.float32):

@@ -50,11 +50,8 @@ def test_relaxation(
     assert "energy" in names["atoms"].calc.results
 
 
-def test_tutorial(launch: Callable, repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_tutorial(launch: Callable, repo: Path, without_figures: None, capsys: pytest.CaptureFixture) -> None:
     """The notebook's cells in their order, with smaller numbers in the first one; none has outputs."""
-    from e2former_fairchem.training.report_callback import Report
-
-    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
     cells = [cell for cell in json.loads((repo / "docs" / "tutorial.ipynb").read_text())["cells"] if "outputs" in cell]
     assert not any(cell["outputs"] for cell in cells)
     sizes, *others = ("".join(cell["source"]) for cell in cells)

@@ -22,11 +22,8 @@ def test_names_are_the_run_files_of_a_clone(repo: Path, capsys: pytest.CaptureFi
 
 
 def test_a_run_says_what_it_does_and_nothing_else(
-    launch: Callable, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    launch: Callable, tiny: tuple[str, ...], without_figures: None, capfd: pytest.CaptureFixture
 ) -> None:
-    from e2former_fairchem.training.report_callback import Report
-
-    monkeypatch.setattr(Report, "on_train_end", lambda self, state, unit: None)  # figures take seconds
     overrides = [*tiny, "epochs=1", "batch_size=300"]
     assert main(["run", "quickstart", *overrides]) == 0
     out, err = capfd.readouterr()
