@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -145,6 +146,18 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str], list]:
         return calls
 
     return watch
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`run_script(FILE, *arguments)`: what `python FILE arguments` does, within this process."""
+
+    def run(file: Path, *arguments: str) -> None:
+        monkeypatch.syspath_prepend(str(file.parent))
+        monkeypatch.setattr(sys, "argv", [str(file), *arguments])
+        runpy.run_path(str(file), run_name="__main__")
+
+    return run
 
 
 #: Widths of a network that takes milliseconds.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,10 +44,9 @@ def test_given_edges(load) -> None:
     assert energies[True, 8] != pytest.approx(energies[True, None], rel=1e-5)
 
 
-def test_steps(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_steps(load, run_script: Callable[..., None], tmp_path: Path) -> None:
     arguments = ["--tiny", "--device", "cpu", "--no-gate", "--atoms", "48", "--steps", "3", "--warmup", "1"]
-    monkeypatch.setattr("sys.argv", ["md_step.py", *arguments, "--output", str(tmp_path)])
-    load("md_step").main()
+    run_script(BENCHMARKS / "md_step.py", *arguments, "--output", str(tmp_path))
     rows = json.loads((tmp_path / "md_step.json").read_text())["rows"]
     assert set(rows) == {f"{name}/48" for name in ("paper_32", "paper", "omol25", "omol25_conserving", "escn")}
     for name, row in rows.items():
@@ -57,9 +56,8 @@ def test_steps(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert row["ns_per_day"] == pytest.approx(43.2 / row["ms"])
 
 
-def test_peers(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_peers(load, run_script: Callable[..., None], tmp_path: Path) -> None:
     arguments = ["--tiny", "--device", "cpu", "--no-gate", "--no-ours", "--peers", "--neighbours", "0", "--atoms", "24"]
-    monkeypatch.setattr("sys.argv", ["model_table.py", *arguments, "--repeats", "1", "--output", str(tmp_path)])
-    load("model_table").main()
+    run_script(BENCHMARKS / "model_table.py", *arguments, "--repeats", "1", "--output", str(tmp_path))
     rows = json.loads((tmp_path / "model.json").read_text())["rows"]
     assert rows["escn_all/energy_forces/24"]["ms"] > 0 and rows["escn_all/energy_forces/24"]["mode"] == "general"

@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 
 from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.config import E2FormerV2Config
-from e2former_fairchem.training.callbacks import collect_metrics
 from e2former_fairchem.training.checkpoint import read_checkpoint
 from e2former_fairchem.training.metrics import read_metrics
 from e2former_fairchem.training.resolvers import at_most
@@ -33,37 +32,21 @@ def compose(config: Path, *overrides: str) -> dict:
     return OmegaConf.to_container(get_hydra_config_from_yaml(str(config), list(overrides)), resolve=True)
 
 
-@pytest.fixture
-def finished_units(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The training units of the runs that ended during a test, with their metrics."""
-    from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
-
-    units = []
-    plain = MLIPTrainEvalUnit.on_train_end
-
-    def on_train_end(self: MLIPTrainEvalUnit, state: object) -> None:
-        units.append((self, collect_metrics(self)))
-        plain(self, state)
-
-    monkeypatch.setattr(MLIPTrainEvalUnit, "on_train_end", on_train_end)
-    return units
-
-
 @pytest.mark.parametrize("name", TRAIN)
 def test_training_config_takes_two_steps(
-    name: str, repo: Path, launch: Callable, tiny: Sequence[str], fake_omol25: Sequence[str], finished_units: list
+    name: str, repo: Path, launch: Callable, tiny: Sequence[str], fake_omol25: Sequence[str], elsewhere: Path
 ) -> None:
     batch = "batch_size=4" if name == "spice_direct" else "max_atoms=20"
     batch = (batch, "element_references=spice")  # zero, as suits labels that are made up
     overrides = (*tiny, *fake_omol25, "num_workers=0", "steps=2", "warmup_steps=1", *batch)
     launch(repo / "configs" / "train" / f"{name}.yaml", *overrides)
-    ((unit, metrics),) = finished_units
-    assert unit.train_progress.num_steps_completed == 2
-    values = metrics["omol.val"]
+    (final,) = elsewhere.glob("runs/*/checkpoints/final")
+    assert (final / "inference_ckpt.pt").is_file()
+    records = {record["kind"]: record for record in read_metrics(final.parents[1] / "metrics.jsonl")}
+    assert records["train"]["step"] == 2
+    values = records["evaluation"]["metrics"]["omol.val"]
     assert set(values) >= {"omol_energy,per_atom_mae", "omol_forces,mae"}
     assert all(math.isfinite(v) for v in values.values())
-    final = next(Path("runs").glob("*/checkpoints/final"))
-    assert (final / "inference_ckpt.pt").is_file()
 
 
 def test_second_stage_continues_from_the_first(

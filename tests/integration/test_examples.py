@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import os
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -100,14 +99,11 @@ def checkpoint(write_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, elsewhere: Path, capfd) -> Iterator[Callable[..., str]]:
+def run(run_script: Callable[..., None], elsewhere: Path, capfd) -> Iterator[Callable[..., str]]:
     """An example in this process (a new one takes ten seconds of imports); returns what it printed."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
     def call(name: str, *arguments: str) -> str:
-        path = ROOT / "examples" / f"{name}.py"
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-        runpy.run_path(str(path), run_name="__main__")
+        run_script(ROOT / "examples" / f"{name}.py", *arguments)
         return capfd.readouterr().out
 
     yield call
@@ -158,7 +154,7 @@ def test_dispersion(run, tmp_path, write_checkpoint, d3_table, monkeypatch) -> N
     table = tmp_path / ".cache" / "nvalchemiops" / "dftd3_parameters.pt"
     table.parent.mkdir(parents=True)
     table.symlink_to(d3_table)
-    monkeypatch.setattr(Path, "home", classmethod(lambda cls: tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     out = run("dispersion", str(path), "--steps", "2")
     near, far = (
         float(e) for e in re.findall(rf"^\d\.\d Å: {NUMBER} eV, of which dispersion ({NUMBER}) eV$", out, re.M)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2former_fairchem.model import E2FormerV2
-
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
@@ -37,7 +35,7 @@ def test_configuration(options: dict, error: type[Exception], message: str, buil
 
 
 @pytest.fixture
-def refuse(build, monkeypatch):
+def refuse(build):
     """Run a batch that must fail before the network is called; returns nothing, checks the message."""
 
     def run(data, message: str, **options) -> None:
@@ -46,7 +44,7 @@ def refuse(build, monkeypatch):
         def never(*_: object, **__: object) -> None:
             raise AssertionError("the network ran")
 
-        monkeypatch.setattr(E2FormerV2, "forward", never)
+        model.backbone.model.register_forward_pre_hook(never)
         with pytest.raises(ValueError, match=message):
             model(data)
 

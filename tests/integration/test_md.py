@@ -194,15 +194,14 @@ def test_temperature_of_two_atoms() -> None:
     assert np.abs(engine.frame().get_momenta().sum(0)).max() < 1e-12
 
 
-def test_errors_come_before_the_model(
-    checkpoint: Path, structures: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MDRunner, "run", None)
+def test_errors_come_before_the_model(structures: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"epoch": 1}, tmp_path / "foreign.pt")  # which no model can be loaded from
     fixed = molecule("H2O")
     fixed.set_constraint(FixAtoms([0]))
     write(tmp_path / "fixed.xyz", fixed)
     write(tmp_path / "two.xyz", [molecule("H2O"), molecule("N2")])
-    common = {"structure": structures["water"], "checkpoint": str(checkpoint), "output_dir": str(tmp_path / "out")}
+    common = {"structure": structures["water"], "output_dir": str(tmp_path / "out")}
+    common["checkpoint"] = str(tmp_path / "foreign.pt")
     for changed, error, message in (
         ({"structure": None}, ValueError, "structure: expected a file that ASE reads, got nothing; add structure=FILE"),
         ({"structure": "absent.xyz"}, FileNotFoundError, "structure: expected .* a file that ASE reads, got 'absent"),
@@ -221,7 +220,7 @@ def test_errors_come_before_the_model(
     ):
         with pytest.raises(error, match=message):
             MDRunner(**common | changed)
-    monkeypatch.setattr("e2former_fairchem.runners.md._nvalchemi", lambda: False)
+    monkeypatch.setitem(sys.modules, "nvalchemi", None)  # as where it is not installed
     with pytest.raises(ModuleNotFoundError, match=r"engine: expected nvalchemi .*e2former-fairchem\[md\].* engine=ase"):
         MDRunner(**common, engine="nvalchemi")
     assert not (tmp_path / "out").exists()

@@ -148,15 +148,14 @@ def test_interval_below_one_is_refused() -> None:
 
 
 def test_weights_and_biases_beside_it(
-    launch: Callable, repo: Path, tiny: Sequence[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    launch: Callable, repo: Path, tiny: Sequence[str], elsewhere: Path, spy: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fairchem's `job.logger` logs to a (disabled) wandb run, and ours to files: neither needs the other."""
     import wandb
     from fairchem.core.common.logger import WandBSingletonLogger
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    logged: list[dict] = []
-    monkeypatch.setattr(WandBSingletonLogger, "log", lambda self, values, **_: logged.append(values))
+    logged = spy(WandBSingletonLogger, "log")
     target = "fairchem.core.common.logger.WandBSingletonLogger.init_wandb"
     logger = f"{{_target_: {target}, _partial_: true, entity: e, project: p}}"
     try:
@@ -164,6 +163,6 @@ def test_weights_and_biases_beside_it(
     finally:
         wandb.finish()
         WandBSingletonLogger._instance = None
-    assert any("train/loss" in values for values in logged)
+    assert any("train/loss" in values for (_, values, *_), _ in logged)
     records = read_metrics(next((elsewhere / "runs" / "quickstart").glob("*/metrics.jsonl")))
     assert {r["kind"] for r in records} == {"train", "evaluation"}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from ase.io import write
 
+from e2former_fairchem.heads import E2FormerV2GradientHead
 from e2former_fairchem.pes.potential import Potential
 from e2former_fairchem.pes.run import CHECKS
 from e2former_fairchem.pes.settings import build_settings
@@ -121,12 +122,9 @@ def test_the_yaml_says_the_defaults(config: Path, checkpoint: Path) -> None:
         assert set(settings[name]) == {field.name for field in dataclasses.fields(kind)}
 
 
-def test_errors_come_before_the_model(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loaded(*args, **kwargs):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(Potential, "load", loaded)
-    common = {"checkpoint": str(checkpoint), "output_dir": str(tmp_path / "out")}
+def test_errors_come_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"epoch": 1}, tmp_path / "foreign.pt")  # which no model can be loaded from
+    common = {"checkpoint": str(tmp_path / "foreign.pt"), "output_dir": str(tmp_path / "out")}
     for changed, error, message in (
         ({"checkpoint": str(tmp_path / "absent.pt")}, FileNotFoundError, "checkpoint: expected .* does not exist"),
         ({"checkpoint": None}, ValueError, "checkpoint: expected an inference checkpoint .*, got nothing"),
@@ -141,7 +139,7 @@ def test_errors_come_before_the_model(tmp_path: Path, checkpoint: Path, monkeypa
     ):
         with pytest.raises(error, match=message):
             PESRunner(**common | changed)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     with pytest.raises(ModuleNotFoundError, match=r"plot: expected matplotlib .*pip install matplotlib.*or plot=false"):
         PESRunner(**common)
     PESRunner(**common, plot=False)
@@ -155,17 +153,18 @@ def test_foreign_files(tmp_path: Path) -> None:
         Potential.load(str(path), "omol", "batch", "auto", "cpu", 64)
 
 
-def test_single_precision_where_double_does_not_run(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from e2former_fairchem.leaderboard.predictor import Predictor
+class SinglePrecisionHead(E2FormerV2GradientHead):
+    """Computes in float32 alone."""
 
-    predict = Predictor.predict_atoms
-
-    def refuse(self, structures):
-        if self.unit.inference_settings.base_precision_dtype == torch.float64:
+    def forward(self, data, emb):
+        if emb["node_embedding"].dtype == torch.float64:
             raise RuntimeError("kernels take float32")
-        return predict(self, structures)
+        return super().forward(data, emb)
 
-    monkeypatch.setattr(Predictor, "predict_atoms", refuse)
+
+def test_single_precision_where_double_does_not_run(write_checkpoint: Callable, tmp_path: Path) -> None:
+    heads = {"efs": {"module": f"{__name__}.SinglePrecisionHead"}}
+    checkpoint = write_checkpoint(tmp_path / "single.pt", heads=heads)
     found = Potential.load(str(checkpoint), "omol", "batch", "auto", "cpu", 64)
     assert found.precision == "float32" and "RuntimeError: kernels take float32" in found.note
     assert found.evaluate([load_systems(["H2O"], "x")[0][1]])[1][0].shape == (3, 3)

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,7 +151,8 @@ def test_errors(write_checkpoint, checkpoint: Path, tmp_path: Path, monkeypatch:
     direct = write_checkpoint(tmp_path / "direct.pt", heads=heads, direct_forces=True)
     with pytest.raises(ValueError, match="checkpoint: expected a model with stress, .* got one with direct forces"):
         PhononRunner(str(direct), "diamond", out)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for package in ("phonopy", "pymatgen"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
     with pytest.raises(ModuleNotFoundError, match="expected phonopy and pymatgen to be installed: pip install phonopy"):
         PhononRunner(str(checkpoint), "diamond", out)
     assert not Path(out).exists()

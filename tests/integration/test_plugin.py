@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fairchem.core._cli import get_hydra_config_from_yaml
+from torch import nn
 
 from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.training import resolvers
@@ -30,41 +31,41 @@ def data(fake_omol25: Sequence[str]) -> str:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Models that took part in a training step."""
-    from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
+def train(launch: Callable, data: str, elsewhere: Path, caplog: pytest.LogCaptureFixture) -> Callable:
+    """`train(OVERRIDES)`: the host's two steps; the model of the checkpoint at their end."""
+    from fairchem.core.units.mlip_unit.utils import load_inference_model
 
-    units = []
-    plain = MLIPTrainEvalUnit.on_train_end
-    monkeypatch.setattr(MLIPTrainEvalUnit, "on_train_end", lambda self, state: (units.append(self), plain(self, state)))
-    return units
+    def run(*overrides: str) -> nn.Module:
+        launch(HOST, data, *overrides)
+        assert "Training Completed 2 steps" in caplog.text
+        (checkpoint,) = elsewhere.glob("host_runs/*/checkpoints/final/inference_ckpt.pt")
+        return load_inference_model(str(checkpoint))[0]
+
+    return run
 
 
-def test_host_runs_without_us(launch: Callable, data: str, trained: list) -> None:
+def test_host_runs_without_us(train: Callable) -> None:
     """The host is a fairchem YAML in its own right: with its own backbone it trains."""
-    launch(HOST, data, "backbone.max_neighbors=30", "+backbone.radius_pbc_version=1")
-    assert type(trained[0].model.module.backbone).__name__ == "eSCNMDMoeBackbone"
+    model = train("backbone.max_neighbors=30", "+backbone.radius_pbc_version=1")
+    assert type(model.backbone).__name__ == "eSCNMDMoeBackbone"
 
 
-def test_host_trains_our_backbone_from_the_command_line(launch: Callable, data: str, trained: list) -> None:
+def test_host_trains_our_backbone_from_the_command_line(train: Callable) -> None:
     """backbone=e2former_v2_omol25 under fairchem's own energy and force heads."""
-    launch(HOST, data, "backbone=e2former_v2_omol25", *SMALL, *DELETIONS)
-    model = trained[0].model.module
+    model = train("backbone=e2former_v2_omol25", *SMALL, *DELETIONS)
     assert isinstance(model.backbone, E2FormerV2Backbone)
     assert type(model.output_heads["omol_forces"]).__module__.startswith("fairchem.")
-    assert trained[0].train_progress.num_steps_completed == 2
 
 
-def test_host_trains_our_heads_too(launch: Callable, data: str, trained: list) -> None:
+def test_host_trains_our_heads_too(train: Callable) -> None:
     """heads= for a host whose heads stand in the file itself: added last, they replace heads of the same name."""
-    launch(HOST, data, "backbone=e2former_v2_omol25", "+heads=e2former_v2_direct_by_task", *SMALL, *DELETIONS)
-    heads = trained[0].model.module.output_heads
-    assert {type(h).__module__ for h in heads.values()} == {"e2former_fairchem.heads"}
+    model = train("backbone=e2former_v2_omol25", "+heads=e2former_v2_direct_by_task", *SMALL, *DELETIONS)
+    assert {type(h).__module__ for h in model.output_heads.values()} == {"e2former_fairchem.heads"}
 
 
-def test_short_names_resolve_after_composing(launch: Callable, data: str, trained: list) -> None:
-    launch(HOST, data, "backbone=e2former_v2_omol25", "backbone.model=e2former_v2", *SMALL, *DELETIONS)
-    assert isinstance(trained[0].model.module.backbone, E2FormerV2Backbone)
+def test_short_names_resolve_after_composing(train: Callable) -> None:
+    model = train("backbone=e2former_v2_omol25", "backbone.model=e2former_v2", *SMALL, *DELETIONS)
+    assert isinstance(model.backbone, E2FormerV2Backbone)
 
 
 def test_the_hosts_own_options_stay(data: str) -> None:

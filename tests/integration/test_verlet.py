@@ -122,11 +122,9 @@ def test_errors_are_those_of_a_search() -> None:
         build_graph(**inputs(atoms), cutoff=CUTOFF, kept=kept)
 
 
-def test_backbone_keeps_neighbors(build: Callable, batch_of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backbone_keeps_neighbors(build: Callable, batch_of: Callable, spy: Callable) -> None:
     """Energy and forces to the last bit, with a long-range graph too."""
-    searches = []
-    search = graphs.find_neighbors
-    monkeypatch.setattr(graphs, "find_neighbors", lambda *args: searches.append(args) or search(*args))
+    searches = spy(graphs, "find_neighbors")
     model = build(cutoff=3.0, long_range={"lower": 2.5, "upper": 5.0, "layers": 1})
     backbone = model.backbone
     atoms = box(7, 12)

@@ -25,14 +25,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
 
 
 @pytest.fixture
-def run(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict]:
+def run(load, run_script: Callable[..., None], tmp_path: Path) -> Callable[..., dict]:
     """Run a script as the command line does and return the rows that it wrote."""
 
     def call(script: str, *arguments: str) -> dict:
-        monkeypatch.setattr(
-            "sys.argv", [f"{script}.py", *arguments, "--tiny", "--device", "cpu", "--output", str(tmp_path)]
-        )
-        load(script).main()
+        common = ("--tiny", "--device", "cpu", "--output", str(tmp_path))
+        run_script(BENCHMARKS / f"{script}.py", *arguments, *common)
         (file,) = tmp_path.glob("*.json")
         content = json.loads(file.read_text())
         assert content["machine"]["torch"] == torch.__version__ and script in content["command"]
