@@ -269,6 +269,7 @@ def recomputed_second(step: Step, change: Change, tensors: list[Tensor], by: lis
     return evaluate(plan, *given, *saved)
 
 
+@torch.compiler.disable()
 def run_step(
     step: Step, tensors: list[Tensor], one: Tensor | None = None, again: Callable[[], Tensor] | None = None
 ) -> Tensor:

@@ -204,11 +204,6 @@ def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Te
 _registered = register("edge_degree_sums", _make_step, _shape)
 
 
-@torch.compiler.disable()
-def _run(spec: EmbeddingSpec, vec: Tensor, edges: EdgeList, radial: RadialWeights, *rest) -> Tensor:
-    return run_step(_step(spec, vec, edges, radial, *rest), [vec, *(t for t in radial[:-2] if t is not None)])
-
-
 def edge_degree_embedding(
     spec: EmbeddingSpec,
     vec: Tensor,
@@ -236,7 +231,8 @@ def edge_degree_embedding(
         settings = Settings([*integers, *flags(radial[:-2])], [spec.cutoff, *(table or ())[3:]])
         sums = _registered([vec, *there(radial[:-2])], mode, index, settings)
     else:
-        sums = _run(spec, vec, edges, radial, table, mode)
+        tensors = [vec, *(t for t in radial[:-2] if t is not None)]
+        sums = run_step(_step(spec, vec, edges, radial, table, mode), tensors)
     # Gradients by the last layer are products of sums over edges: with TF32 they would lose more than products edge by
     # edge, whose roundings average out.
     return so3_linear(sums, last_layer(radial), exact_gradient=True, mode=mode).to(dtype)

@@ -169,12 +169,6 @@ def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Te
 _registered = register("equivariant_attention", _make_step, _shape)
 
 
-@torch.compiler.disable()
-def _run(spec: AttentionSpec, pieces: Pieces, value_again: Callable[[], Tensor] | None, *rest) -> Tensor:
-    step = make_step(spec, pieces, *rest)
-    return run_step(step, [t for _, t in pieces.flat()], pieces.value, value_again)
-
-
 def equivariant_attention(
     spec: AttentionSpec,
     query: Tensor,
@@ -221,4 +215,5 @@ def equivariant_attention(
         index = [*edges.tensors(), *there([coupling, *(table or ())[:2]])]
         settings = _settings(spec, pieces, edges, coupling, form, table)
         return _registered(there(pieces.every()), mode, index, settings)
-    return _run(spec, pieces, value_again, edges, coupling, form, mode, table, half)
+    step = make_step(spec, pieces, edges, coupling, form, mode, table, half)
+    return run_step(step, [t for _, t in pieces.flat()], pieces.value, value_again)

@@ -250,11 +250,6 @@ _registered = register(
 )
 
 
-@torch.compiler.disable()
-def _run(residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, *tensors: Tensor) -> Tensor:
-    return run_step(_step(residual, mode, prepared, *tensors), list(tensors))
-
-
 def gated_feedforward(
     x: Tensor,
     norm_weight: Tensor,
@@ -274,12 +269,12 @@ def gated_feedforward(
 
     residual: plus x, without another pass over either with float16 rows. prepared: of weights that do not change and
     need no gradient, :func:`.half.half_weights` for value and gradient by x with float16 rows (``half.py``), or
-    :func:`.passes.of_rows`; float32 and made here when None; without effect where ``mode`` is compiled, for which see
+    :func:`of_rows`; float32 and made here when None; without effect where ``mode`` is compiled, for which see
     :mod:`e2former_kernels.common.registered`. Raises ValueError, TypeError or RuntimeError for arguments that do not
     fit or a device without Triton.
     """
-    tensors = (x, norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
-    tensors = tensors if power_weight is None else (*tensors, power_weight)
+    tensors = [x, norm_weight, norm_bias, weight1, bias1, gate_weight, gate_bias, weight2, bias2]
+    tensors += [] if power_weight is None else [power_weight]
     if mode.compiled:
-        return _registered(list(tensors), mode, settings=Settings([int(residual)]))
-    return _run(residual, mode, prepared, *tensors)
+        return _registered(tensors, mode, settings=Settings([int(residual)]))
+    return run_step(_step(residual, mode, prepared, *tensors), tensors)

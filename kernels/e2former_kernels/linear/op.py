@@ -8,7 +8,7 @@ The map is bilinear: its derivatives are the same products with other arguments.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -81,116 +81,93 @@ def add_so3_outer(sums: RunSums, name: str, grad: Tensor, x: Tensor) -> None:
 class _Grouped(NodeStep):
     """(x, W_g of every group, perhaps b) -> y, its gradients and their gradients."""
 
-    rows: tuple[int, ...]
+    groups: int
+    rows: tuple[int, ...] = ()
     linear: ClassVar[bool] = True
 
     def reference(self, x: Tensor, *rest: Tensor) -> Tensor:
-        groups = len(self.rows)
-        return grouped_linear_reference(x, rest[:groups], self.rows, *rest[groups:])
+        return grouped_linear_reference(x, rest[: self.groups], self.rows, *rest[self.groups :])
 
-    def _apply(self, x: Tensor, weights: Sequence[Tensor], transpose: bool) -> Tensor:
+    def _product(self, x: Tensor, weights: Sequence[Tensor], transpose: bool) -> Tensor:
+        """The weights times x; ``transpose``: of what has the shape of y."""
         width = sum(r * w.shape[1 if transpose else 0] for r, w in zip(self.rows, weights, strict=True))
         x = x.contiguous()
         return apply_groups(x, weights, self.rows, transpose, x.new_empty(x.shape[0], width))
 
-    def _by_weights(self, grad: Tensor, x: Tensor, weights: Sequence[Tensor], wanted: Sequence[int]) -> dict:
-        """Gradients by the weights, where one is wanted, by position among the tensors."""
-        if not any(1 <= n <= len(weights) for n in wanted):
-            return {}
-        outputs, inputs = zip(*(w.shape for w in weights), strict=True)
-        pairs = zip(
-            _views(grad.contiguous(), self.rows, outputs), _views(x.contiguous(), self.rows, inputs), strict=True
-        )
-        products = (torch.bmm(g.transpose(1, 2), a) for g, a in pairs)
-        return {n: p[0] if p.shape[0] == 1 else p.sum(0) for n, p in enumerate(products, 1)}
+    def _by_weights(self, grad: Tensor, x: Tensor, weights: Sequence[Tensor]) -> Iterable[Tensor]:
+        grads = _views(grad.contiguous(), self.rows, [w.shape[0] for w in weights])
+        inputs = _views(x.contiguous(), self.rows, [w.shape[1] for w in weights])
+        products = (torch.bmm(g.transpose(1, 2), a) for g, a in zip(grads, inputs, strict=True))
+        return (p[0] if p.shape[0] == 1 else p.sum(0) for p in products)
+
+    def _first_row(self, y: Tensor, outputs: int) -> Tensor:
+        """What the bias is added to, [N, O]."""
+        return y[:, :outputs]
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        groups = len(self.rows)
-        y = self._apply(tensors[0], tensors[1 : 1 + groups], False)
-        for bias in tensors[1 + groups :]:
-            y[:, : bias.shape[0]].add_(bias)
+        y = self._product(tensors[0], tensors[1 : 1 + self.groups], False)
+        for bias in tensors[1 + self.groups :]:
+            self._first_row(y, bias.shape[0]).add_(bias)
         return y
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        groups = len(self.rows)
-        x, weights = tensors[0], tensors[1 : 1 + groups]
-        found = self._by_weights(grad, x, weights, wanted)
+        x, weights, found = tensors[0], tensors[1 : 1 + self.groups], {}
+        if any(1 <= n <= self.groups for n in wanted):
+            found |= enumerate(self._by_weights(grad, x, weights), 1)
         if 0 in wanted:
-            found[0] = self._apply(grad, weights, True)
-        if 1 + groups in wanted:
-            found[1 + groups] = grad[:, : weights[0].shape[0]].sum(0)
+            found[0] = self._product(grad, weights, True)
+        if 1 + self.groups in wanted:
+            found[1 + self.groups] = self._first_row(grad, tensors[-1].shape[0]).sum(0)
         return [found[n] for n in wanted]
 
     def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
         if change.wanted != [0]:
             return None
-        weights, (along,) = tensors[1 : 1 + len(self.rows)], change.cotangents
-        of_weights = self._by_weights(change.grad, along, weights, [n - 1 for n in by])
-        found = {1 + n: gradient for n, gradient in of_weights.items()}
+        weights, (along,), found = tensors[1 : 1 + self.groups], change.cotangents, {}
+        if any(2 <= n <= 1 + self.groups for n in by):
+            found |= enumerate(self._by_weights(change.grad, along, weights), 2)
         if 0 in by:
-            found[0] = self._apply(along, weights, False)
+            found[0] = self._product(along, weights, False)
         return [found.get(n) for n in by]
 
 
 @dataclass(frozen=True)
-class _So3(NodeStep):
-    """(x, W, perhaps b) -> y, its gradients and their gradients.
+class _So3(_Grouped):
+    """The groups are the degrees, with one weight [L+1, O, I], and one batched product has them all.
 
-    around: see :func:`float32_products`, of gradients by W. rows: see :func:`so3_linear`; kept for all passes.
+    around: see :func:`float32_products`, of gradients by W. kept: see ``rows`` of :func:`so3_linear`, for all passes.
     """
 
-    around: str
-    rows: list[Tensor] = field(default_factory=list, compare=False)
-    linear: ClassVar[bool] = True
+    around: str = "highest"
+    kept: list[Tensor] = field(default_factory=list, compare=False)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return so3_linear_reference(*tensors)
 
-    def _apply(self, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-        if not self.rows:
-            self.rows.append(so3_rows(weight))
-        x, width = x.contiguous(), weight.shape[2 if transpose else 1]
-        return apply_so3(x, self.rows[0], transpose, x.new_empty(*x.shape[:2], width))
+    def _product(self, x: Tensor, weights: Sequence[Tensor], transpose: bool) -> Tensor:
+        if not self.kept:
+            self.kept.append(so3_rows(weights[0]))
+        x, width = x.contiguous(), weights[0].shape[2 if transpose else 1]
+        return apply_so3(x, self.kept[0], transpose, x.new_empty(*x.shape[:2], width))
 
-    def _by_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+    def _by_weights(self, grad: Tensor, x: Tensor, weights: Sequence[Tensor]) -> Iterable[Tensor]:
         with float32_products(self.around):
-            return degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))
+            return [degree_sums(torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)))]
 
-    def forward(self, tensors: list[Tensor]) -> Tensor:
-        x, weight, *bias = tensors
-        y = self._apply(x, weight, False)
-        if bias:
-            y[:, 0].add_(bias[0])
-        return y
-
-    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-        x, weight, *_ = tensors
-        gradients = (
-            lambda: self._apply(grad, weight, True), lambda: self._by_weight(grad, x), lambda: grad[:, 0].sum(0)
-        )  # fmt: skip
-        return [gradients[n]() for n in wanted]
-
-    def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
-        if change.wanted != [0]:
-            return None
-        (along,) = change.cotangents
-        found = {
-            0: lambda: self._apply(along, tensors[1], False),
-            2: lambda: self._by_weight(change.grad, along),
-        }
-        return [found[n]() if n in found else None for n in by]
+    def _first_row(self, y: Tensor, outputs: int) -> Tensor:
+        return y[:, 0]
 
 
 _registered_grouped = register(
     "grouped_linear",
-    lambda tensors, _, settings, mode: _Grouped(tuple(settings.integers)),
+    lambda tensors, _, settings, mode: _Grouped(len(settings.integers), tuple(settings.integers)),
     lambda tensors, _, settings: tensors[0].new_empty(
         tensors[0].shape[0], sum(settings.integers) * tensors[1].shape[0]
     ),
 )
 _registered_so3 = register(
     "so3_linear",
-    lambda tensors, _, settings, mode: _So3(mode.precision if settings.integers[0] else "highest"),
+    lambda tensors, _, settings, mode: _So3(1, around=mode.precision if settings.integers[0] else "highest"),
     lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:2], tensors[1].shape[1]),
 )
 
@@ -213,7 +190,7 @@ def grouped_linear(
         given = [t.to(mode.autocast) for t in given]
     if mode.compiled:
         return _registered_grouped(given, mode, settings=Settings(list(rows)))
-    return run_step(_Grouped(tuple(rows)), given)
+    return run_step(_Grouped(len(rows), tuple(rows)), given)
 
 
 def so3_linear(
@@ -243,4 +220,4 @@ def so3_linear(
     if mode.compiled:
         return _registered_so3(given, mode, settings=Settings([int(exact_gradient)]))
     kept = [] if rows is None else [rows.to(given[1].dtype)]
-    return run_step(_So3(mode.precision if exact_gradient else "highest", kept), given)
+    return run_step(_So3(1, around=mode.precision if exact_gradient else "highest", kept=kept), given)

@@ -206,11 +206,6 @@ _registered = register(
 )
 
 
-@torch.compiler.disable()
-def _run(*tensors: Tensor) -> Tensor:
-    return run_step(_step(*tensors), list(tensors))
-
-
 def equivariant_rms_norm(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None, mode: Mode = EXACT
 ) -> Tensor:
@@ -222,4 +217,4 @@ def equivariant_rms_norm(
     if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
         shift = shift.to(x.dtype)
     tensors = [t for t in (x, shift, weight, bias) if t is not None]
-    return _registered(tensors, mode) if mode.compiled else _run(*tensors)
+    return _registered(tensors, mode) if mode.compiled else run_step(_step(*tensors), tensors)

@@ -283,11 +283,6 @@ _registered = register(
 )
 
 
-@torch.compiler.disable()
-def _run(h: Tensor, weights: QueryKeyWeights, h_again: Callable[[], Tensor] | None, mode: Mode, prepared) -> Tensor:
-    return run_step(_step(h, weights, mode, prepared), [h, *weights], h, h_again)
-
-
 def query_key(
     h: Tensor,
     weights: QueryKeyWeights,
@@ -299,9 +294,9 @@ def query_key(
 
     h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.step`). prepared: of weights that
     do not change and need no gradient, :func:`.half.half_weights` for value and gradient by h with float16 rows
-    (``half.py``), or :func:`.passes.row_weights`; float32 and made here when None. Both have no effect where ``mode``
+    (``half.py``), or :func:`row_weights`; float32 and made here when None. Both have no effect where ``mode``
     is compiled, for which see :mod:`e2former_kernels.common.registered`.
     """
     if mode.compiled:
         return _registered([h, *weights], mode)
-    return _run(h, weights, h_again, mode, prepared)
+    return run_step(_step(h, weights, mode, prepared), [h, *weights], h, h_again)
