@@ -69,8 +69,8 @@ class ChargeSpinEmbedding(nn.Module):
         Returns:
             [n, C], of the graph's receivers.
         """
-        transpose = csr_of(batch, charge.numel())
         system = self(charge, spin)
+        transpose = csr_of(batch, charge.numel())
         mine = gather_rows(system, batch, transpose)
         if self.share is None:
             return mine
