@@ -204,9 +204,13 @@ class _Replay(torch.autograd.Function):
 
 
 class Replays:
-    """Captures of a trunk with frozen weights, by atoms and by what they depend on."""
+    """Captures of a trunk with frozen weights, by atoms and by what they depend on.
 
-    def __init__(self) -> None:
+    capture: makes one; raises SeveralRuns for too many edges, RuntimeError where no other is to be tried.
+    """
+
+    def __init__(self, capture: Callable[[E2FormerV2, Atoms, Graph, Execution, bool], _Capture] = _Capture) -> None:
+        self._capture = capture
         self._captures: dict[tuple, _Capture] = {}
         self._last: tuple | None = None  # what was evaluated last, and how often in a row
         self._times = 0
@@ -231,7 +235,7 @@ class Replays:
             while len(self._captures) >= MAX_CAPTURES:
                 self._captures.pop(next(iter(self._captures)))
             try:
-                capture = _Capture(trunk, atoms, graph, execution, gradient)
+                capture = self._capture(trunk, atoms, graph, execution, gradient)
             except SeveralRuns:
                 self._too_large[key] = graph.num_edges  # launches do not matter there
                 return None

@@ -39,12 +39,14 @@ from e2former_kernels.compat import foreach_copy_
 if TYPE_CHECKING:
     from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
 
-__all__ = ["Replays", "Update", "why_eager", "why_no_graphs"]
+__all__ = ["Captures", "Replays", "Update", "why_eager", "why_no_graphs"]
 
 #: Steps of a size without a graph before it is captured, which takes as long as a few of them; updates likewise.
 STEPS_BEFORE = 2
 #: Captures that may fail before no more is tried.
 MAX_FAILURES = 3
+#: Losses by task of the tensors of a padded batch, on the device.
+Compute = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 _CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW)
 _HEADS = (E2FormerV2EnergyHead, E2FormerV2DirectForceHead, E2FormerV2GradientHead)
 _LOSSES = (L2NormLoss, MAELoss, MSELoss, PerAtomMAELoss)
@@ -99,10 +101,17 @@ class Replays:
         unit: whose model, tasks and precision these are.
         model: without the wrapper of data-parallel training.
         max_graphs: captured sizes that are kept; the least recently used goes first. All share their working memory.
-        capture: capture at all; without it padded batches run without graphs.
+        capture: makes the graph of a size, from its first batch, the device and what is to be computed; None: padded
+            batches run without graphs.
     """
 
-    def __init__(self, unit: MLIPTrainEvalUnit, model: nn.Module, max_graphs: int, capture: bool) -> None:
+    def __init__(
+        self,
+        unit: MLIPTrainEvalUnit,
+        model: nn.Module,
+        max_graphs: int,
+        capture: Callable[[PaddedBatch, torch.device, Compute], _Capture] | None,
+    ) -> None:
         self.unit, self.model, self.max_graphs, self.capture = unit, model, max_graphs, capture
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
@@ -111,7 +120,6 @@ class Replays:
         self.refused: str | None = None
         self.workers = distutils.get_world_size()
         self._all_gradients: Tensor | None = None
-        self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._graphs: OrderedDict[Sizes, _Capture] = OrderedDict()
         self._steps: Counter[Sizes] = Counter()
         self._several_runs: set[Sizes] = set()
@@ -165,13 +173,13 @@ class Replays:
             log_once(
                 f"e2former_v2: batches have more than {self.max_graphs} sizes (max_graphs), some are captured again"
             )
-            torch.cuda.synchronize(self.device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             self._graphs.popitem(last=False)
         try:
-            graph = _Capture(batch, self.device, self._compute, self._pool)
+            graph = self.capture(batch, self.device, self._compute)
         except RuntimeError as error:
             self._failures += 1
-            self._pool = torch.cuda.graph_pool_handle()  # torch holds the other to be in use
             self.refused = str(error.__context__ or error) if self._failures == MAX_FAILURES else None
             what = "steps are not replayed any more" if self.refused else "this step runs eagerly"
             logging.warning(f"e2former_v2: capturing a training step failed, {what}: {error.__context__ or error}")
@@ -234,16 +242,25 @@ class Replays:
         ]
 
 
+class Captures:
+    """Makes captures that share their working memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: PaddedBatch, device: torch.device, compute: Compute) -> _Capture:
+        """Capture a size; raises RuntimeError where that fails."""
+        try:
+            return _Capture(batch, device, compute, self._pool)
+        except RuntimeError:
+            self._pool = torch.cuda.graph_pool_handle()  # torch holds the other to be in use
+            raise
+
+
 class _Capture:
     """One size: fixed memory for its batches, and the graph that reads it."""
 
-    def __init__(
-        self,
-        batch: PaddedBatch,
-        device: torch.device,
-        compute: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        pool: tuple,
-    ) -> None:
+    def __init__(self, batch: PaddedBatch, device: torch.device, compute: Compute, pool: tuple) -> None:
         self.memory = batch.memory.to(device)
         self.given = batch.tensors(self.memory)
         self.graph, self.losses = _captured(lambda: compute(self.given), pool)

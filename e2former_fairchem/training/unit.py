@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchtnt.framework import State
@@ -18,7 +18,7 @@ from torchtnt.framework import State
 from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.card import check_given
 from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater, states
-from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
+from e2former_fairchem.training.replay import Captures, Replays, Update, why_eager, why_no_graphs
 
 __all__ = ["TrainEvalUnit"]
 
@@ -72,11 +72,15 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
         if reason is None and not isinstance(loader, DataLoader):
             reason = f"the loader is a {type(loader).__name__}"
         if reason is None:
-            self._collate = loader.collate_fn
-            loader.collate_fn = PaddingCollater(self._collate, model.backbone, self.tasks)
-            self._replays = Replays(self, model, self.max_graphs, capture=True)
-            self._update = Update(self, capture=True)
+            self._pad(loader, model, capture=True)
         logging.info("training steps: replayed" if reason is None else f"training steps: eager ({reason})")
+
+    def _pad(self, loader: DataLoader, model: nn.Module, capture: bool) -> None:
+        """Take padded steps, captured or not, of batches that the loader's workers pad."""
+        self._collate = loader.collate_fn
+        loader.collate_fn = PaddingCollater(self._collate, model.backbone, self.tasks)
+        self._replays = Replays(self, model, self.max_graphs, Captures() if capture else None)
+        self._update = Update(self, capture)
 
     def on_train_end(self, state: State) -> None:
         """As fairchem's; the loader is as it was, and the graphs are gone."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,9 @@ import ase
 import pytest
 import torch
 from ase.build import bulk, molecule
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ranks
 
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
 SMALL = {
@@ -82,6 +89,21 @@ def build() -> Callable[..., Any]:
         return model.eval()
 
     return make
+
+
+@pytest.fixture
+def on_two_ranks(forks: BaseContext, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list]:
+    """`on_two_ranks(function, *arguments)`: what a function of the test's module returns on each of two ranks."""
+
+    def run(function: Callable, *arguments: Any) -> list:
+        folder = tmp_path_factory.mktemp("ranks")
+        given = folder, inspect.getfile(function), function.__name__, arguments
+        with ProcessPoolExecutor(2, forks) as pool:
+            for rank in [pool.submit(ranks.main, rank, *given) for rank in range(2)]:
+                rank.result()
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+    return run
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairchem.core.common import distutils
 from fairchem.core.units.mlip_unit._metrics import Metrics as Running
 from torch import nn
 
@@ -51,12 +52,13 @@ class Run:
         self.progress.num_steps_completed = step
         self.progress.num_epochs_completed, self.progress.num_steps_completed_in_epoch = divmod(step, STEPS_AN_EPOCH)
 
-    def train(self, steps: int) -> None:
+    def train(self, steps: int, loss: float = 1.0, batch: int = 1) -> None:
+        """loss: a factor. batch: pairs of structures."""
         for _ in range(steps):
             self.callback.on_train_step_start(self.state, self.unit)
             step = self.progress.num_steps_completed + 1
             for task, factor in zip(self.unit.tasks, (1.0, 10.0), strict=True):
-                task.loss_fn(torch.tensor(factor * step), natoms=torch.tensor([2, 3]))
+                task.loss_fn(torch.tensor(loss * factor * step), natoms=torch.tensor([2, 3] * batch))
             self.unit.last_grad_norm = torch.tensor(2.0 * step)
             self._place(step)
             self.callback.on_train_step_end(self.state, self.unit)
@@ -103,18 +105,19 @@ def test_killed_and_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     assert [e.step for e in shown.Scalars("val/d.val/e/mae")] == [10]
 
 
-def test_a_run_of_two_ranks_averages_losses_and_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other rank's losses are five times this one's, its batches three times as large."""
-    monkeypatch.setattr("fairchem.core.common.distutils.get_world_size", lambda: 2)
-    other = torch.tensor([5.0, 5.0, 1.0, 3.0, 3.0], dtype=torch.float64)
-    monkeypatch.setattr("fairchem.core.common.distutils.all_reduce", lambda row, **_: row * (1 + other))
-    Run(tmp_path / "first", Metrics(every_n_steps=2, tensorboard=False)).train(2)
-    (record,) = read_metrics(tmp_path / "first" / "metrics.jsonl")
+def train_on_a_rank(folder: Path) -> None:
+    """The second rank's losses are five times the first one's, its batches three times as large."""
+    rank = distutils.get_rank()
+    Run(folder / str(rank), Metrics(every_n_steps=2)).train(2, loss=(1.0, 5.0)[rank], batch=(1, 3)[rank])
+
+
+def test_a_run_of_two_ranks_averages_losses_and_writes_once(tmp_path: Path, on_two_ranks: Callable) -> None:
+    on_two_ranks(train_on_a_rank, tmp_path)
+    (record,) = read_metrics(tmp_path / "0" / "metrics.jsonl")
     assert record["losses"] == {"e": 1.5 * 6 / 2, "f": 15.0 * 6 / 2}
     assert record["grad_norm"] == 3.0
-    monkeypatch.setattr("fairchem.core.common.distutils.is_master", lambda: False)
-    Run(tmp_path / "second", Metrics(every_n_steps=2)).train(2)
-    assert not (tmp_path / "second").exists()
+    assert record["atoms_per_second"] / record["structures_per_second"] == pytest.approx(2.5)
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_loss_that_diverged_is_json(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,19 +15,21 @@ import torch
 import torch.distributed as dist
 from ase import Atoms
 from ase.build import bulk, molecule
+from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.modules.loss import DDPMTLoss, L2NormLoss, MAELoss, PerAtomMAELoss
 from fairchem.core.modules.normalization.element_references import ElementReferences
 from fairchem.core.modules.normalization.normalizer import Normalizer
 from fairchem.core.units.mlip_unit.mlip_unit import OutputSpec, Task
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
+from e2former_fairchem.graph import Graph
 from e2former_fairchem.training import replay
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater, padded_sizes
 from e2former_fairchem.training.recorders import LossRecorder
-from e2former_fairchem.training.replay import Replays, Update, why_eager, why_no_graphs
+from e2former_fairchem.training.replay import Captures, Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.schedule import warmup_cosine
 from e2former_fairchem.training.unit import TrainEvalUnit
 from e2former_kernels.common.runs import EdgeList, SeveralRuns
@@ -97,7 +100,8 @@ def unit_of(build: Callable, kind: str = "conserving", losses: str = "atoml2mae"
 
 def padded(unit: TrainEvalUnit, capture: bool = False) -> TrainEvalUnit:
     """The same with padded steps."""
-    unit._replays, unit._update = Replays(unit, unit.model.module, 8, capture), Update(unit, capture)
+    unit._replays = Replays(unit, unit.model.module, 8, Captures() if capture else None)
+    unit._update = Update(unit, capture)
     return unit
 
 
@@ -194,18 +198,31 @@ def test_losses_and_gradients_of_padded_batches(build: Callable, batches: Callab
             torch.testing.assert_close(found[name].double(), value.double(), msg=name, **exactly)
 
 
-@pytest.mark.parametrize("losses", ["atoml2mae", "l2mae"])
-def test_two_workers(build: Callable, batches: Callable, losses: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers with the same batch, whose sums are then twice one's: losses and gradients of one worker."""
-    one = train(padded(unit_of(build, losses=losses, lr=0.0)), batches())
-    monkeypatch.setattr(replay.distutils, "get_world_size", lambda: 2)
-    monkeypatch.setattr(replay.dist, "all_reduce", lambda values: values.mul_(2))
-    unit = padded(unit_of(build, losses=losses, lr=0.0))
-    assert unit._replays.workers == 2
-    for expected, found in zip(one, train(unit, batches()), strict=True):
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
+def train_on_a_rank(file: Path) -> dict[str, list[dict[str, Tensor]]]:
+    """By kind of losses what `train` finds, with the model and the batches in a file."""
+    found = {}
+    for losses in ("atoml2mae", "l2mae"):
+        model, batches = torch.load(file, weights_only=False)
+        unit = padded(unit_of(lambda *_, model=model, **__: model, losses=losses, lr=0.0))
+        assert unit._replays.workers == 2
+        found[losses] = train(unit, batches)
+    return found
+
+
+def test_two_workers(
+    build: Callable, batches: Callable, on_two_ranks: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers with the same batches: losses and gradients of one worker."""
+    monkeypatch.setenv(distutils.CURRENT_DEVICE_TYPE_STR, "cpu")  # as theirs
+    model = build(GRADIENT, direct_forces=False, regress_stress=False)
+    torch.save((model, batches()), tmp_path / "given.pt")
+    for rank in on_two_ranks(train_on_a_rank, tmp_path / "given.pt"):
+        for losses, ours in rank.items():
+            one = train(padded(unit_of(build, losses=losses, lr=0.0)), batches())
+            for expected, found in zip(one, ours, strict=True):
+                assert expected.keys() == found.keys()
+                for name, value in expected.items():
+                    torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def lone_atom(batch_of: Callable) -> AtomicData:
@@ -255,7 +272,7 @@ def test_sizes_are_few_and_close() -> None:
 class Recomputed:
     """A capture without a GPU: its replay computes again from the fixed memory, into the same losses."""
 
-    def __init__(self, batch: PaddedBatch, device: torch.device, compute: Callable, pool: object) -> None:
+    def __init__(self, batch: PaddedBatch, device: torch.device, compute: Callable) -> None:
         self.memory = torch.zeros_like(batch.memory)
         self.given = batch.tensors(self.memory)
         self.losses = {
@@ -268,15 +285,17 @@ class Recomputed:
             self.losses[key].copy_(loss)
 
 
-def test_captured_sizes(
-    build: Callable, batches: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_captured_sizes(build: Callable, batches: Callable, caplog: pytest.LogCaptureFixture) -> None:
     """A size is captured when it comes up a third time, its memory holds all of a batch, and few sizes are kept."""
-    for name in ("graph_pool_handle", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(replay, "_Capture", Recomputed)
+    room = True
+
+    def capture(*given: Any) -> Recomputed:
+        if not room:
+            raise RuntimeError("no room")
+        return Recomputed(*given)
+
     ours, again = padded(unit_of(build, "direct")), unit_of(build, "direct")
-    again._replays, again._update = Replays(again, again.model.module, 2, capture=True), Update(again, capture=False)
+    again._replays, again._update = Replays(again, again.model.module, 2, capture), Update(again, capture=False)
     found, captured = ([train(unit, batches()) for _ in range(4)] for unit in (ours, again))
     sizes = list(again._replays._graphs)
     assert len(again._replays._steps) >= 3 and len(sizes) == 2, "the least recently used is gone"
@@ -284,10 +303,7 @@ def test_captured_sizes(
     assert "more than 2 sizes (max_graphs)" in caplog.text
     assert all(same(a, b) for one, other in zip(found, captured, strict=True) for a, b in zip(one, other, strict=True))
 
-    def fail(*_: object) -> None:
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr(replay, "_Capture", fail)
+    room = False
     again._replays._graphs.clear()
     before = state_of(again)
     train(again, batches())
@@ -295,9 +311,7 @@ def test_captured_sizes(
     assert not same(before, state_of(again)), "the steps were taken"
 
 
-def test_edges_of_several_runs(
-    build: Callable, batches: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_edges_of_several_runs(build: Callable, batches: Callable, caplog: pytest.LogCaptureFixture) -> None:
     """Up to twice the edges of a run are one run; with more the step is taken without a graph, and said once a size."""
     number = torch.arange(100)
     edges = {"source": number, "target": number, "row_ptr": torch.arange(101), "species": number}
@@ -306,14 +320,13 @@ def test_edges_of_several_runs(
     with pytest.raises(SeveralRuns, match="100 edges, 49 in a run"):
         EdgeList(**edges, one_run=2).runs_of(49)
     expected = train(padded(unit_of(build)), batches())
-    unit, plain = padded(unit_of(build)), Replays._compute
+    unit = padded(unit_of(build))
 
-    def compute(self: Replays, given: dict[str, Tensor], one_run: bool = True) -> dict[str, Tensor]:
-        if one_run:
+    def refuse(network: nn.Module, given: tuple) -> None:
+        if any(isinstance(graph, Graph) and graph.one_run for graph in given):
             raise SeveralRuns("many edges")
-        return plain(self, given, one_run)
 
-    monkeypatch.setattr(Replays, "_compute", compute)
+    unit.model.module.backbone.model.register_forward_pre_hook(refuse)
     found = train(unit, [*batches(), *batches()])
     assert all(same(a, b) for a, b in zip(expected, found, strict=False))
     assert caplog.text.count("their edges take several runs (many edges)") == len({*unit._replays._steps})
@@ -388,19 +401,15 @@ def test_replays_are_padded_steps(build: Callable, batches: Callable, kind: str,
 
 
 @pytest.mark.gpu
-def test_a_capture_that_fails_leaves_the_run_going(
-    build: Callable, batches: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_capture_that_fails_leaves_the_run_going(build: Callable, batches: Callable) -> None:
     unit, eager = (unit_of(build, dtype=torch.float32) for _ in range(2))
     padded(unit, capture=True)
-    plain = Replays._compute
 
-    def compute(self: Replays, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def refuse(*_: Any) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("no")
-        return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(Replays, "_compute", compute)
+    unit.model.module.backbone.model.register_forward_pre_hook(refuse)
     many = [batch for _ in range(5) for batch in batches(torch.float32)]
     train(unit, many)
     train(eager, [batch for _ in range(5) for batch in batches(torch.float32)])

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fairchem.core.common import distutils
 from fairchem.core.components.train.train_runner import get_most_recent_viable_checkpoint_path
 from fairchem.core.datasets.samplers.max_atom_distributed_sampler import MaxAtomDistributedBatchSampler
 from fairchem.core.modules.loss import L2NormLoss, MAELoss
@@ -22,9 +23,9 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.utils.data import DataLoader
+from torchtnt.framework.state import State
 from torchtnt.framework.unit import TTrainUnit
 
-from e2former_fairchem.training import unit
 from e2former_fairchem.training.callbacks import (
     Checkpoints,
     Progress,
@@ -40,6 +41,7 @@ from e2former_fairchem.training.resume import check_state, make_movable
 from e2former_fairchem.training.sampler import StructureBatchSampler
 from e2former_fairchem.training.schedule import warmup_cosine
 from e2former_fairchem.training.signals import StopRequest, end_on_signal
+from e2former_fairchem.training.unit import TrainEvalUnit
 
 
 def test_force_sum_per_system() -> None:
@@ -51,14 +53,16 @@ def test_force_sum_per_system() -> None:
     torch.testing.assert_close(loss, by_hand)
 
 
-def test_force_sum_per_system_counts_the_systems_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DDP averages the ranks' gradients: with 3 systems here and 5 elsewhere each rank's sum weighs 2/8."""
-    monkeypatch.setattr("fairchem.core.common.distutils.all_reduce", lambda n, **_: n + 5)
-    monkeypatch.setattr("fairchem.core.common.distutils.get_world_size", lambda: 2)
-    natoms = torch.tensor([1, 2, 1])
-    predicted, target = torch.zeros(4, 3), torch.eye(4, 3)
-    loss = PerSystemSumLoss(L2NormLoss())(predicted, target, torch.ones(4, dtype=torch.bool), natoms)
-    assert loss.item() == pytest.approx(3.0 * 2 / 8)
+def force_sum(systems: tuple[int, int]) -> float:
+    """On a rank with so many of the systems: an atom each, which is off by 1."""
+    natoms = torch.ones(systems[distutils.get_rank()], dtype=torch.long)
+    predicted, target = torch.zeros(len(natoms), 3), torch.tensor([[0.0, 1.0, 0.0]]).repeat(len(natoms), 1)
+    return PerSystemSumLoss(L2NormLoss())(predicted, target, natoms.bool(), natoms).item()
+
+
+def test_force_sum_per_system_counts_the_systems_of_all_ranks(on_two_ranks: Callable) -> None:
+    """DDP averages the ranks' gradients: with 3 systems on one and 5 on the other each rank's sum weighs 2/8."""
+    assert on_two_ranks(force_sum, (3, 5)) == pytest.approx([3.0 * 2 / 8, 5.0 * 2 / 8])
 
 
 def test_total_energy_loss_of_the_second_stage_is_fairchems() -> None:
@@ -504,6 +508,14 @@ def test_train_evaluate_and_fine_tune(
             torch.testing.assert_close(after.model_state_dict[key.removeprefix("module.")], value)
 
 
+class PaddedUnit(TrainEvalUnit):
+    """Takes on any device the steps that a GPU takes, without graphs."""
+
+    def on_train_start(self, state: State) -> None:
+        super().on_train_start(state)
+        self._pad(state.train_state.dataloader, self.model.module, capture=False)
+
+
 @pytest.mark.slow
 def test_steps_padded_by_the_loader(
     repo: Path,
@@ -511,19 +523,13 @@ def test_steps_padded_by_the_loader(
     tiny: Sequence[str],
     fake_omol25: Sequence[str],
     elsewhere: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a GPU trains from, here without graphs: the loader's workers pad; losses of every step are fairchem's."""
     common = (*tiny, *fake_omol25, "dataset=folders", "element_references=spice", "epochs=2", "evaluate_every=2")
     common += ("batch_size=5", "num_workers=1", "runner.callbacks.1.every_n_steps=1")
     launch(repo / "configs" / "quickstart.yaml", *common, "job.run_dir=eager", "runner.train_eval_unit.replay=off")
-    monkeypatch.setattr(unit, "why_no_graphs", lambda model: None)
-    for name in ("Replays", "Update"):
-        plain = getattr(unit, name)
-        monkeypatch.setattr(
-            unit, name, lambda *args, plain=plain, **options: plain(*args, **options | {"capture": False})
-        )
-    launch(repo / "configs" / "quickstart.yaml", *common, "job.run_dir=padded")
+    ours = f"runner.train_eval_unit._target_={__name__}.PaddedUnit"
+    launch(repo / "configs" / "quickstart.yaml", *common, "job.run_dir=padded", ours)
     eager, padded = (
         [json.loads(line) for line in file.read_text().splitlines()]
         for folder in ("eager", "padded")
