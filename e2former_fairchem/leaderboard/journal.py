@@ -171,17 +171,24 @@ class Journal:
         path: the file; made if it is not there.
         fingerprint: what the results depend on; kept in the header and compared with the one that is there.
         about: what else the header tells, such as versions and the machine; not compared.
+        wait: for another process that holds the file, s.
 
     Raises:
         JournalError: another process holds the file, or it belongs to another run.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+        wait: float = LOCK_WAIT,
+    ) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = path.open("a+b")
         try:
-            if not _lock(self._handle, LOCK_WAIT):
+            if not _lock(self._handle, wait):
                 raise JournalError(f"{path}: expected no other writer, got one that is still running")
             header = self._repair()
             if header is None:

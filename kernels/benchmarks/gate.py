@@ -80,11 +80,22 @@ def measure_network(precision: str, atoms: int = 96, device: str = "cuda", **con
     return found
 
 
-def check_network(precision: str, atoms: int = 96, device: str = "cuda", **config) -> dict:
-    """What is measured of one network, the limits beside it, and which figures are over theirs."""
-    found, limits = measure_network(precision, atoms, device, **config), LIMITS[precision]
+def judge(name: str, found: dict, precision: str) -> dict:
+    """Row of a network of which this is measured, printed: the limits beside it, and which figures are over theirs."""
+    limits = LIMITS[precision]
     over = [k for k, limit in limits.items() if not found[k] < limit]
-    return found | {"limits": limits, "over": over, "ok": not over and found["same_bits"]}
+    row = found | {"limits": limits, "over": over, "ok": not over and found["same_bits"]}
+    figures = ", ".join(f"{k} {v:.1e}" for k, v in found.items() if isinstance(v, float))
+    verdict = "ok " if row["ok"] else f"RED (over the limits: {', '.join(over) or 'none'})"
+    print(f"gate {verdict} {name}: {figures}, same bits {found['same_bits']}", flush=True)
+    return row
+
+
+def stop_at_red(rows: dict[str, dict]) -> None:
+    """Exit where a row is not ok."""
+    if not all(row["ok"] for row in rows.values()):
+        print("gate: red, no timings", flush=True)
+        sys.exit(1)
 
 
 def gate(device: str = "cuda", tiny: bool = False, scores: tuple[str, ...] | None = None) -> dict:
@@ -99,16 +110,11 @@ def gate(device: str = "cuda", tiny: bool = False, scores: tuple[str, ...] | Non
             if scores is not None and score not in scores:
                 continue
             name = f"{precision}/{score}/{norm}"
-            row = check_network(precision, atoms, device, score=score, attention_norm=norm, **widths)
-            found[name] = row
-            figures = ", ".join(f"{k} {v:.1e}" for k, v in row.items() if isinstance(v, float))
-            verdict = "ok " if row["ok"] else f"RED (over the limits: {', '.join(row['over']) or 'none'})"
-            print(f"gate {verdict} {name}: {figures}, same bits {row['same_bits']}", flush=True)
+            measured = measure_network(precision, atoms, device, score=score, attention_norm=norm, **widths)
+            found[name] = judge(name, measured, precision)
             free()
     torch.set_float32_matmul_precision(before)
-    if not all(row["ok"] for row in found.values()):
-        print("gate: red, no timings", flush=True)
-        sys.exit(1)
+    stop_at_red(found)
     return found
 
 

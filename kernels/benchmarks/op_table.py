@@ -13,6 +13,7 @@ everything up to the path rows, forward. A form that differs from the baseline i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from attention_rows import AttentionCase
@@ -113,9 +114,8 @@ def _raise(error: Exception) -> dict:
     raise error
 
 
-def convolution_table(atoms: int, args, results: Results) -> None:
+def convolution_table(case: ConvolutionCase, atoms: int, args, results: Results) -> None:
     """Rows of the convolution stage at one size."""
-    case = ConvolutionCase(atoms, args.device, args.tiny)
     exact = case.on_the_fly()
     tolerance = CONVOLUTION[torch.get_float32_matmul_precision()]
 
@@ -160,7 +160,8 @@ def main() -> None:
         if red:
             raise SystemExit(f"gate: red for {red}, no timings")
     for atoms in args.convolution:
-        failed = attempt(lambda n=atoms: convolution_table(n, args, results) or {})
+        make = partial(ConvolutionCase, atoms, args.device, args.tiny)
+        failed = attempt(lambda n=atoms, make=make: convolution_table(make(), n, args, results) or {})
         if "error" in failed:
             results.add(f"convolution/inputs/{atoms}", failed)
     for score in args.scores:

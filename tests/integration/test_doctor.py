@@ -59,7 +59,6 @@ def test_a_wrong_kernel_is_found(monkeypatch, capsys) -> None:
         return energy, forces * (1.001 if forces.dtype == torch.float32 else 1.0)
 
     monkeypatch.setattr(doctor.Network, "forward", wrong)
-    monkeypatch.setattr(doctor, "SCORES", ("qk",))
     assert cli.main(["doctor", "--molecules", "1"]) == 1
     out = capsys.readouterr().out
     assert "WRONG (more than 0.0001)" in out and out.rstrip().endswith("not healthy")

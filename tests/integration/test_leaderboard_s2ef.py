@@ -284,17 +284,16 @@ def test_journal_belongs_to_one_run_and_one_writer(
     tmp_path: Path,
     whole: tuple,
     write_checkpoint: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(j, "LOCK_WAIT", 0.0)
     other = write_checkpoint(tmp_path / "other.pt", num_layers=2)
     with pytest.raises(j.JournalError, match=r"checkpoint_sha256: expected '\w+', got '\w+'.*job\.run_dir"):
         work(other, data, whole[0])
     with pytest.raises(j.JournalError, match="task_name|inference"):
         work(checkpoint, data, whole[0], inference={"tf32": True})
     path = journal_folder(whole[0]) / "worker-0000.journal"
-    with j.Journal(path, j.read_header(path)["fingerprint"]), pytest.raises(j.JournalError, match="still running"):
-        work(checkpoint, data, whole[0])
+    fingerprint = j.read_header(path)["fingerprint"]
+    with j.Journal(path, fingerprint), pytest.raises(j.JournalError, match="still running"):
+        j.Journal(path, fingerprint, wait=0.0)
 
 
 def test_structures_computed_twice_count_once(checkpoint: Path, data: Path, tmp_path: Path, whole: tuple) -> None:

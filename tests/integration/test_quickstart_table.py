@@ -81,7 +81,10 @@ def test_runs_add_up_and_others_are_refused(run: ModuleType, tmp_path: Path, cap
 def test_a_run_that_fails_is_told_and_leaves_no_result(
     run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(run, "FAIRCHEM", ("python3", "-c", "print('the reason'); raise SystemExit(3)"))
+    broken = tmp_path / "broken" / "fairchem" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("print('the reason')\nraise SystemExit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     write(tmp_path, record("e2former_v2", 0, 3.0))
     assert run.main(["--seeds", "0", "--output", str(tmp_path)]) == 1
     err = capsys.readouterr().err

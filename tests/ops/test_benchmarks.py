@@ -6,7 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,14 +67,16 @@ def test_the_gates_limits_are_three_times_what_is_recorded(load, precision: str)
         assert worst < limit <= 1.05 * 3 * worst, (key, limit, worst)
 
 
-def test_a_figure_over_its_limit_is_red(load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_figure_over_its_limit_is_red(load, capsys: pytest.CaptureFixture) -> None:
     gate = load("gate")
     figures = dict.fromkeys(gate.LIMITS["highest"], 0.0) | {"same_bits": True}
     wrong = {"forces": 2.6e-5, "training_worst": float("nan"), "energy": 1e-6}
-    monkeypatch.setattr(gate, "measure_network", lambda *arguments, **config: figures | wrong)
+    rows = {"right": gate.judge("right", figures, "highest"), "wrong": gate.judge("wrong", figures | wrong, "highest")}
+    out = capsys.readouterr().out
+    assert "gate ok  right" in out and "RED (over the limits: forces, training_worst) wrong" in out
+    gate.stop_at_red({"right": rows["right"]})
     with pytest.raises(SystemExit):
-        gate.gate("cpu", tiny=True)
-    assert "RED (over the limits: forces, training_worst) highest/qk/smooth" in capsys.readouterr().out
+        gate.stop_at_red(rows)
 
 
 def test_failures_are_rows(load) -> None:
@@ -187,15 +189,16 @@ def test_growth_of_memory(load) -> None:
     assert found["growth/dense/forward/100"]["bytes_per_edge"] == pytest.approx(1024)
 
 
-def test_a_wrong_form_is_not_timed(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    op_table = load("op_table")
-    case = load("convolution_rows").ConvolutionCase
-    monkeypatch.setattr(case, "eaas", lambda self: 2 * self.on_the_fly())
-    arguments = ["--tiny", "--device", "cpu", "--no-gate", "--atoms", "--convolution", "6", "--repeats", "1"]
-    monkeypatch.setattr("sys.argv", ["op_table.py", *arguments, "--output", str(tmp_path)])
-    op_table.main()
-    row = json.loads((tmp_path / "operations.json").read_text())["rows"]["convolution/eaas/6"]
-    assert row == {"error": "relative difference 1.00e+00, not timed"}
+def test_a_wrong_form_is_not_timed(load, tmp_path: Path) -> None:
+    class Wrong(load("convolution_rows").ConvolutionCase):
+        def eaas(self) -> torch.Tensor:
+            return 2 * self.on_the_fly()
+
+    torch.set_float32_matmul_precision("highest")
+    args, results = SimpleNamespace(repeats=1, tiny=True, no_graphs=True), load("records").Results("x", str(tmp_path))
+    load("op_table").convolution_table(Wrong(6, "cpu", tiny=True), 6, args, results)
+    assert results["convolution/eaas/6"] == {"error": "relative difference 1.00e+00, not timed"}
+    assert results["convolution/on_the_fly/6"]["ms"] > 0
 
 
 def test_network_rows_and_picture(run, load, tmp_path: Path) -> None:
