@@ -57,7 +57,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         gate: {"TILE": (2, 8), "PAIR_TILE": (2, 8)} | numbers,
         network: numbers,
         feedforward: {"node_runs": lambda number: node_runs(number, 3)},
-        query_key: {"runs": lambda h, *_: node_runs(h.shape[0], 3), "MAX_PROGRAMS": 2, "TILE_NUMBERS": 8},
+        query_key: {"runs": lambda nodes, *_: node_runs(nodes, 3), "MAX_PROGRAMS": 2, "TILE_NUMBERS": 8},
         norm: {"MAX_PROGRAMS": 2},
     }.items():
         for name, value in constants.items():

@@ -13,9 +13,7 @@ BLOCK = 4096  # numbers of one program
 
 
 @triton.jit
-def _seal_kernel(
-    address, numbers, digest, broken, NARROW: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _seal_kernel(address, numbers, digest, broken, NARROW: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     i, number = tl.arange(0, BLOCK), tl.load(numbers + program)
     start, inside = tl.load(address + program), i < number

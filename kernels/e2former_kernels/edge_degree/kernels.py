@@ -24,9 +24,7 @@ from e2former_kernels.radial.table import RadialTable, feature, place, spline_an
 
 
 @triton.jit
-def harmonic_sum_kernel(
-    harmonics, features, row_ptr, out, M, L, K, BM: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
+def harmonic_sum_kernel(harmonics, features, row_ptr, out, M, L, K, BM: tl.constexpr, BK: tl.constexpr):
     """out[i, m, c] = sum over edges e of i of Y[e, m] a[e, l(m), c]."""
     i = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BK + tl.arange(0, BK)

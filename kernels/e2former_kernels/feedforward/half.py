@@ -95,9 +95,7 @@ def half_value(x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
         part = x[run.nodes]
         y, gates = _first(_normal(part, half.given), half)
         z = new_rows(part, *part.shape)
-        kernel.half_gate_kernel[(part.shape[0],)](
-            *_gate_arguments(y, gates, half), *z, part.shape[2], **_launch(part)
-        )  # fmt: skip
+        kernel.half_gate_kernel[(part.shape[0],)](*_gate_arguments(y, gates, half), *z, part.shape[2], **_launch(part))
         products = apply_so3(z.numbers, half.second.numbers, False, torch.empty_like(z.numbers))
         from_products(products, z.factor, half.last, out[run.nodes], half.last_bias, part if residual else None)
     return out

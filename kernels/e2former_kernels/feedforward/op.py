@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,31 +21,18 @@ from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
 from e2former_kernels.common.tiles import next_power
+from e2former_kernels.feedforward import kernels as kernel
 from e2former_kernels.feedforward.half import HalfWeights, half_gradient, half_value
-from e2former_kernels.feedforward.kernels import (
-    gate_backward_kernel,
-    gate_change_backward_kernel,
-    gate_change_kernel,
-    gate_kernel,
-)
 from e2former_kernels.feedforward.power import launch_power, launch_power_backward
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights, gated_feedforward_reference
 from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.norm.op import launch_norm, launch_norm_reverse, launch_norm_tangent
 
 
-class Gradients(NamedTuple):
-    """Gradients of <grad, value>, or of <grad, change> where there is one."""
-
-    by_x: Tensor
-    by_weights: Weights | None  # None in it: zeros
-    change: Tensor | None
-
-
-def _gate(kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:
+def _gate(gate_kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:
     _, rows, channels = y.shape
     block = min(next_power(channels), 256)
-    kernel[y.shape[0], math.ceil(channels / block)](
+    gate_kernel[y.shape[0], math.ceil(channels / block)](
         *tensors, channels, SILU=SILU_SCALE, SIGMOID=SIGMOID_SCALE, D=round(rows**0.5), BC=block, num_warps=2,
         **constants,
     )  # fmt: skip
@@ -66,10 +52,11 @@ def of_rows(weights: Weights) -> Weights:
 
 def gradients(
     grad: Tensor, x: Tensor, x_dot: Tensor | None, weights: Weights, by_weights: bool, residual: bool = False
-) -> Gradients:
-    """Gradients of <grad, value at x>, or of <grad, change along x_dot>, by x and, where asked for, the weights.
+) -> list[Tensor | None]:
+    """Gradients of <grad, value at x>, or of <grad, change along x_dot>: by grad (the change), by x, by the weights.
 
-    grad, x, x_dot: [N, M, C], contiguous; weights: of rows, the gradients of degrees. residual: of x + the network.
+    grad, x, x_dot: [N, M, C], contiguous; weights: of rows, the gradients of degrees. by_weights: whether there are
+    any; None among them stands for zeros. residual: of x + the network.
     """
     by_x = torch.empty_like(x)
     change = None if x_dot is None else torch.empty_like(x)
@@ -82,7 +69,7 @@ def gradients(
             _second_derivative(grad[nodes], x[nodes], x_dot[nodes], weights, by_x[nodes], change[nodes], sums)
     if change is not None and residual:
         change += x_dot
-    return Gradients(by_x, None if sums is None else _of_weights(sums), change)
+    return [change, by_x, *(() if sums is None else _of_weights(sums))]
 
 
 def _first_derivative(
@@ -95,10 +82,10 @@ def _first_derivative(
     y, gates = _first(normal, weights)
     if sums is not None:
         z = torch.empty_like(y)
-        _gate(gate_change_kernel, y, y, y, gates, gates, z, TANGENT=False)
+        _gate(kernel.gate_change_kernel, y, y, y, gates, gates, z, TANGENT=False)
         add_so3_outer(sums, "weight2", grad, z)
     part = apply_so3(grad, weights.weight2, True, torch.empty_like(y))
-    _gate(gate_backward_kernel, y, part, y, gates)
+    _gate(kernel.gate_backward_kernel, y, part, y, gates)
     torch.mm(gates, weights.gate_weight, out=part[:, 0])
     if sums is not None:
         sums.add_product("gate_weight", gates.t(), y[:, 0])
@@ -130,12 +117,12 @@ def _second_derivative(
     y_dot = apply_so3(normal_dot, weights.weight1, False, torch.empty_like(y))
     gates_dot = y_dot[:, 0] @ weights.gate_weight.t()
     z = torch.empty_like(y)
-    _gate(gate_change_kernel, y, y, y_dot, gates, gates_dot, z, TANGENT=True)
+    _gate(kernel.gate_change_kernel, y, y, y_dot, gates, gates_dot, z, TANGENT=True)
     apply_so3(z, weights.weight2, False, change)
     if sums is not None:
         add_so3_outer(sums, "weight2", grad, z)
     part = apply_so3(grad, weights.weight2, True, z)
-    _gate(gate_change_backward_kernel, y, part, y, y_dot, gates, gates_dot)
+    _gate(kernel.gate_change_backward_kernel, y, part, y, y_dot, gates, gates_dot)
     if sums is not None:
         sums.add_product("gate_weight", gates.t(), y[:, 0])
         sums.add_product("gate_weight", gates_dot.t(), y_dot[:, 0])
@@ -202,7 +189,7 @@ class _FeedForward(NodeStep):
             if weights.power_weight is not None:
                 normal[:, 0].addmm_(launch_power(Rows(normal, None)), weights.power_weight.t())
             y, gates = _first(normal, weights)
-            _gate(gate_kernel, y, y, gates)
+            _gate(kernel.gate_kernel, y, y, gates)
             apply_so3(y, weights.weight2, False, out[run.nodes])
         out[:, 0].add_(weights.bias2)
         return out.add_(x) if self.residual else out
@@ -211,8 +198,7 @@ class _FeedForward(NodeStep):
         grad, (x, weights) = grad.contiguous(), self._given(tensors)
         if isinstance(weights, HalfWeights):
             return [half_gradient(grad, x, weights, self.residual)]
-        by_x, by_weights, _ = gradients(grad, x, None, weights, any(wanted), self.residual)
-        found = [by_x, *(by_weights or ())]
+        _, *found = gradients(grad, x, None, weights, any(wanted), self.residual)
         return [torch.zeros_like(tensors[n]) if found[n] is None else found[n] for n in wanted]
 
     def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
@@ -221,10 +207,8 @@ class _FeedForward(NodeStep):
         x, weights = self._given(tensors)
         if isinstance(weights, HalfWeights):
             weights = of_rows(weights.given)
-        (along,), by_weights = change.cotangents, any(n > 1 for n in by)
-        given = change.grad.contiguous(), x, along.contiguous()
-        by_x, by_weights, along = gradients(*given, weights, by_weights, self.residual)
-        found = [along, by_x, *(by_weights or ())]
+        given = change.grad.contiguous(), x, change.cotangents[0].contiguous()
+        found = gradients(*given, weights, any(n > 1 for n in by), self.residual)
         return [found[n] for n in by]
 
 

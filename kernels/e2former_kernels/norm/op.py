@@ -18,13 +18,7 @@ from e2former_kernels.common.registered import register
 from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import degree_sums
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.norm.kernels import (
-    norm_kernel,
-    norm_reverse_kernel,
-    norm_rows_kernel,
-    norm_rows_reverse_kernel,
-    norm_tangent_kernel,
-)
+from e2former_kernels.norm import kernels as kernel
 from e2former_kernels.norm.reference import NORM_EPS, equivariant_rms_norm_reference
 
 MAX_PROGRAMS = 1024  # programs that write partial sums of the gradient by the weight
@@ -39,16 +33,16 @@ def _constants(x: Tensor, weight: Tensor) -> dict:
     }  # fmt: skip
 
 
-def _launch_value(kernel, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, *out: Tensor) -> None:
+def _launch_value(of_node, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, *out: Tensor) -> None:
     if x.numel():
         given = weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous()
-        kernel[(x.shape[0],)](x, *given, *out, SHIFT=shift is not None, **_constants(x, weight))
+        of_node[(x.shape[0],)](x, *given, *out, SHIFT=shift is not None, **_constants(x, weight))
 
 
 def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
     """The norm, without a graph. x: [N, M, C], contiguous."""
     out = torch.empty_like(x)
-    _launch_value(norm_kernel, x, weight, bias, shift, out)
+    _launch_value(kernel.norm_kernel, x, weight, bias, shift, out)
     return out
 
 
@@ -62,7 +56,7 @@ def launch_norm_tangent(
     out_dot = torch.empty_like(x)
     out = out_dot if bias is None else torch.empty_like(x)
     if x.numel():
-        norm_tangent_kernel[(x.shape[0],)](
+        kernel.norm_tangent_kernel[(x.shape[0],)](
             x, x_dot, weight.contiguous(), weight if bias is None else bias.contiguous(),
             x if shift is None else shift.contiguous(), out, out_dot, VALUE=bias is not None,
             SHIFT=shift is not None, **_constants(x, weight),
@@ -95,7 +89,7 @@ def launch_norm_reverse(
         constants["num_warps"] = 8  # four spill: there are five tiles of [M, C] at a time
     sums = x.new_empty(programs, *x.shape[1:]) if by_weight else x
     if programs:
-        norm_reverse_kernel[(programs,)](
+        kernel.norm_reverse_kernel[(programs,)](
             x if grad is None else grad, x if grad_dot is None else grad_dot, x,
             x if x_dot is None else x_dot, weight.contiguous(), x if beside is None else beside, out, sums, N=nodes,
             steps=steps, VALUE=grad is not None, TANGENT=grad_dot is not None, WEIGHTS=by_weight,
@@ -109,7 +103,7 @@ def launch_norm_reverse(
 def launch_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Rows:
     """The norm of x [N, M, C], contiguous, as float16 rows with a factor per node."""
     rows = new_rows(x, *x.shape)
-    _launch_value(norm_rows_kernel, x, weight, bias, shift, *rows)
+    _launch_value(kernel.norm_rows_kernel, x, weight, bias, shift, *rows)
     return rows
 
 
@@ -128,7 +122,7 @@ def launch_norm_rows_reverse(
     """
     if x.numel():
         further, factors = (grad, row_factors) if more is None else more
-        norm_rows_reverse_kernel[(x.shape[0],)](
+        kernel.norm_rows_reverse_kernel[(x.shape[0],)](
             *grad, row_factors, *further, factors, x if beside is None else beside, x, weight.contiguous(), out,
             MORE=more is not None, BESIDE=beside is not None, **_constants(x, weight),
         )  # fmt: skip

@@ -7,22 +7,26 @@ time and bound by memory; here they, and the rows of every other product, are fl
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight, new_rows
-from e2former_kernels.common.runs import node_runs
+from e2former_kernels.common.runs import NodeRun, node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.linear.op import apply_so3, so3_rows
 from e2former_kernels.query_key import kernels as kernel
 from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 
-# Working memory of a run of nodes, in bytes: half of the nodes' within these limits (see ``op.py``).
+# Working memory of a run of nodes, in bytes: half of the nodes' within these limits. More runs cost launches, and where
+# a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
 LEAST_BYTES = 1 << 27
 MOST_BYTES = 1 << 29
+TRAINING_BYTES = 1 << 30  # of a run in training, whose second derivatives keep more beside
 SMALLEST = 1e-37  # bound of a gradient that is zero
 TILE_NUMBERS = 1024  # numbers of one tile of the hidden layer's kernels
 
@@ -61,11 +65,11 @@ def half_weights(weights: QueryKeyWeights) -> HalfWeights:
     return HalfWeights(weights, so3_rows(weight), degrees, so3_rows(degrees), bound, hidden, out)
 
 
-def _runs(h: Tensor, weights: HalfWeights) -> list[slice]:
-    node = h.shape[1] * weights.rows.shape[1] * weights.rows.element_size()
-    budget = min(max(h.shape[0] * node // 2, LEAST_BYTES), MOST_BYTES)
-    runs = node_runs(h.shape[0], max(-(-budget // node), 16)) if h.numel() else []
-    return [run.nodes for run in runs]
+@functools.lru_cache(maxsize=64)
+def runs(nodes: int, size: int, trained: bool = False) -> Sequence[NodeRun]:
+    """Runs of nodes whose products P take ``size`` bytes each; longer ones in training."""
+    budget = TRAINING_BYTES if trained else min(max(nodes * size // 2, LEAST_BYTES), MOST_BYTES)
+    return node_runs(nodes, max(-(-budget // size), 16)) if nodes else ()
 
 
 def _invariants_launch(weights: HalfWeights) -> dict:
@@ -126,12 +130,11 @@ def _reverse_run(grad: Rows, h: Rows, run: Run, weights: HalfWeights, bounds: Te
 
 def query_key_products(h: Rows, weights: HalfWeights) -> Rows:
     """Products of the last layer [2, N, O], without its bias, and their factors [2, N]. h: [N, M, C]."""
-    nodes = h.numbers.shape[0]
-    products = new_rows(h.factor, 2, nodes, weights.given.out_weight.shape[1], leading=2)
-    for run in _runs(h.numbers, weights):
-        hidden = _forward_run(Rows(*(t[run] for t in h)), weights).hidden
-        torch.bmm(hidden.numbers, weights.out.numbers.transpose(1, 2), out=products.numbers[:, run])
-        products.factor[:, run] = hidden.factor
+    products = new_rows(h.factor, 2, h.numbers.shape[0], weights.given.out_weight.shape[1], leading=2)
+    for (nodes,) in runs(h.factor.numel(), weights.rows[..., 0].nbytes):
+        hidden = _forward_run(Rows(*(t[nodes] for t in h)), weights).hidden
+        torch.bmm(hidden.numbers, weights.out.numbers.transpose(1, 2), out=products.numbers[:, nodes])
+        products.factor[:, nodes] = hidden.factor
     return products
 
 
@@ -141,9 +144,9 @@ def query_key_reverse(grad: Rows, h: Rows, weights: HalfWeights) -> Rows:
     Uses up h: its numbers become the gradient's.
     """
     bounds = torch.empty_like(h.factor)
-    for run in _runs(h.numbers, weights):
-        part = Rows(*(t[run] for t in h))
-        _reverse_run(Rows(*(t[:, run] for t in grad)), part, _forward_run(part, weights), weights, bounds[run])
+    for (nodes,) in runs(h.factor.numel(), weights.rows[..., 0].nbytes):
+        part = Rows(*(t[nodes] for t in h))
+        _reverse_run(Rows(*(t[:, nodes] for t in grad)), part, _forward_run(part, weights), weights, bounds[nodes])
     return Rows(h.numbers, bounds)
 
 

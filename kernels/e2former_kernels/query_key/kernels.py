@@ -11,9 +11,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
-def invariants_kernel(
-    both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr
-):  # fmt: skip
+def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr):
     """s[n, l, g] = sum over m of degree l of (P[m, n, g] + delta_l0 b[g]) P[m, n, G + g], and its tangent.
 
     both: P, [T, M, N, 2 G]; out: [2, T, N, D, W], the first half of the columns g (query) before the second (key).
@@ -51,7 +49,7 @@ def invariants_kernel(
 @triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
 def invariants_backward_kernel(
     both, bias, grad, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr
-):  # fmt: skip
+):
     """In place: P becomes the gradient by P. both, grad: as input and output of invariants_kernel.
 
     Without WEIGHTS the tangent's part of P, which then nobody needs the gradient of, stays.
@@ -109,9 +107,7 @@ def _degree_sum(both, g, inside, b, step, G, factor, L: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
-def half_invariants_kernel(
-    both, bias, out, out_factor, rows, degrees, N, G, D: tl.constexpr, BG: tl.constexpr
-):  # fmt: skip
+def half_invariants_kernel(both, bias, out, out_factor, rows, degrees, N, G, D: tl.constexpr, BG: tl.constexpr):
     """s[n, l, g] of one node as in invariants_kernel, as rows out [2, N, D, W] (query, key), and factors [2, N].
 
     Sums are made twice, to know the largest before any is stored: the second time P comes from a cache.
@@ -220,9 +216,7 @@ def half_layer_kernel(
     n = (tl.program_id(0) * BE + tl.arange(0, BE)).to(tl.int64)
     c = tl.arange(0, BW)
     first = group.to(tl.int64) * N
-    _, t, _, _ = _normal(
-        x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS
-    )  # fmt: skip
+    _, t, _, _ = _normal(x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS)
     y = t / (1.0 + tl.exp(-t))
     _store_rows(y, out + first * W, out_factor + first, n, c, W, N)
 
@@ -239,7 +233,7 @@ def half_layer_backward_kernel(
     first = group.to(tl.int64) * N
     normal, t, inverse, gamma = _normal(
         x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, first, N, W, EPS
-    )  # fmt: skip
+    )
     sigmoid = 1.0 / (1.0 + tl.exp(-t))
     at = n[:, None] * W + c[None, :]
     here = (n[:, None] < N) & (c[None, :] < W)

@@ -19,21 +19,15 @@ from torch import Tensor
 from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.registered import register
-from e2former_kernels.common.runs import NodeRun, node_runs
 from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
-from e2former_kernels.query_key.half import HalfWeights, query_key_gradient, query_key_value
+from e2former_kernels.query_key.half import HalfWeights, query_key_gradient, query_key_value, runs
 from e2former_kernels.query_key.kernels import invariants_backward_kernel, invariants_kernel
 from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
 from e2former_kernels.radial.kernels import layer_kernel, layer_reverse_kernel, row_constants
 
-# Working memory of a run of nodes, in bytes: half of the nodes' within these limits. More runs cost launches, and where
-# a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
-LEAST_BYTES = 1 << 27
-MOST_BYTES = 1 << 29
-TRAINING_BYTES = 1 << 30  # of a run in training, whose second derivatives keep more beside
 TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
 MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
 
@@ -52,24 +46,6 @@ class RowWeights(NamedTuple):
 
     given: QueryKeyWeights
     rows: Tensor
-
-
-class Gradients(NamedTuple):
-    """Gradients of <grad, value>, or of <grad, tangent> where there is one."""
-
-    by_h: Tensor
-    by_weights: QueryKeyWeights | None  # None in it: zeros
-    tangent: Tensor | None  # [2, N, O]
-
-
-def runs(h: Tensor, row_weights: RowWeights, parts: int, trained: bool) -> list[NodeRun]:
-    """Runs of nodes with products of bounded size. parts: T. trained: longer ones."""
-    rows = row_weights.rows
-    node = parts * h.shape[1] * rows.shape[1] * rows.element_size()
-    budget = min(max(h.shape[0] * node // 2, LEAST_BYTES), MOST_BYTES)
-    if trained:
-        budget = TRAINING_BYTES
-    return node_runs(h.shape[0], max(-(-budget // node), 16)) if h.numel() else []
 
 
 def row_weights(weights: QueryKeyWeights) -> RowWeights:
@@ -110,9 +86,7 @@ def forward_run(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Run
     middle, hidden = (h.new_empty(2, parts, nodes, width) for _ in range(2))
     torch.bmm(s.flatten(1, 2), weights.hidden_weight.transpose(1, 2), out=middle.flatten(1, 2))
     grid, constants, _ = _launch(middle, False)
-    layer_kernel[grid](
-        middle, weights.hidden_bias, weights.norm_weight, weights.norm_bias, hidden, **constants
-    )  # fmt: skip
+    layer_kernel[grid](middle, weights.hidden_bias, weights.norm_weight, weights.norm_bias, hidden, **constants)
     return Run(both, s, middle, hidden)
 
 
@@ -156,10 +130,11 @@ def _reverse_run(
 
 def gradients(
     grad: Tensor, h: Tensor, h_dot: Tensor | None, rows: RowWeights, by_weights: bool, trained: bool
-) -> Gradients:
-    """Gradients of <grad, value at h>, or of <grad, tangent along h_dot>, by h and, where asked for, the weights.
+) -> list[Tensor | None]:
+    """Gradients of <grad, value at h>, or of <grad, tangent along h_dot>: by grad (the tangent), by h, by the weights.
 
-    grad: [2, N, O]; h, h_dot: [N, M, C]; all contiguous.
+    grad: [2, N, O]; h, h_dot: [N, M, C]; all contiguous; the tangent: [N, 2, O]. by_weights: whether there are any;
+    None among them stands for zeros.
     """
     by_h, weights = torch.empty_like(h), rows.given
     tangent = None if h_dot is None else torch.empty_like(grad)
@@ -172,9 +147,11 @@ def gradients(
             torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=tangent[:, nodes])
         _reverse_run(grad[:, nodes], h[nodes], part_dot, run, rows, by_h[nodes], sums)
 
-    for nodes, *_ in runs(h, rows, 1 if h_dot is None else 2, trained):
-        of_run(nodes)
-    return Gradients(by_h, None if sums is None else _of_weights(sums, weights), tangent)
+    parts = 1 if h_dot is None else 2
+    for run in runs(h.shape[0], parts * rows.rows[..., 0].nbytes, trained):
+        of_run(run.nodes)
+    by_grad = None if tangent is None else tangent.transpose(0, 1)
+    return [by_grad, by_h, *(() if sums is None else _of_weights(sums, weights))]
 
 
 def _of_weights(sums: RunSums, weights: QueryKeyWeights) -> QueryKeyWeights:
@@ -222,7 +199,7 @@ class _QueryKey(NodeStep):
         if isinstance(weights, HalfWeights):
             return query_key_value(h, weights).transpose(0, 1)
         out = h.new_empty(2, h.shape[0], weights.given.out_weight.shape[1])
-        for run in runs(h, weights, 1, self.trained):
+        for run in runs(h.shape[0], weights.rows[..., 0].nbytes, self.trained):
             hidden, given = forward_run(h[run.nodes], None, weights).hidden[:, 0], weights.given
             last = given.out_bias.unsqueeze(1), hidden, given.out_weight.transpose(1, 2)
             torch.baddbmm(*last, out=out[:, run.nodes])
@@ -232,8 +209,7 @@ class _QueryKey(NodeStep):
         h, weights = self._given(tensors)
         if isinstance(weights, HalfWeights):
             return [query_key_gradient(_apart(grad).transpose(0, 1), h, weights)]
-        by_h, by_weights, _ = gradients(_apart(grad), h, None, weights, any(wanted), self.trained)
-        found = [by_h, *(by_weights or ())]
+        _, *found = gradients(_apart(grad), h, None, weights, any(wanted), self.trained)
         return [found[n] for n in wanted]
 
     def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
@@ -242,10 +218,8 @@ class _QueryKey(NodeStep):
         h, weights = self._given(tensors)
         if isinstance(weights, HalfWeights):
             weights = row_weights(weights.given)
-        (along,), by_weights = change.cotangents, any(n > 1 for n in by)
-        given = _apart(change.grad), h, along.contiguous()
-        by_h, by_weights, tangent = gradients(*given, weights, by_weights, self.trained)
-        found = [tangent.transpose(0, 1), by_h, *(by_weights or ())]
+        given = _apart(change.grad), h, change.cotangents[0].contiguous()
+        found = gradients(*given, weights, any(n > 1 for n in by), self.trained)
         return [found[n] for n in by]
 
 

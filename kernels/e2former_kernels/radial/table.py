@@ -175,9 +175,7 @@ def spline(features, row, c, K: tl.constexpr, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def feature(
-    features, row, position, e, c, mask, K: tl.constexpr, TABLE: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
+def feature(features, row, position, e, c, mask, K: tl.constexpr, TABLE: tl.constexpr, MASKED: tl.constexpr):
     """Columns c of the features of edge e."""
     if TABLE:
         v0, s0, v1, s1 = spline(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
