@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -96,18 +97,19 @@ def test_molecules_of_val_new_are_left_out() -> None:
 
 
 @needs_data
-def test_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        make_gfn2, "_jobs", lambda smiles: [make_gfn2.Job("water", water=0), make_gfn2.Job("w", water=1)]
-    )
-    monkeypatch.setattr(make_gfn2, "WATERS", 2)
+def test_command_goes_on_where_it_was(tmp_path: Path) -> None:
+    """All files are there but that of the molecules; a molecule's stands for the others, which take minutes each."""
     (tmp_path / "list.smi").write_text("O\n")
-    (tmp_path / "out").mkdir()
-    make_gfn2.write(tmp_path / "out", make_gfn2.Job("water", water=0))
-    before = (tmp_path / "out" / "water.npz").stat().st_mtime_ns
-    make_gfn2.main([str(tmp_path / "list.smi"), str(tmp_path / "out"), "--workers", "0"])
-    assert (tmp_path / "out" / "w.npz").is_file() and (tmp_path / "out" / "water.npz").stat().st_mtime_ns == before
-    assert set(json.loads((tmp_path / "out" / "references.json").read_text())["element_references"]) == {"1", "8"}
+    folder = tmp_path / "out"
+    folder.mkdir()
+    make_gfn2.write(folder, make_gfn2.Job("pairs", ("O",)))
+    for n in range(make_gfn2.WATER_FILES):
+        shutil.copy(folder / "pairs.npz", folder / f"water_{n:04d}.npz")
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    make_gfn2.main([str(tmp_path / "list.smi"), str(folder), "--workers", "0"])
+    assert {*folder.iterdir()} - {*before} == {folder / "molecules_0000.npz", folder / "references.json"}
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert set(json.loads((folder / "references.json").read_text())["element_references"]) == {"1", "8"}
 
 
 def test_data_set(tmp_path: Path) -> None:

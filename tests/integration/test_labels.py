@@ -225,20 +225,19 @@ def test_bad_labels_are_refused_by_structure_or_left_out_of_the_loss(
         assert label not in data[2] or not data[2][label].isinf().any()
 
 
-def test_labels_beyond_the_checked_ones_are_refused_in_their_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(labels, "MAX_CHECKED", 4)
-    frames = [labelled(energy=math.nan if n == 7 else 0.0) for n in range(11)]
-    data, collater = combined(write(tmp_path / "d", frames)), LabelCollater(tasks())
+def test_labels_beyond_the_checked_ones_are_refused_in_their_batch(tmp_path: Path) -> None:
     assert spread(11, 4).tolist() == [0, 3, 6, 10]
+    number = labels.MAX_CHECKED + 2
+    first, _ = sorted(set(range(number)) - {*spread(number, labels.MAX_CHECKED).tolist()})  # that are not checked
+    frames = [labelled("H", energy=math.nan if n == first else 0.0) for n in range(number)]
+    data, collater = combined(write(tmp_path / "d", frames)), LabelCollater(tasks())
     loader = get_dataloader(
-        data, lambda **options: StructureBatchSampler(num_structures=5, shuffle=False, **options), collater, 0
+        data, lambda **options: StructureBatchSampler(num_structures=first, shuffle=False, **options), collater, 0
     )
-    assert len(data.datasets[0]._items) == 4  # no more than these were read
+    assert len(data.datasets[0]._items) == labels.MAX_CHECKED  # no more than these were read
     batches = iter(loader)
-    assert next(batches).sid == ["0", "1", "2", "3", "4"]
-    with pytest.raises(ValueError, match=r"structure 7 of omol.train: energy not finite"):
+    assert next(batches).sid == [*map(str, range(first))]
+    with pytest.raises(ValueError, match=rf"structure {first} of omol.train: energy not finite"):
         next(batches)
 
 
