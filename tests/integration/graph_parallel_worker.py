@@ -92,6 +92,8 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
     ),
     "kernels": ("water", KERNELS, GRADIENT, {"dtype": torch.float32}),
 }
+#: Cases in strict float32.
+ROUNDED = ("float32", "kernels")
 
 
 def batch_of(name: str, dtype: torch.dtype, given_edges: bool, device: str) -> AtomicData:
@@ -117,13 +119,20 @@ def build(backbone: dict, heads: dict, dtype: torch.dtype, device: str) -> E2For
     return E2FormerV2HydraModel(backbone=SMALL | backbone, heads=heads, **options).to(device)
 
 
-def evaluate(case: tuple[str, dict, dict, dict], device: str) -> dict[str, torch.Tensor]:
-    """Outputs of a case; in training also the gradients of a loss, summed over the workers."""
+def evaluate(case: tuple[str, dict, dict, dict], device: str, exact: bool = False) -> dict[str, torch.Tensor]:
+    """Outputs of a case; in training also the gradients of a loss, summed over the workers.
+
+    exact: the same weights and positions in float64, without kernels.
+    """
     name, backbone, heads, options = case
     dtype = options.get("dtype", torch.float64)
-    model = build(backbone, heads, dtype, device).train(options.get("train", False))
+    model = build(backbone | {"kernel_backend": "reference"} if exact else backbone, heads, dtype, device)
+    model.train(options.get("train", False))
     model.backbone.regress_config.hessian = name == "ammonia"
     data = batch_of(name, dtype, not backbone.get("otf_graph", True), device)
+    if exact:
+        model.double()
+        data["pos"], data["cell"] = data["pos"].double(), data["cell"].double()
     with torch.autocast(device, torch.bfloat16, enabled=options.get("autocast", False)):
         output = model(data)
     found = {}
@@ -177,6 +186,7 @@ def main(rank: int, store: str, results: str, device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     alone = {name: evaluate(case, device) for name, case in CASES.items()} if rank == 0 else {}
+    exact = {name: evaluate(CASES[name], device, exact=True) for name in ROUNDED} if rank == 0 else {}
     backend = "nccl" if device == "cuda" else "gloo"
     # worker 1 waits while worker 0 evaluates everything alone, which on a GPU compiles all kernels
     patience = timedelta(seconds=600 if device == "cuda" else 120)
@@ -193,5 +203,5 @@ def main(rank: int, store: str, results: str, device: str) -> None:
     dist.all_gather_object(messages, errors(rank, device))
     again = evaluate(CASES["auto"], device)  # after the errors, and a second time
     if rank == 0:
-        torch.save({"alone": alone, "together": together, "again": again, "errors": messages}, results)
+        torch.save({"alone": alone, "exact": exact, "together": together, "again": again, "errors": messages}, results)
     dist.destroy_process_group()
