@@ -9,7 +9,7 @@ from e3nn import o3
 
 from e2former_fairchem.so3 import PathTable
 from e2former_kernels.eaas import EAASTables
-from e2former_kernels.eaas.structure import lists_of
+from e2former_kernels.eaas.reference import lists_of
 
 
 def eaas_tables(table: PathTable) -> EAASTables:

@@ -85,10 +85,9 @@ def launch_aggregate(
     """out: [N, B, R, H]; weight: [E, H], scale: [E, B], value: [senders, R, H], contiguous."""
     nodes, directions, rows, heads = out.shape
     tiles = row_tiles(rows, heads, directions)
-    aggregate_kernel[nodes, triton.cdiv(heads, tiles.heads)](
-        weight, scale, value, source, row_ptr, out, rows, heads,
-        B=directions, RA=tiles.rows_a, RB=tiles.rows_b, BH=tiles.heads, num_warps=tiles.warps,
-    )  # fmt: skip
+    aggregate_kernel[nodes, triton.cdiv(heads, tiles["BH"])](
+        weight, scale, value, source, row_ptr, out, rows, heads, B=directions, **tiles
+    )
 
 
 class ConvolutionCase:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
-from typing import NamedTuple
 
 try:
     import triton
@@ -12,7 +11,7 @@ try:
 except ModuleNotFoundError:  # files with a formula's PyTorch form and its Triton form side by side: nobody calls these
     triton, tl = SimpleNamespace(jit=lambda function: function), None
 
-__all__ = ["RowTiles", "next_power", "row_tiles", "tl", "triton"]
+__all__ = ["next_power", "row_tiles", "tl", "triton"]
 
 
 @functools.lru_cache(maxsize=256)  # at every launch, of widths that do not change
@@ -21,21 +20,13 @@ def next_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-class RowTiles(NamedTuple):
-    """A tile of [rows, heads] numbers, the rows split in two parts whose sizes are powers of two.
-
-    Eighteen rows (lmax 2, two channels per head) are 16 + 2 rather than one tile of 32.
-    """
-
-    rows_a: int
-    rows_b: int  # 0: no second part
-    heads: int
-    warps: int
-
-
 @functools.lru_cache(maxsize=64)
-def row_tiles(rows: int, heads: int, accumulators: int, widest: int = 32, registers: int = 72) -> RowTiles:
-    """Tile for ``accumulators`` tiles of [rows, heads] numbers: up to ``widest`` heads, ``registers`` a thread."""
+def row_tiles(rows: int, heads: int, accumulators: int, widest: int = 32, registers: int = 72) -> dict[str, int]:
+    """Constants of a kernel with ``accumulators`` tiles of [rows, heads] numbers, at most ``registers`` a thread.
+
+    RA, RB: the rows in two parts whose sizes are powers of two (RB 0: no second part). Eighteen rows (lmax 2, two
+    channels per head) are 16 + 2 rather than one tile of 32. BH: heads, up to ``widest``. num_warps.
+    """
     rows_a = next_power(rows + 1) // 2
     rows_b = next_power(rows - rows_a) if rows > rows_a else 0
     block = min(next_power(heads), widest)
@@ -43,4 +34,4 @@ def row_tiles(rows: int, heads: int, accumulators: int, widest: int = 32, regist
     warps = 1
     while warps < 8 and numbers / (32 * warps) > registers:
         warps *= 2
-    return RowTiles(rows_a, rows_b, block, warps)
+    return {"RA": rows_a, "RB": rows_b, "BH": block, "num_warps": warps}

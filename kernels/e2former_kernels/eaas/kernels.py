@@ -2,7 +2,7 @@
 
 ``aligned_kernel`` is T(r) v and, with the lists of the way back, T(r)^T g; ``slope_kernel`` the gradient by the
 position; ``pullback_kernel`` both gradients in one pass. No matrix, no padding: of the 180 numbers of T(r) at lmax 2,
-50 are not zero (``structure.py`` lists them). Rows are tiles [BN, BC] of atoms and channels, and what belongs to an
+50 are not zero (``reference.py`` lists them). Rows are tiles [BN, BC] of atoms and channels, and what belongs to an
 atom alone is [BN, 1]. Sums run in the order of the lists, in the full precision of the type. A list is one flat tuple:
 Triton 3.6 knows no nested ones.
 """

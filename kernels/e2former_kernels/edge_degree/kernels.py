@@ -8,7 +8,6 @@ no scatter. Tensors are contiguous. With frozen weights a is read from a table (
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -210,22 +209,15 @@ def spline_backward_kernel(
         tl.store(slope + l * E.to(tl.int64) + e, tl.sum(tl.sum(y[:, None] * g, axis=0) * da, axis=0))
 
 
-class Placed(NamedTuple):
-    """Where the edges of a run lie in the table."""
-
-    row: Tensor
-    position: Tensor
-
-
-def place_edges(table: RadialTable, distance: Tensor, run: EdgeRun) -> Placed:
-    """Rows and positions of a run's edges. distance: [e]."""
+def place_edges(table: RadialTable, distance: Tensor, run: EdgeRun) -> tuple[Tensor, Tensor]:
+    """Where a run's edges lie in the table: rows and positions. distance: [e]."""
     row, position = torch.empty_like(distance, dtype=torch.int32), torch.empty_like(distance)
     if run.num_edges:
         place_kernel[(math.ceil(run.num_edges / 256),)](
             distance, run.source, run.target, run.species, run.species[run.nodes], table.pair_row, row, position,
             run.num_edges, table.pair_row.shape[0], table.intervals, table.scale, BLOCK=256,
         )  # fmt: skip
-    return Placed(row, position)
+    return row, position
 
 
 def _constants(harmonics: Tensor, table: RadialTable) -> dict:
@@ -233,7 +225,7 @@ def _constants(harmonics: Tensor, table: RadialTable) -> dict:
     return {"L": degrees, "K": table.knots.shape[-1] // degrees, "PAD": PAD, "BM": next_power(2 * degrees - 1)}
 
 
-def spline_sum(harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor) -> Tensor:
+def spline_sum(harmonics: Tensor, table: RadialTable, placed: tuple[Tensor, Tensor], row_ptr: Tensor) -> Tensor:
     """[n, M, K + PAD]: the sums of Y a, the sum of Y, zeros. harmonics: [e, M]."""
     constants, nodes = _constants(harmonics, table), row_ptr.numel() - 1
     degrees, width = constants["L"], constants["K"]
@@ -247,7 +239,7 @@ def spline_sum(harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: T
 
 
 def spline_backward(
-    harmonics: Tensor, table: RadialTable, placed: Placed, row_ptr: Tensor, grad: Tensor
+    harmonics: Tensor, table: RadialTable, placed: tuple[Tensor, Tensor], row_ptr: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`spline_sum` by the harmonics [e, M] and by the lengths [e]. grad: contiguous."""
     edges, constants = harmonics.shape[0], _constants(harmonics, table)

@@ -23,23 +23,8 @@ from e2former_kernels.common.checks import check_device, check_edges, check_floa
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
 from e2former_kernels.common.step import Change, Step, run_step
-from e2former_kernels.edge_degree.harmonics import (
-    harmonics_second,
-    harmonics_tangent,
-    weighted_harmonics,
-    weighted_harmonics_backward,
-)
-from e2former_kernels.edge_degree.kernels import (
-    apart,
-    harmonic_dot,
-    harmonic_features,
-    harmonic_sum,
-    joined,
-    place_edges,
-    segment_sum,
-    spline_backward,
-    spline_sum,
-)
+from e2former_kernels.edge_degree import harmonics as edge
+from e2former_kernels.edge_degree import kernels as kernel
 from e2former_kernels.edge_degree.reference import PAD, EmbeddingSpec, edge_degree_plan, last_layer
 from e2former_kernels.linear.op import so3_linear
 from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
@@ -92,12 +77,12 @@ class _Embedding(Step):
 
         def of_run(run: EdgeRun) -> Tensor:  # a function: nothing of a run is there when the next begins
             part = vec[run.edges].contiguous()
-            distance, y = weighted_harmonics(part, self.spec)
+            distance, y = edge.weighted_harmonics(part, self.spec)
             if radial is None:
-                return spline_sum(y, self.table, place_edges(self.table, distance, run), run.row_ptr)
+                return kernel.spline_sum(y, self.table, kernel.place_edges(self.table, distance, run), run.row_ptr)
             hidden, _ = radial.forward(run, part, distance, keep=False)
-            total = segment_sum(y, run.row_ptr)
-            return joined(harmonic_sum(y, hidden[0], run.row_ptr), total)
+            total = kernel.segment_sum(y, run.row_ptr)
+            return kernel.joined(kernel.harmonic_sum(y, hidden[0], run.row_ptr), total)
 
         parts = [of_run(run) for run in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -108,19 +93,20 @@ class _Embedding(Step):
 
         def of_run(run: EdgeRun) -> None:
             vec, part = tensors[0][run.edges].detach().contiguous(), grad[run.nodes]
-            distance, y = weighted_harmonics(vec, self.spec)
+            distance, y = edge.weighted_harmonics(vec, self.spec)
             if radial is None:
-                placed = place_edges(self.table, distance, run)
-                grad_y, slope = spline_backward(y, self.table, placed, run.row_ptr, part.contiguous())
+                placed = kernel.place_edges(self.table, distance, run)
+                grad_y, slope = kernel.spline_backward(y, self.table, placed, run.row_ptr, part.contiguous())
             else:
                 features, kept = radial.forward(run, vec, distance, keep=weights)
-                grad_sum, grad_total = apart(part)
+                grad_sum, grad_total = kernel.apart(part)
                 grad_hidden = torch.empty_like(features)
-                harmonic_features(y, grad_sum, run.row_ptr, grad_hidden[0])
-                grad_y = harmonic_dot(features[0], grad_sum, run.row_ptr) + grad_total.index_select(0, run.target)
+                kernel.harmonic_features(y, grad_sum, run.row_ptr, grad_hidden[0])
+                grad_y = kernel.harmonic_dot(features[0], grad_sum, run.row_ptr)
+                grad_y += grad_total.index_select(0, run.target)
                 slope, *_ = radial.backward(grad_hidden, kept, weights)
             if 0 in wanted:
-                weighted_harmonics_backward(grad_y, slope, vec, self.spec, by_vec[run.edges])
+                edge.weighted_harmonics_backward(grad_y, slope, vec, self.spec, by_vec[run.edges])
 
         for run in self.training_runs() if weights else self.runs:
             of_run(run)
@@ -139,24 +125,25 @@ class _Embedding(Step):
 
         def of_run(run: EdgeRun) -> None:
             edges, row_ptr = (vec[run.edges], vec_dot[run.edges]), run.row_ptr
-            distance, distance_dot, y, y_dot = harmonics_tangent(*edges, spec)
+            distance, distance_dot, y, y_dot = edge.harmonics_tangent(*edges, spec)
             features, kept = radial.forward(run, edges[0], distance, edges[1], distance_dot)
             if by_grad is not None:
-                sums = harmonic_sum(y_dot, features[0], row_ptr).add_(harmonic_sum(y, features[1], row_ptr))
-                by_grad[run.nodes] = joined(sums, segment_sum(y_dot, row_ptr))
+                sums = kernel.harmonic_sum(y_dot, features[0], row_ptr)
+                sums += kernel.harmonic_sum(y, features[1], row_ptr)
+                by_grad[run.nodes] = kernel.joined(sums, kernel.segment_sum(y_dot, row_ptr))
             if by == [0]:
                 return
-            by_sum, by_total = apart(grad[run.nodes])
+            by_sum, by_total = kernel.apart(grad[run.nodes])
             by_features = torch.empty_like(features)
             for harmonics, part in zip((y_dot, y), by_features, strict=True):
-                harmonic_features(harmonics, by_sum, row_ptr, part)
+                kernel.harmonic_features(harmonics, by_sum, row_ptr, part)
             by_y = by_y_dot = y
             if by_vec is not None:
-                by_y = harmonic_dot(features[1], by_sum, row_ptr)
-                by_y_dot = harmonic_dot(features[0], by_sum, row_ptr).add_(by_total.index_select(0, run.target))
+                by_y = kernel.harmonic_dot(features[1], by_sum, row_ptr)
+                by_y_dot = kernel.harmonic_dot(features[0], by_sum, row_ptr).add_(by_total.index_select(0, run.target))
             by_distance, by_distance_dot, _ = radial.backward(by_features, kept, weights, by_vec is not None)
             if by_vec is not None:
-                harmonics_second(by_y, by_y_dot, by_distance, by_distance_dot, *edges, spec, out=by_vec[run.edges])
+                edge.harmonics_second(by_y, by_y_dot, by_distance, by_distance_dot, *edges, spec, out=by_vec[run.edges])
 
         for run in self.training_runs():
             of_run(run)

@@ -19,7 +19,7 @@ from torch import Tensor
 from e2former_kernels.common.half import Rows, half_rows
 from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
 from e2former_kernels.common.step import Change, Step
-from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
+from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as edge_kernel
 from e2former_kernels.equivariant_attention import kernels_reverse as attend_backward_kernel
 from e2former_kernels.equivariant_attention import kernels_value as attend_kernel
@@ -47,7 +47,6 @@ BACKWARD_EDGES = (2, 1)
 # Edges whose rows attend_kernel and sender_kernel have on their way at once.
 ATTEND_UNROLL = (1, 4)
 SENDER_UNROLL = (2, 2)
-NORMS = {"smooth": 0, "molfm": 1, "softplus": 2, "sigmoid": 3}
 # Positions of the inputs among the tensors of the operation: the weights of the radial network follow.
 _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)
 
@@ -188,7 +187,7 @@ class FusedAttention(Step):
                 *_arguments(given.query, run.nodes), *_arguments(given.key), features, edges.row, edges.position,
                 edges.envelope, edges.source, run.row_ptr, score, statistics.top[run.nodes],
                 statistics.total[run.nodes], 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width,
-                NORM=NORMS[self.spec.norm], TABLE=self.table is not None, HALF=given.half, BH=block,
+                NORM=self.spec.norm_number, TABLE=self.table is not None, HALF=given.half, BH=block,
                 BS=next_power(width), BE=together, num_warps=warps,
             )  # fmt: skip
         return score
@@ -196,11 +195,6 @@ class FusedAttention(Step):
     @staticmethod
     def _statistics(given: Given) -> Statistics:
         return Statistics(*(given.vec.new_empty(given.query.numbers.shape[:2]) for _ in range(2)))
-
-    @staticmethod
-    def _tiles(tiles: RowTiles) -> dict:
-        each = min(EACH, tiles.heads)
-        return {"RA": tiles.rows_a, "RB": tiles.rows_b, "BH": tiles.heads, "EACH": each, "num_warps": tiles.warps}
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
         """vec [E, 3], query [N, H, S], key [N', H, S], value [N', M, C], radial weights -> [N, P or M, C]."""
@@ -242,11 +236,11 @@ class FusedAttention(Step):
             else:
                 summed = given.vec.new_empty(run.num_nodes, self.directions, rows, heads)
             if summed.numel():
-                attend_kernel.attend_kernel[run.num_nodes, math.ceil(heads / tiles.heads)](
+                attend_kernel.attend_kernel[run.num_nodes, math.ceil(heads / tiles["BH"])](
                     score, features, edges.row, edges.position, edges.envelope, edges.scale, *_arguments(given.value),
                     edges.source, run.row_ptr, statistics.top[run.nodes], statistics.total[run.nodes], summed,
-                    R=rows, H=heads, NORM=NORMS[self.spec.norm], TABLE=gate is None, HALF=given.half,
-                    B=self.directions, UNROLL=ATTEND_UNROLL[given.half], **self._tiles(tiles),
+                    R=rows, H=heads, NORM=self.spec.norm_number, TABLE=gate is None, HALF=given.half,
+                    B=self.directions, EACH=min(EACH, tiles["BH"]), UNROLL=ATTEND_UNROLL[given.half], **tiles,
                 )  # fmt: skip
             if finish is not None:
                 finish(run, summed)
@@ -278,7 +272,7 @@ class FusedAttention(Step):
         vec = given.vec
         rows, heads = given.value_rows
         width = given.query.numbers.shape[2]
-        norm, directions, half = NORMS[self.spec.norm], self.directions, given.half
+        norm, directions, half = self.spec.norm_number, self.directions, given.half
         weights = any(n >= self.first_weight for n in wanted)
         table = None if weights else self.table
         gate = self.gate(tensors) if table is None else None
@@ -292,7 +286,7 @@ class FusedAttention(Step):
         by_sender = _KEY in wanted or _VALUE in wanted
         grad_key, grad_value = (fresh(t.numbers.shape) if by_sender else vec for t in (given.key, given.value))
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
-        blocks = math.ceil(heads / tiles.heads)
+        blocks, each = math.ceil(heads / tiles["BH"]), min(EACH, tiles["BH"])
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
 
         def of_run(run: EdgeRun) -> None:
@@ -320,21 +314,22 @@ class FusedAttention(Step):
                         *_arguments(given.query, run.nodes), *_arguments(given.key), *of_features, edges.scale,
                         *_arguments(given.value), *_arguments(part), edges.source, run.row_ptr, *of_softmax, pair,
                         weight, mean, best, grad_parts[:directions], number, root, R=rows, B=directions, BS=width_tile,
-                        **constants, **self._tiles(tiles),
+                        EACH=each, **constants, **tiles,
                     )  # fmt: skip
                 attend_backward_kernel.score_backward_kernel[receivers, blocks](
                     *_arguments(given.key), *of_features, edges.source, run.row_ptr, *of_softmax, mean, best, pair,
                     weight, grad_features, grad_parts[directions:], grad_query[run.nodes], number, root,
-                    self.spec.softmax_constant, 0.0 if table is None else table.scale, BH=tiles.heads,
-                    EACH=min(EACH, tiles.heads), BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
+                    self.spec.softmax_constant, 0.0 if table is None else table.scale, BH=tiles["BH"],
+                    EACH=each, BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
                 )  # fmt: skip
             if by_sender and run.order_ptr.numel() > 1:
-                grid = run.order_ptr.numel() - 1, math.ceil(heads / sender_tiles.heads)
+                grid = run.order_ptr.numel() - 1, math.ceil(heads / sender_tiles["BH"])
                 attend_backward_kernel.sender_kernel[grid](
                     weight, pair, edges.scale, *_arguments(part), *_arguments(given.query, run.nodes), run.target,
                     run.order, run.order_ptr, run.order if run.senders is None else run.senders, grad_value, grad_key,
                     R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
-                    ACCUMULATE=run.senders is not None, UNROLL=SENDER_UNROLL[half], **self._tiles(sender_tiles),
+                    ACCUMULATE=run.senders is not None, EACH=min(EACH, sender_tiles["BH"]),
+                    UNROLL=SENDER_UNROLL[half], **sender_tiles,
                 )  # fmt: skip
             grad_distance, grad_harmonics = grad_parts, None
             if gate is not None:

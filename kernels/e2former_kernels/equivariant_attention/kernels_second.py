@@ -356,7 +356,7 @@ def pair_sum_second_kernel(
 ):  # fmt: skip
     """out[n, h, s] = sum over t in ptr[n]..ptr[n+1] of weight[e, h] x[index(e), h, s] + weight_dot[e, h] x_dot[...].
 
-    Edges e and ACCUMULATE as in ``kernel.pair_sum_kernel``.
+    ORDERED: e = order[t], else t. ACCUMULATE: added to row rows[n] of ``out`` instead of writing row n.
     """
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)

@@ -3,7 +3,7 @@ r"""Triton kernels of the attention's value: neighbours are streamed. First deri
 Layout: a value row of C channels with head c mod H is a [C/H, H] matrix, so the value of an atom is a [R, H] matrix,
 R = (lmax+1)^2 C/H, and a head's weight multiplies a column. B numbers of an edge multiply a row (8: order 2, harmonics
 of degrees 1 and 2; 3: order 1, the direction; 1: a plain weighted sum). A program has one atom and BH heads, so nothing
-crosses a warp but sums over heads; its rows are split in RA + RB (``common/tiles.py``). What there is for each of the B
+crosses a warp but sums over heads; its rows are split in RA + RB (``row_tiles``). What there is for each of the B
 is a tuple.
 
 Features of an edge are the gate g (columns 0 to H) and the head's input p (columns H to 2H) of the radial network: an

@@ -12,18 +12,18 @@ working memory for an edge of a network with 128 heads and a radial network 128 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.step import Change
-from e2former_kernels.common.tiles import RowTiles, next_power, row_tiles
+from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as geometry_kernel
 from e2former_kernels.equivariant_attention import kernels_second as kernel
 from e2former_kernels.equivariant_attention.kernels_value import launch_contract
-from e2former_kernels.equivariant_attention.spec import AttentionSpec, Norm
+from e2former_kernels.equivariant_attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from e2former_kernels.equivariant_attention.fused import FusedAttention
@@ -96,13 +96,9 @@ def _scores(
         kernel.weights_tangent_kernel[run.num_nodes, math.ceil(heads / block)](
             *(q[run.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
             run.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
-            NORM=get_args(Norm).index(spec.norm), BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
+            NORM=spec.norm_number, BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
         )  # fmt: skip
     return Scores(*on_edges, *on_nodes, best)
-
-
-def _tiles(tiles: RowTiles) -> dict:
-    return {"RA": tiles.rows_a, "RB": tiles.rows_b, "BH": tiles.heads, "num_warps": tiles.warps}
 
 
 def _pair_sum(
@@ -114,7 +110,10 @@ def _pair_sum(
     out: Tensor,
     rows: Tensor | None = None,
 ) -> None:
-    """out[n, H, S] = sums over the edges of n, as ``primitives.launch_pair_sum``, of both pairs of gradient and x."""
+    """out[n, H, S] = sums over the edges of n of both pairs of gradient and x.
+
+    index: [E], of x. order, ptr: the edges of n; order None: they are in order. rows: where to add them in out instead.
+    """
     heads, width = x[0].shape[1:]
     if ptr.numel() > 1 and heads * width:
         block = min(next_power(heads), PAIR_TILE[0])
@@ -154,7 +153,7 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
     tiles = row_tiles(rows, heads, directions, *AGGREGATE_TILE)
     message_tiles = row_tiles(rows, heads, directions, *MESSAGE_TILE)
     sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
-    blocks = math.ceil(heads / message_tiles.heads)
+    blocks = math.ceil(heads / message_tiles["BH"])
     transposed = step.transposed()
 
     def of_run(run: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
@@ -166,8 +165,8 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
         outer = grad.new_empty(receivers, directions, rows, heads)
         if by_grad is not None:
             if receivers:
-                kernel.aggregate_tangent_kernel[receivers, math.ceil(heads / tiles.heads)](
-                    *messages, *per_head, source, run.row_ptr, outer, rows, heads, B=directions, **_tiles(tiles)
+                kernel.aggregate_tangent_kernel[receivers, math.ceil(heads / tiles["BH"])](
+                    *messages, *per_head, source, run.row_ptr, outer, rows, heads, B=directions, **tiles
                 )
             if step.coupling is None:
                 by_grad[run.nodes] = outer.view(receivers, value_rows, channels)
@@ -186,7 +185,7 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
         if receivers:
             kernel.message_second_kernel[receivers, blocks](
                 *per_head, outer, *messages, source, run.row_ptr, *by_weight, scale_parts, *sums, number, rows,
-                heads, B=directions, SCALE=by_scale, **_tiles(message_tiles),
+                heads, B=directions, SCALE=by_scale, **message_tiles,
             )  # fmt: skip
         by_features = torch.empty_like(features)
         by_envelope = [grad.new_empty(number) for _ in range(2)]
@@ -197,7 +196,7 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
                 *by_weight, scores.pair, scores.pair_dot, *features, edges.envelope, edges.envelope_dot,
                 run.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
                 1.0 / math.sqrt(width), spec.softmax_constant,
-                NORM=get_args(Norm).index(spec.norm), BH=padded, BE=block, num_warps=4,
+                NORM=spec.norm_number, BH=padded, BE=block, num_warps=4,
             )  # fmt: skip
         if by_query is not None:
             _pair_sum(scores, key, source, None, run.row_ptr, by_query[run.nodes])
@@ -205,11 +204,11 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
             local = tuple(q[run.nodes] for q in query)
             _pair_sum(scores, local, run.target, run.order, run.order_ptr, by_key, run.senders)
         if by_value is not None and run.order_ptr.numel() > 1:
-            grid = run.order_ptr.numel() - 1, math.ceil(heads / sender_tiles.heads)
+            grid = run.order_ptr.numel() - 1, math.ceil(heads / sender_tiles["BH"])
             kernel.aggregate_transposed_second_kernel[grid](
                 *messages, outer, run.target, run.order, run.order_ptr,
                 run.order if run.senders is None else run.senders, by_value, rows, heads,
-                B=directions, ACCUMULATE=run.senders is not None, **_tiles(sender_tiles),
+                B=directions, ACCUMULATE=run.senders is not None, **sender_tiles,
             )  # fmt: skip
         if by_vec is None and all(n <= _RADIAL for n in by):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Score = Literal["qk", "qk_dot", "qk_dot_scalar"]
 Norm = Literal["smooth", "molfm", "softplus", "sigmoid"]
@@ -32,8 +32,8 @@ class AttentionSpec:
     num_basis, basis_cutoff: Gaussian basis from 0 to basis_cutoff (Å).
     cutoff, envelope_exponent: polynomial envelope (Å, p). bell: (lower, upper) in Å replaces it.
 
-    Made of these: num_rows M; directions B, how many numbers of an edge multiply the value (order 0: none, 1); and
-    softmax_constant, what stands beside the softmax's sum.
+    Made of these: num_rows M; directions B, how many numbers of an edge multiply the value (order 0: none, 1);
+    softmax_constant, what stands beside the softmax's sum; norm_number, by which kernels know the norm (``NORM``).
     """
 
     lmax: int
@@ -49,16 +49,18 @@ class AttentionSpec:
     num_rows: int = field(init=False, repr=False, compare=False)
     directions: int = field(init=False, repr=False, compare=False)
     softmax_constant: float = field(init=False, repr=False, compare=False)
+    norm_number: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
-            ("score", self.score, ("qk", "qk_dot", "qk_dot_scalar")),
-            ("norm", self.norm, ("smooth", "molfm", "softplus", "sigmoid")),
+            ("score", self.score, get_args(Score)),
+            ("norm", self.norm, get_args(Norm)),
             ("order", self.order, (0, 1, 2)),
-            ("inverse_distance", self.inverse_distance, ("v2", "v1_5")),
+            ("inverse_distance", self.inverse_distance, get_args(InverseDistance)),
         ):
             if value not in allowed:
                 raise ValueError(f"{key}: expected one of {allowed}, got {value!r}")
         object.__setattr__(self, "num_rows", (self.lmax + 1) ** 2)
         object.__setattr__(self, "directions", (1, 3, 8)[self.order])
         object.__setattr__(self, "softmax_constant", SMOOTH_CONSTANT if self.norm == "smooth" else MOLFM_CONSTANT)
+        object.__setattr__(self, "norm_number", get_args(Norm).index(self.norm))

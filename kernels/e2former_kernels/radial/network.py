@@ -98,13 +98,12 @@ class RadialNetwork:
             intervals = self.table.shape[0]
             scale = (self.num_basis - 1) * KNOTS_PER_CENTRE / self.cutoff
             return self.table, self.table, {"intervals": intervals, "scale": scale, "TABLE": True}
-        spacing = self.cutoff / (self.num_basis - 1)
-        centre = torch.arange(self.num_basis, dtype=distance.dtype, device=distance.device) * spacing
-        t = (distance.unsqueeze(-1) - centre) * (0.5 / spacing)
+        centre = torch.arange(self.num_basis, dtype=distance.dtype, device=distance.device) * self.spacing
+        t = (distance.unsqueeze(-1) - centre) * (0.5 / self.spacing)
         phi = torch.exp(-0.5 * t * t)
         weight = self.weights.basis.transpose(1, 2)
         value = torch.matmul(phi, weight)
-        slopes = torch.matmul(phi * t * (-0.5 / spacing), weight) if slope else value
+        slopes = torch.matmul(phi * t * (-0.5 / self.spacing), weight) if slope else value
         return value, slopes, {"intervals": 1, "scale": 1.0, "TABLE": False}
 
     def _norm(self, which: int) -> tuple[Tensor, Tensor]:

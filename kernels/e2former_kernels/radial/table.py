@@ -72,14 +72,6 @@ def hermite(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return 1.0 - right, f * (1.0 - f) * (1.0 - f), right, f * f * (f - 1.0)
 
 
-def _results(weights: RadialWeights, last: bool) -> int:
-    return weights.out.shape[0] * weights.out.shape[1 if last else 2]
-
-
-def _bytes(pairs: int, intervals: int, results: int) -> int:
-    return pairs * (intervals + 1) * 2 * results * 4
-
-
 @torch.no_grad()
 def build_radial_table(
     weights: RadialWeights,
@@ -104,6 +96,7 @@ def build_radial_table(
     """
     exact = RadialWeights(*(None if t is None else t.detach().double() for t in weights))
     dtype, device, pairs = weights.basis.dtype, weights.basis.device, len(elements) ** 2
+    results = weights.out.shape[0] * weights.out.shape[1 if last else 2]
     index = torch.tensor(sorted(elements), device=device)
     rows = exact.target_table[index].unsqueeze(1) + exact.source_table[index].unsqueeze(0)
     rows = rows.flatten(0, 1).transpose(0, 1)
@@ -113,7 +106,7 @@ def build_radial_table(
 
     for per_centre in KNOTS_PER_CENTRE:
         intervals = (weights.basis.shape[-1] - 1) * per_centre
-        if _bytes(pairs, intervals, _results(weights, last)) > max_bytes:
+        if pairs * (intervals + 1) * 2 * results * 4 > max_bytes:
             return None
         step = cutoff / intervals
         at = torch.arange(intervals + 1, dtype=torch.float64, device=device) * step
