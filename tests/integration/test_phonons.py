@@ -104,23 +104,19 @@ def test_elastic_constants(
     assert re.search(rf"diamond +{found['bulk_modulus_vrh']:.4g} ", capsys.readouterr().out)
 
 
-def test_a_crystal_that_fails_is_an_error_at_the_end(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_crystal_that_fails_is_an_error_at_the_end(
+    write_checkpoint: Callable[..., Path], tmp_path: Path, capsys
+) -> None:
     """fairchem's runner records an exception and goes on; ours says so in the end, after the table is written."""
-    write(tmp_path / "two.xyz", [bulk("C", "diamond", a=3.6), bulk("Si", "diamond", a=5.4)])
+    checkpoint = write_checkpoint(tmp_path / "light.pt", max_num_elements=10)
+    write(tmp_path / "two.xyz", [bulk("Ge", "diamond", a=5.7), bulk("Si", "diamond", a=5.4)])
     runner = ElasticConstantsRunner(str(checkpoint), str(tmp_path / "two.xyz"), inference="batch")
-    from fairchem.core.components.calculate._single import elasticity_runner
-
-    def broken(atoms, calculator, **_):
-        raise RuntimeError(f"no constants of {atoms.symbols}")
-
-    monkeypatch.setattr(elasticity_runner, "calculate_elasticity", broken)
     results = runner.calculate()
-    with pytest.raises(
-        CrystalsFailed, match=r"2 of 2 crystals failed, two\[0\]: RuntimeError\('no constants of C2'\); two"
-    ):
+    failed = r"2 of 2 crystals failed, two\[0\]: ValueError\(.*expected 1 to 10.*Z = 32.*; two\[1\].*Z = 14"
+    with pytest.raises(CrystalsFailed, match=failed):
         runner.write_results(results, str(tmp_path))
     assert (tmp_path / "elasticity_1-0.json.gz").is_file()
-    assert "failed: RuntimeError" in capsys.readouterr().out
+    assert "failed: ValueError" in capsys.readouterr().out
 
 
 @needs_phonopy

@@ -32,19 +32,14 @@ def blocks(repo: Path) -> dict[str, str]:
     return found
 
 
-def test_relaxation(
-    blocks: dict[str, str], write_checkpoint: Callable, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relaxation(blocks: dict[str, str], write_checkpoint: Callable, elsewhere: Path) -> None:
     """20 steps stand for all of them, on a checkpoint where the quickstart puts its own."""
-    from ase.optimize import LBFGS
-
     checkpoint = write_checkpoint(elsewhere / "own.pt")
     target = elsewhere / "runs" / "quickstart" / "inference_ckpt.pt"
     target.parent.mkdir(parents=True)
     shutil.move(checkpoint, target)
     shortened = blocks["README.md"].replace("steps=200", "steps=20")
     assert shortened != blocks["README.md"]
-    monkeypatch.setattr(LBFGS, "log", lambda self, *args: None)
     names: dict = {}
     exec(compile(shortened, "README.md", "exec"), names)
     assert "energy" in names["atoms"].calc.results

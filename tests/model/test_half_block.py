@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from e2former_fairchem.config import E2FormerV2Config
-from e2former_fairchem.graph import build_graph
+from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.nn import block
+from e2former_kernels.common.runs import EdgeList
 
 ATOMS = 6
 ROUNDING = 2.0**-11
@@ -50,12 +51,17 @@ class Case:
         pos[-1] += 50.0
         self.pos = pos.to(device, dtype).requires_grad_()
 
-    def features(self) -> torch.Tensor:
+        self.numbers = torch.tensor([1, 6, 8, 1, 1, 8], device=device)
+        self.zeros = torch.zeros_like(self.numbers)
+
+    def graph(self) -> Graph:
         on = self.pos.device
-        zeros, numbers = torch.zeros(ATOMS, dtype=torch.long, device=on), torch.tensor([1, 6, 8, 1, 1, 8], device=on)
         cell, pbc = torch.eye(3).to(self.pos).unsqueeze(0), torch.zeros(1, 3, dtype=torch.bool, device=on)
-        graph = build_graph(self.pos, cell, pbc, zeros, torch.tensor([ATOMS], device=on), 6.0)
-        return self.model(numbers, zeros[:1], zeros[:1], zeros, self.pos, graph)
+        return build_graph(self.pos, cell, pbc, self.zeros, torch.tensor([ATOMS], device=on), 6.0)
+
+    def features(self) -> torch.Tensor:
+        one = self.zeros[:1]
+        return self.model(self.numbers, one, one, self.zeros, self.pos, self.graph())
 
     def slope(self, create_graph: bool = False) -> torch.Tensor:
         x = self.features()
@@ -101,17 +107,21 @@ def test_no_edges(device: str, calls: list) -> None:
     assert len(calls) == SHAPE["num_layers"] and not slope.any()
 
 
-def test_several_runs(device: str, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    from e2former_kernels.equivariant_attention import op
-    from e2former_kernels.query_key import half
-
-    once = Case(device).slope()
-    monkeypatch.setattr(op, "SINGLE_NUMBERS", 1)
-    monkeypatch.setattr(op, "FUSED_NUMBERS", 1)
-    monkeypatch.setattr("e2former_kernels.common.runs.MIN_RUN_EDGES", 8)
-    monkeypatch.setattr(half, "runs", lambda *_: [(slice(0, 4),), (slice(4, ATOMS),)])
-    torch.testing.assert_close(Case(device).slope(), once, rtol=1e-4, atol=1e-4 * float(once.abs().max()))
-    assert calls
+def test_several_runs(device: str) -> None:
+    """A block's value and gradients with the edges in runs of at most eight."""
+    case = Case(device)
+    model, numbers, graph = case.model, case.numbers, case.graph()
+    x = torch.randn(ATOMS, 4, SHAPE["sphere_channels"], device=device, requires_grad=True)
+    system, weight = torch.randn_like(x[:, 0]), torch.randn_like(x)
+    found = []
+    for most in (None, 8):
+        edges = EdgeList(graph.source, graph.target, graph.row_ptr, numbers, max_edges=most)
+        assert most is None or len(edges.runs_of(most)) > 2
+        execution = model._choose(graph, numbers).on(model.config, graph, edges)
+        y = block.half_attention(model.blocks[0], x, system, graph, execution)
+        found.append([y, *torch.autograd.grad((weight * y).sum(), (x, graph.vec), retain_graph=True)])
+    for once, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-4, atol=1e-4 * float(once.abs().max()))
 
 
 def test_derivatives_beyond_the_first(device: str, calls: list) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -32,10 +33,13 @@ def single(x):
     return type(x)(*map(single, x)) if isinstance(x, tuple) else x
 
 
-def of_forces(out: Tensor, first: list[Tensor], inputs: list[Tensor], used: list[int] | None = None) -> list[Tensor]:
+def of_forces(
+    out: Tensor, first: list[Tensor], inputs: list[Tensor], used: Sequence[int] | None = None
+) -> list[Tensor]:
     """Gradients by the cotangent and by ``inputs`` of a function of the gradients of <cotangent, out> by ``first``.
 
-    used: which of those gradients the function reads, all of them by default.
+    used: which of those gradients the function reads, all of them by default. A weight among ``first`` has the
+    operations recompute: their own second derivatives are of forces.
     """
     random = torch.Generator().manual_seed(1)
 
@@ -57,20 +61,18 @@ def called(spy) -> list:
 
 
 @pytest.fixture
-def check(make, find_leaves, called, monkeypatch):
+def check(make, find_leaves, called):
     """Compare with the reference, and with the recomputation that steps without a second derivative go through."""
 
-    def compare(arguments: tuple, form: str = "relative", run: int | None = 4, **options) -> None:
-        from e2former_kernels.equivariant_attention.fused import FusedAttention
-
-        first, inputs = [arguments[n] for n in (5, 1, 2, 3)], find_leaves(arguments)
+    def compare(
+        arguments: tuple, form: str = "relative", run: int | None = 4, used: Sequence[int] = (0, 1, 2, 3)
+    ) -> None:
+        first, inputs, weight = [arguments[n] for n in (5, 1, 2, 3)], find_leaves(arguments), arguments[7].basis
         op = lambda: equivariant_attention(*make.in_runs(arguments, run), form=form)  # noqa: E731
-        ours = of_forces(op(), first, inputs, **options)
+        ours = of_forces(op(), first, inputs, used)
         assert len(called) == 1 and called[0][1] is not None
-        with monkeypatch.context() as patch:
-            patch.setattr(FusedAttention, "second", lambda *a: None)
-            recomputed = of_forces(op(), first, inputs, **options)
-        reference = of_forces(equivariant_attention_reference(*arguments, form=form), first, inputs, **options)
+        recomputed = of_forces(op(), [*first, weight], inputs, used)
+        reference = of_forces(equivariant_attention_reference(*arguments, form=form), first, inputs, used)
         for n, (a, b, c) in enumerate(zip(ours, recomputed, reference, strict=True)):
             assert relative(a, b) < 1e-11, f"input {n} against recomputation"
             assert relative(a, c) < 1e-11, f"input {n} against the reference"
@@ -228,7 +230,7 @@ def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: b
     [(1, True, 7, None, 5), (2, True, 37, 10, 5), (2, False, 7, 4, 1), (4, True, 7, None, 2), (2, True, 0, None, 5)],
 )
 def test_edge_degree(
-    make, find_leaves, spy, monkeypatch, lmax: int, norms: bool, edges: int, run: int | None, exponent: int
+    make, find_leaves, spy, lmax: int, norms: bool, edges: int, run: int | None, exponent: int
 ) -> None:
     from e2former_kernels.edge_degree import op
 
@@ -238,8 +240,8 @@ def test_edge_degree(
     first, inputs = [arguments[1]], find_leaves(arguments)
     ours = of_forces(edge_degree_embedding(*arguments), first, inputs)
     assert len(calls) == 1 and calls[0][1] is not None
-    monkeypatch.setattr(op._Embedding, "second", lambda *a: None)
-    recomputed = of_forces(edge_degree_embedding(*arguments), first, inputs)
+    recomputed = of_forces(edge_degree_embedding(*arguments), [*first, arguments[3].basis], inputs, used=[0])
+    assert len(calls) == 2 and calls[1][1] is None
     reference = of_forces(edge_degree_embedding_reference(*arguments), first, inputs)
     for n, (a, b, c) in enumerate(zip(ours, recomputed, reference, strict=True)):
         assert relative(a, b) < 1e-11, f"input {n} against recomputation"
