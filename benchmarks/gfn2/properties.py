@@ -8,7 +8,8 @@ relax     displaced molecules to their minima, by the potential and by GFN2-xTB 
           distance of the two minima's atoms, and the share within 0.1 Å
 dynamics  all molecules in one batch, velocity Verlet from 300 K, 0.5 fs: the longest that a bond gets over its length
           at the start, and the drift of the total energy
-speed     energy and forces of water clusters, moved every time, by the calculator and by GFN2-xTB on one core
+speed     energy and forces of water clusters, moved every time, by the calculator and, where tblite is, by GFN2-xTB on one
+          core
 
 ``relax`` and ``dynamics`` in strict float32, ``speed`` with fairchem's default preset.
 """
@@ -16,6 +17,7 @@ speed     energy and forces of water clusters, moved every time, by the calculat
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -134,7 +136,7 @@ def speed(
     for count in waters:
         structure = water_cluster(np.random.default_rng(count), count)
         given = {"potential": FAIRChemCalculator(unit, task_name="omol")}
-        if 3 * count <= 600:
+        if 3 * count <= 600 and importlib.util.find_spec("tblite"):
             given["gfn2"] = ForASE(GFN2(structure.numbers, 0, 0))
         row = {}
         for name, calculator in given.items():
