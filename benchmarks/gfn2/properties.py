@@ -8,8 +8,8 @@ relax     displaced molecules to their minima, by the potential and by GFN2-xTB 
           distance of the two minima's atoms, and the share within 0.1 Å
 dynamics  all molecules in one batch, velocity Verlet from 300 K, 0.5 fs: the longest that a bond gets over its length
           at the start, and the drift of the total energy
-speed     energy and forces of water clusters, moved every time, by the calculator and, where tblite is, by GFN2-xTB on one
-          core
+speed     energy and forces of water clusters, moved every time, by the calculator, and by GFN2-xTB on one core if
+          tblite is there
 
 ``relax`` and ``dynamics`` in strict float32, ``speed`` with fairchem's default preset.
 """
