@@ -36,32 +36,37 @@ def poison_uninitialised() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads, columns, edges and atoms split over programs and runs, as in wide networks and large graphs.
+def as_in_large_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs sum over several tiles, and atoms come in several runs: the interpreter takes minutes for as many.
 
-    Of all tests this alone knows the constants that decide it.
+    Of all tests this alone knows what decides it. Tiles stay as they are: `several_tiles` has sizes beyond them.
     """
     from e2former_kernels.common.runs import node_runs
-    from e2former_kernels.common.tiles import row_tiles
-    from e2former_kernels.equivariant_attention import fused, gate, second
+    from e2former_kernels.equivariant_attention import gate
     from e2former_kernels.feedforward import op as feedforward
     from e2former_kernels.norm import op as norm
-    from e2former_kernels.query_key import op as query_key
+    from e2former_kernels.query_key import half, op
     from e2former_kernels.radial import network
 
-    rows = {"row_tiles": lambda rows, heads, *args, **options: row_tiles(rows, min(heads, 2), *args, **options)}
-    numbers = {"TILE_NUMBERS": 16, "MAX_PROGRAMS": 3}
-    for module, constants in {
-        fused: {"SCORE_TILE": 2 * ((2, 1, 2),)} | rows,
-        second: {"WEIGHTS_TILE": (2, 1), "PAIR_TILE": (2, 1), "WEIGHTS_NUMBERS": 16} | rows,
-        gate: {"TILE": (2, 8), "PAIR_TILE": (2, 8)} | numbers,
-        network: numbers,
-        feedforward: {"node_runs": lambda number: node_runs(number, 3)},
-        query_key: {"runs": lambda nodes, *_: node_runs(nodes, 3), "MAX_PROGRAMS": 2, "TILE_NUMBERS": 8},
-        norm: {"MAX_PROGRAMS": 2},
-    }.items():
-        for name, value in constants.items():
-            monkeypatch.setattr(module, name, value)
+    for module, name, value in (
+        *((module, "MAX_PROGRAMS", 2) for module in (gate, network, norm, op)),
+        *((module, "runs", lambda nodes, *_: node_runs(nodes, 3)) for module in (half, op)),
+        (feedforward, "node_runs", lambda nodes: node_runs(nodes, 3)),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def several_tiles() -> dict[str, int]:
+    """Sizes of an attention that no program of its kernels covers: heads, columns of the gate, edges of a layer."""
+    from e2former_kernels.equivariant_attention import fused, gate, second
+    from e2former_kernels.radial import network
+
+    tiles = [tile for module in (fused, second) for name, tile in vars(module).items() if name.endswith("_TILE")]
+    widths = [one[0] for tile in tiles for one in (tile if isinstance(tile[0], tuple) else [tile])]
+    edges = 37
+    hidden = max(network.TILE_NUMBERS, network.ALONE_NUMBERS) // (edges - 1) + 1
+    return {"heads": max(widths) + 1, "basis": gate.TILE[0] + 1, "edges": edges, "hidden": hidden}
 
 
 @dataclass

@@ -97,8 +97,8 @@ def test_numbers_of_edges(make, recomputed, score: str, edges: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("score", SCORES)
-def test_several_tiles(make, find_leaves, small_tiles, score: str) -> None:
-    arguments = make.attention(score, heads=6, per_head=1, edges=9)
+def test_several_tiles(make, find_leaves, several_tiles, as_in_large_graphs, score: str) -> None:
+    arguments = make.attention(score, per_head=1, **several_tiles)
     weights_fixed = freeze(arguments)
     reference = equivariant_attention_reference(*weights_fixed, recompute=False)
     cotangent = torch.randn_like(reference)

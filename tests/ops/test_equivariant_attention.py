@@ -64,8 +64,8 @@ def test_numbers_of_edges(make, compare, find_leaves, edges: int) -> None:
 
 
 @interpreted
-def test_several_tiles(make, compare, find_leaves, small_tiles) -> None:
-    arguments = make.attention(heads=5, per_head=3)
+def test_several_tiles(make, compare, find_leaves, several_tiles, as_in_large_graphs) -> None:
+    arguments = make.attention(per_head=3, **several_tiles)
     compare(equivariant_attention(*arguments), equivariant_attention_reference(*arguments), find_leaves(arguments))
 
 

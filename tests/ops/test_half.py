@@ -116,6 +116,11 @@ def check_roundings(
             assert float(error.norm()) <= 2 * float(budget.norm())
 
 
+@pytest.mark.usefixtures("as_in_large_graphs")
+def test_query_key_in_several_runs(device: str, matmul_precision: Callable[[str], None]) -> None:
+    test_query_key(37, device, matmul_precision)
+
+
 @pytest.mark.parametrize("nodes", [0, 1, 37])
 def test_query_key(nodes: int, device: str, matmul_precision: Callable[[str], None]) -> None:
     """Queries, keys and the gradient, however large an atom's features are."""

@@ -12,6 +12,7 @@ from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_re
 from e2former_kernels.linear import so3_linear
 from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 from e2former_kernels.query_key import QueryKeyWeights, query_key, query_key_reference
+from e2former_kernels.query_key.op import TILE_NUMBERS
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
@@ -48,7 +49,7 @@ def test_so3_linear_under_autocast(make) -> None:
     assert bool(((y.float() - so3_linear(x, weight, bias)).abs() <= 4 * 2.0**-9 * terms).all()), "a few roundings"
 
 
-def norm_case(make):
+def norm_case(make, wide: bool = False):
     return (
         equivariant_rms_norm,
         equivariant_rms_norm_reference,
@@ -57,15 +58,15 @@ def norm_case(make):
     )
 
 
-def feedforward_case(make):
+def feedforward_case(make, wide: bool = False):
     c = 6
     shapes = [(7, 9, c), (3, c), (c,), (3, c, c), (c,), (3 * c, c), (3 * c,), (3, c, c), (c,)]
     functions = (functools.partial(f, residual=True) for f in (gated_feedforward, gated_feedforward_reference))
     return *functions, [make(*s) for s in shapes], (0,)
 
 
-def query_key_case(make):
-    g = 5
+def query_key_case(make, wide: bool = False):
+    g = TILE_NUMBERS // 2 + 1 if wide else 5  # a tile has one atom's numbers
     shapes = [(3, 4 * g, 6), (2 * g,), (2, g, 3 * g), (2, g), (2, g), (2, g), (2, 8, g), (2, 8)]
     arguments = [make(7, 9, 6), *(make(*s) for s in shapes)]
     return (
@@ -77,15 +78,15 @@ def query_key_case(make):
 
 
 @interpreted
-@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("case", [norm_case, feedforward_case, query_key_case])
-def test_training_on_forces(make, spy, request, case, short: bool) -> None:
+def test_training_on_forces(make, spy, request, case, large: bool) -> None:
     """First derivatives by the nodes' tensors alone, second ones by everything: none of it goes through autograd."""
     from e2former_kernels.common.runs import Plan
 
-    if short:
-        request.getfixturevalue("small_tiles")
-    op, reference, arguments, nodes = case(make)
+    if large:
+        request.getfixturevalue("as_in_large_graphs")
+    op, reference, arguments, nodes = case(make, wide=large)
     inputs = [arguments[n] for n in nodes]
     outputs = op(*arguments), reference(*arguments)
     recomputed = spy(Plan, "vjp")

@@ -149,8 +149,8 @@ def test_missing_cotangents(make, check, used: list[int]) -> None:
 
 
 @interpreted
-def test_several_tiles(make, check, small_tiles) -> None:
-    check(make.attention(edges=37, heads=5, per_head=3), run=30)
+def test_several_tiles(make, check, several_tiles, as_in_large_graphs) -> None:
+    check(make.attention(per_head=3, **several_tiles), run=30)
 
 
 @interpreted
