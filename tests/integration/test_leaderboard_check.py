@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms
-from fairchem.core.datasets.ase_datasets import AseDBDataset
+from ase.db import connect
 from pymatgen.io.ase import MSONAtoms
 
 from e2former_fairchem.cli import COMMANDS, main
@@ -133,13 +133,12 @@ def test_completeness_needs_a_reference(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_reference_without_ids(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_folder([Atoms("H", info={"source": "omol/0", "data_id": "rgd"})], tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    with connect(str(tmp_path / "data" / "data.aselmdb"), use_lock_file=False) as rows:
+        rows.write(Atoms("H"))
     np.savez(tmp_path / "file.npz", **s2ef_arrays())
-    read = AseDBDataset.get_atoms
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AseDBDataset, "get_atoms", lambda self, i: Atoms(read(self, i).numbers))
-        call = ["check-submission", str(tmp_path / "file.npz"), "--task", "s2ef"]
-        assert main([*call, "--reference", str(tmp_path / "data")]) == 2
+    call = ["check-submission", str(tmp_path / "file.npz"), "--task", "s2ef"]
+    assert main([*call, "--reference", str(tmp_path / "data")]) == 2
     assert "--reference: expected atoms.info['source']" in capsys.readouterr().err
 
 
