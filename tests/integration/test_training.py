@@ -209,8 +209,17 @@ def quick(repo: Path, tiny: Sequence[str]) -> tuple:
     return (repo / "configs" / "quickstart.yaml", *tiny, "epochs=2", "batch_size=50")
 
 
+class Interrupted(Progress):
+    """Ctrl-C in step 20."""
+
+    def on_train_step_end(self, state: State, unit: TTrainUnit) -> None:
+        super().on_train_step_end(state, unit)
+        if unit.train_progress.num_steps_completed == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_resumed_run_equals_an_uninterrupted_one(
-    launch: Callable, quick: tuple, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    launch: Callable, quick: tuple, elsewhere: Path, capfd: pytest.CaptureFixture
 ) -> None:
     """One epoch of two; resumed, and stopped by Ctrl-C in the other; resumed where its folder was moved to: equal
     weights to the last bit, and one history.
@@ -219,16 +228,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
     launch(*quick, "job.run_dir=stopped", "runner.max_epochs=1")
     resume = next((elsewhere / "stopped").glob("*/checkpoints/final/resume.yaml"))
 
-    plain = Progress.on_train_step_end
-
-    def press(self: Progress, state: object, unit: TTrainUnit) -> None:
-        plain(self, state, unit)
-        if unit.train_progress.num_steps_completed == 20:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(Progress, "on_train_step_end", press)
-        launch(resume, "runner.max_epochs=2")
+    with pytest.raises(SystemExit) as ended:
+        launch(resume, "runner.max_epochs=2", f"runner.callbacks.0._target_={__name__}.Interrupted")
     assert ended.value.code == 130
     said = capfd.readouterr()
     assert "SIGINT: stopping after this step, with a checkpoint" in said.err
