@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
@@ -19,9 +20,11 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.datasets.ase_datasets import AseDBDataset
+from fairchem.core.datasets.atomic_data import AtomicData
 from omegaconf import OmegaConf
 
 from e2former_fairchem.data.make_sample import write_folder
+from e2former_fairchem.heads import E2FormerV2GradientHead
 from e2former_fairchem.leaderboard import journal as j
 from e2former_fairchem.leaderboard.predictor import Predictor, describe_settings, inference_settings, pack
 from e2former_fairchem.leaderboard.runner import IncompleteError, collect, journal_folder
@@ -313,33 +316,39 @@ def test_duplicate_id(checkpoint: Path, frames: list[Atoms], tmp_path: Path) -> 
     assert not (tmp_path / "out" / "s2ef_predictions.npz").exists()
 
 
+class FragileHead(E2FormerV2GradientHead):
+    """Refuses structures of as many atoms as the environment's REFUSED; the energy of INFINITE atoms is infinite."""
+
+    def forward(self, data: AtomicData, emb: dict) -> dict:
+        natoms = data["natoms"]
+        if int(os.environ.get("REFUSED", 0)) in natoms.tolist():
+            raise RuntimeError("no memory for this one")
+        found = super().forward(data, emb)
+        infinite = natoms == int(os.environ.get("INFINITE", 0))
+        found["energy"]["energy"] = found["energy"]["energy"].masked_fill(infinite, math.inf)
+        return found
+
+
 def test_failures_are_recorded_counted_and_retried(
-    checkpoint: Path, frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_checkpoint: Callable[..., Path], frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A structure without charge, one that the model refuses within a batch, and one with a prediction that is none."""
     six = list({len(atoms): atoms for atoms in frames}.values())[:6]
     uncharged = six[2].copy()
     uncharged.info.pop("charge")
     write_folder([*six[:2], uncharged, *six[3:]], tmp_path / "val")
-    refused, infinite = len(six[4]), len(six[5])
-    predict = Predictor._predict_once
-
-    def fragile(self: Predictor, batch) -> Sequence:
-        if refused in batch.natoms.tolist():
-            raise RuntimeError("no memory for this one")
-        found = predict(self, batch)
-        return [ValueError("infinite") if n == infinite else p for n, p in zip(batch.natoms, found, strict=True)]
-
-    output = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "_predict_once", fragile)
+    heads = {"efs": {"module": f"{__name__}.FragileHead"}}
+    checkpoint, output = write_checkpoint(tmp_path / "fragile.pt", heads=heads, num_layers=1), tmp_path / "out"
+    with monkeypatch.context() as environment:
+        environment.setenv("REFUSED", str(len(six[4])))
+        environment.setenv("INFINITE", str(len(six[5])))
         work(checkpoint, tmp_path / "val", output, max_atoms=1000)
     with pytest.raises(IncompleteError, match=r"got \d: \d failed \(reasons in .*failures.json; retry_failed=true"):
         merge(output)
     failures = {f["index"]: f["error"] for f in json.loads((output / "failures.json").read_text())}
     assert "expected source, charge, spin, got none of charge" in failures[2]
     assert failures[4] == "RuntimeError: no memory for this one"
-    assert failures[5] == "ValueError: infinite"
+    assert failures[5] == "PredictionError: expected finite numbers, got energy inf and 0 bad force components"
 
     size = len(computed(output))
     work(checkpoint, tmp_path / "val", output)
