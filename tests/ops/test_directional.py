@@ -256,7 +256,7 @@ def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
             vec.new_empty(edges, rows),
         )
         grid, constants = (1,), {"E": edges, "L": lmax, "UNIT": unit, "BLOCK": 128}
-        kernel.harmonics_kernel[grid](vec.detach(), scales, out, **constants)
+        kernel.harmonics_kernel[grid](vec.detach(), vec.detach(), scales, out, TANGENT=False, **constants)
         grads, given = make(3, edges, rows).detach(), make(edges, 3).detach()
         found = given.clone()
         kernel.harmonics_backward_kernel[grid](grads, vec.detach(), scales, found, S=3, **constants)
@@ -289,7 +289,7 @@ def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> No
             given.clone(),
         )
         grid, constants = (1,), {"E": edges, "L": lmax, "UNIT": unit, "BLOCK": 128}
-        kernel.harmonics_pair_kernel[grid](vec.detach(), change, scales, out, **constants)
+        kernel.harmonics_kernel[grid](vec.detach(), change, scales, out, TANGENT=True, **constants)
         kernel.harmonics_second_kernel[grid](grads, vec.detach(), change, scales, found, S=3, **constants)
         assert_close([out, found], [expected.detach(), given + slope], 1e-12 if device == "cpu" else 1e-4)
 

@@ -27,15 +27,21 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def store_half(y, out, at, inside, factor):
+    """Numbers y of a node as float16 of at most 1 to out[at], and what they are multiplied by to ``factor``."""
+    top = tl.max(tl.abs(y))
+    top = tl.where(top > 0.0, top, 1.0)
+    tl.store(out + at, (y / top).to(tl.float16), mask=inside)
+    tl.store(factor, top)
+
+
+@triton.jit
 def _half_rows_kernel(x, out, scale, N, stride, group_stride, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)
     v = tl.load(x + group * group_stride + n * stride + c, mask=c < NUMBERS, other=0.0)
-    top = tl.max(tl.abs(v), axis=0)
-    top = tl.where(top > 0.0, top, 1.0)
     row = group * N + n
-    tl.store(out + row * NUMBERS + c, (v / top).to(tl.float16), mask=c < NUMBERS)
-    tl.store(scale + row, top)
+    store_half(v, out, row * NUMBERS + c, c < NUMBERS, scale + row)
 
 
 def _launch_rows(x: Tensor, out: Tensor, scale: Tensor, nodes: int, strides: tuple[int, int]) -> None:
@@ -135,10 +141,7 @@ def _rows_from_products_kernel(
     y *= factor[:, None]
     if BIAS:
         y += tl.load(bias + at, mask=inside, other=0.0)
-    top = tl.max(tl.abs(y))
-    top = tl.where(top > 0.0, top, 1.0)
-    tl.store(out + n * M * C + at, (y / top).to(tl.float16), mask=inside)
-    tl.store(out_factor + n, top)
+    store_half(y, out, n * M * C + at, inside, out_factor + n)
 
 
 def rows_from_products(products: Tensor, factor: Tensor, groups: Tensor, bias: Tensor | None = None) -> Rows:

@@ -112,6 +112,12 @@ def next_order_slopes_dot(c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, 
 
 
 @triton.jit
+def add_slopes(gx, gy, gz, gr, g, p, py, pr, c, cx, cz):
+    """Adds g times the derivatives of p c, a harmonic, by x, y, z and, ``pr``, by r^2."""
+    return gx + g * p * cx, gy + g * py * c, gz + g * p * cz, gr + g * pr * c
+
+
+@triton.jit
 def second_degree(x, y, z):
     """Harmonics of degree 2 of a direction over the root of 5 (component normalisation): their norm is 1."""
     root: tl.constexpr = 1.7320508075688772

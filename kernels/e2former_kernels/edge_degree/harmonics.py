@@ -10,13 +10,14 @@ from torch import Tensor
 
 from e2former_kernels.common.envelope import polynomial, polynomial_bend
 from e2former_kernels.common.harmonics import (
+    add_slopes,
     harmonic_scales,
-    load_vector,
     next_order,
     next_order_dot,
     next_order_slopes,
     next_order_slopes_dot,
     store_vector,
+    vector_dot,
     vector_of,
 )
 from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE, EmbeddingSpec
@@ -83,16 +84,10 @@ def harmonics_backward_kernel(
                 before, p, slope_before, slope = p, after, slope, slope_after
             scale = tl.load(scales + l * (L + 1) + m)
             g = scale * tl.load(at + l * l + l + m, mask=inside, other=0.0)
-            gx += g * p * cx
-            gy += g * slope * c
-            gz += g * p * cz
-            total += g * p * c
+            gx, gy, gz, total = add_slopes(gx, gy, gz, total, g, p, slope, p, c, cx, cz)
             if m > 0:
                 g = scale * tl.load(at + l * l + l - m, mask=inside, other=0.0)
-                gx += g * p * sx
-                gy += g * slope * s
-                gz += g * p * sz
-                total += g * p * s
+                gx, gy, gz, total = add_slopes(gx, gy, gz, total, g, p, slope, p, s, sx, sz)
         top = top * (2 * m + 1)
         cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
         c, s = next_order(c, s, x, z)
@@ -124,17 +119,6 @@ def weighted_harmonics_backward(
 
 
 @triton.jit
-def _directions(vec, vec_dot, e, inside):
-    """Directions and lengths, and their changes."""
-    x, y, z = load_vector(vec, e, inside, 1.0)
-    x_dot, y_dot, z_dot = load_vector(vec_dot, e, inside, 0.0)
-    d = tl.sqrt(x * x + y * y + z * z)
-    x, y, z = x / d, y / d, z / d
-    d_dot = x * x_dot + y * y_dot + z * z_dot
-    return x, y, z, d, (x_dot - d_dot * x) / d, (y_dot - d_dot * y) / d, (z_dot - d_dot * z) / d, d_dot
-
-
-@triton.jit
 def harmonics_tangent_kernel(
     vec, vec_dot, scales, distance, distance_dot, out, out_dot, E, cutoff,
     L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -142,7 +126,8 @@ def harmonics_tangent_kernel(
     """distance [E] and out [E, (L+1)^2], as harmonics_kernel, and their changes along vec_dot."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d, x_dot, y_dot, z_dot, d_dot = _directions(vec, vec_dot, e, inside)
+    x, y, z, d = vector_of(vec, e, inside, True)
+    x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
     tl.store(distance + e, d, mask=inside)
     tl.store(distance_dot + e, d_dot, mask=inside)
     u, du = polynomial(d, cutoff, P)
@@ -184,7 +169,8 @@ def harmonics_second_kernel(
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, d, x_dot, y_dot, z_dot, d_dot = _directions(vec, vec_dot, e, inside)
+    x, y, z, d = vector_of(vec, e, inside, True)
+    x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
     u, du = polynomial(d, cutoff, P)
     at = e * ((L + 1) * (L + 1))
     zero = 0.0 * x
@@ -214,14 +200,8 @@ def harmonics_second_kernel(
             scale = tl.load(scales + l * (L + 1) + m)
             g = scale * tl.load(grad + at + l * l + l + m, mask=inside, other=0.0)
             h = scale * tl.load(grad_dot + at + l * l + l + m, mask=inside, other=0.0)
-            gx += g * p * cx
-            gy += g * slope * c
-            gz += g * p * cz
-            total += g * p * c
-            hx += h * p * cx
-            hy += h * slope * c
-            hz += h * p * cz
-            other += h * p * c
+            gx, gy, gz, total = add_slopes(gx, gy, gz, total, g, p, slope, p, c, cx, cz)
+            hx, hy, hz, other = add_slopes(hx, hy, hz, other, h, p, slope, p, c, cx, cz)
             hx_dot += h * (p_dot * cx + p * cx_dot)
             hy_dot += h * (slope_dot * c + slope * c_dot)
             hz_dot += h * (p_dot * cz + p * cz_dot)
@@ -229,14 +209,8 @@ def harmonics_second_kernel(
             if m > 0:
                 g = scale * tl.load(grad + at + l * l + l - m, mask=inside, other=0.0)
                 h = scale * tl.load(grad_dot + at + l * l + l - m, mask=inside, other=0.0)
-                gx += g * p * sx
-                gy += g * slope * s
-                gz += g * p * sz
-                total += g * p * s
-                hx += h * p * sx
-                hy += h * slope * s
-                hz += h * p * sz
-                other += h * p * s
+                gx, gy, gz, total = add_slopes(gx, gy, gz, total, g, p, slope, p, s, sx, sz)
+                hx, hy, hz, other = add_slopes(hx, hy, hz, other, h, p, slope, p, s, sx, sz)
                 hx_dot += h * (p_dot * sx + p * sx_dot)
                 hy_dot += h * (slope_dot * s + slope * s_dot)
                 hz_dot += h * (p_dot * sz + p * sz_dot)
@@ -260,9 +234,8 @@ def harmonics_second_kernel(
     vx = by_g * (gx - along * x + hx_dot - across_dot * x - across * x_dot) + by_h * (hx - across * x)
     vy = by_g * (gy - along * y + hy_dot - across_dot * y - across * y_dot) + by_h * (hy - across * y)
     vz = by_g * (gz - along * z + hz_dot - across_dot * z - across * z_dot) + by_h * (hz - across * z)
-    tl.store(out + 3 * e, vx + radial * x + turn * x_dot, mask=inside)
-    tl.store(out + 3 * e + 1, vy + radial * y + turn * y_dot, mask=inside)
-    tl.store(out + 3 * e + 2, vz + radial * z + turn * z_dot, mask=inside)
+    vx, vy, vz = vx + radial * x + turn * x_dot, vy + radial * y + turn * y_dot, vz + radial * z + turn * z_dot
+    store_vector(out, e, inside, vx, vy, vz)
 
 
 def harmonics_tangent(vec: Tensor, vec_dot: Tensor, spec: EmbeddingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:

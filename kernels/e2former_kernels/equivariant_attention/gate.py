@@ -111,9 +111,9 @@ class DirectionalGate(RadialFeatures):
         blocks = math.ceil(width / block)
         constants = {
             "M": rows, "D": width, "K": self.columns, "BM": padded, "BK": block,
-            "num_warps": min(max(padded * block // numbers, 1), 8),
+            "TANGENT": tangent, "num_warps": min(max(padded * block // numbers, 1), 8),
         }  # fmt: skip
-        dots = [self.dot[run.nodes], self.dot_dot[run.nodes]] if tangent else [self.dot[run.nodes]]
+        dots = [x[run.nodes] for x in (self.dot, self.dot_dot if tangent else self.dot)]
         return dots, (run.num_nodes, (self.spec.lmax + 1) * blocks), constants, blocks
 
     def _scales(self, like: Tensor) -> Tensor:
@@ -163,14 +163,9 @@ class DirectionalGate(RadialFeatures):
             grid, constants = self._on_edges(number)
             rows, on_receivers, columns, _ = self._on_receivers(tangent, run)
             scales = self._scales(vec)
-            if tangent:
-                kernel.harmonics_pair_kernel[grid](vec, vec_dot, scales, harmonics, **constants)
-                kernel.directional_pair_kernel[on_receivers](
-                    harmonics, *rows, factor, run.row_ptr, x, number, **columns
-                )
-            else:
-                kernel.harmonics_kernel[grid](vec, scales, harmonics, **constants)
-                kernel.directional_kernel[on_receivers](harmonics, *rows, factor, run.row_ptr, x, **columns)
+            changed = vec_dot if tangent else vec
+            kernel.harmonics_kernel[grid](vec, changed, scales, harmonics, TANGENT=tangent, **constants)
+            kernel.directional_kernel[on_receivers](harmonics, *rows, factor, run.row_ptr, x, number, **columns)
         scalar = activated = None
         if self.unit:
             _linear(x, w.weight, w.bias, number, gate)
@@ -206,8 +201,7 @@ class DirectionalGate(RadialFeatures):
         if self.by_dot is None:
             self.by_dot = torch.empty_like(self.dot)
         if run.num_nodes:
-            backward = kernel.directional_second_kernel if tangent else kernel.directional_backward_kernel
-            backward[grid](
+            kernel.directional_backward_kernel[grid](
                 by_x, kept.harmonics, *rows, kept.factor, run.row_ptr, by_x, by_harmonics, self.by_dot[run.nodes],
                 run.num_edges, **constants,
             )  # fmt: skip

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from e2former_kernels.common.harmonics import (
+    add_slopes,
     load_vector,
     next_order,
     next_order_dot,
@@ -19,30 +20,48 @@ from e2former_kernels.common.harmonics import (
 )
 
 
-@triton.jit
-def harmonics_kernel(vec, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """out [E, M]. scales: [L+1, L+1], the factor of each degree and order."""
+@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
+def harmonics_kernel(
+    vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, TANGENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [E, M]: Y, or with TANGENT [2, E, M]: Y and its change along vec_dot.
+
+    scales: [L+1, L+1], the factor of each degree and order.
+    """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    x, y, z, _ = vector_of(vec, e, inside, UNIT)
+    x, y, z, d = vector_of(vec, e, inside, UNIT)
     r2 = x * x + y * y + z * z
-    to = out + e * ((L + 1) * (L + 1))
-    c = 0.0 * x + 1.0
-    s = 0.0 * x
-    top = 0.0 * x + 1.0
+    M: tl.constexpr = (L + 1) * (L + 1)
+    to = out + e * M
+    zero = 0.0 * x
+    c, s, top = zero + 1.0, zero, zero + 1.0
+    if TANGENT:
+        x_dot, y_dot, z_dot, _ = vector_dot(vec_dot, e, inside, x, y, z, d, UNIT)
+        r2_dot = 2.0 * (x * x_dot + y * y_dot + z * z_dot)
+        to_dot = to + E.to(tl.int64) * M
+        c_dot, s_dot = zero, zero
     for m in tl.static_range(L + 1):
-        before = 0.0 * x
-        p = top
+        before, before_dot, p, p_dot = zero, zero, top, zero
         for l in tl.static_range(m, L + 1):
             if l > m:
                 after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
-                before = p
-                p = after
-            factor = p * tl.load(scales + l * (L + 1) + m)
-            tl.store(to + l * l + l + m, factor * c, mask=inside)
+                if TANGENT:
+                    after_dot = (2 * l - 1) * (y_dot * p + y * p_dot)
+                    after_dot = (after_dot - (l + m - 1) * (r2_dot * before + r2 * before_dot)) / (l - m)
+                    before_dot, p_dot = p_dot, after_dot
+                before, p = p, after
+            scale = tl.load(scales + l * (L + 1) + m)
+            tl.store(to + l * l + l + m, scale * p * c, mask=inside)
             if m > 0:
-                tl.store(to + l * l + l - m, factor * s, mask=inside)
+                tl.store(to + l * l + l - m, scale * p * s, mask=inside)
+            if TANGENT:
+                tl.store(to_dot + l * l + l + m, scale * (p_dot * c + p * c_dot), mask=inside)
+                if m > 0:
+                    tl.store(to_dot + l * l + l - m, scale * (p_dot * s + p * s_dot), mask=inside)
         top = top * (2 * m + 1)
+        if TANGENT:
+            c_dot, s_dot = next_order_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
         c, s = next_order(c, s, x, z)
 
 
@@ -85,16 +104,10 @@ def harmonics_backward_kernel(
                 p, py, pr = after, after_y, after_r
             scale = tl.load(scales + l * (L + 1) + m)
             g = scale * _parts(at + l * l + l + m, stride, inside, S)
-            gx += g * p * cx
-            gy += g * py * c
-            gz += g * p * cz
-            by_r2 += g * pr * c
+            gx, gy, gz, by_r2 = add_slopes(gx, gy, gz, by_r2, g, p, py, pr, c, cx, cz)
             if m > 0:
                 g = scale * _parts(at + l * l + l - m, stride, inside, S)
-                gx += g * p * sx
-                gy += g * py * s
-                gz += g * p * sz
-                by_r2 += g * pr * s
+                gx, gy, gz, by_r2 = add_slopes(gx, gy, gz, by_r2, g, p, py, pr, s, sx, sz)
         top = top * (2 * m + 1)
         cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
         c, s = next_order(c, s, x, z)
@@ -120,96 +133,48 @@ def _columns(D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
     return l, block, d, d < D, (d < D) & (l * D + d < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def directional_kernel(
-    harmonics, dot, factor, row_ptr, out,
-    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    harmonics, dot, dot_dot, factor, row_ptr, out, E,
+    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
-    """out[e, k] = factor[e, k] sum over m of degree l of harmonics[e, m] dot[i(e), m, d], [E, K].
+    """out[e, k] = x = factor[e, k] sum over m of degree l of harmonics[e, m] dot[i(e), m, d], [E, K].
 
-    One program: a receiver's edges and BK columns of one degree, whose 2l+1 rows are padded to BM.
+    TANGENT: out [2, E, K], x and x', from harmonics, dot and factor and their changes. One program: a receiver's edges
+    and BK columns of one degree, whose 2l+1 rows are padded to BM.
     """
     i = tl.program_id(0).to(tl.int64)
     l, _, d, in_d, in_k = _columns(D, K, BK)
     m = tl.arange(0, BM)
     in_m = m < 2 * l + 1
     m += l * l
-    x = tl.load(dot + i * (M * D) + m[:, None] * D + d[None, :], mask=in_m[:, None] & in_d[None, :], other=0.0)
+    at = i * (M * D) + m[:, None] * D + d[None, :]
+    mask = in_m[:, None] & in_d[None, :]
+    rows = tl.load(dot + at, mask=mask, other=0.0)
+    if TANGENT:
+        rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
     k = l * D + d
+    edges = E.to(tl.int64)
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
-        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)
+        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)[:, None]
         r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
-        tl.store(out + e * K + k, r * tl.sum(y[:, None] * x, axis=0), mask=in_k)
+        z = tl.sum(y * rows, axis=0)
+        tl.store(out + e * K + k, r * z, mask=in_k)
+        if TANGENT:
+            y_dot = tl.load(harmonics + (edges + e) * M + m, mask=in_m, other=0.0)[:, None]
+            r_dot = tl.load(factor + (edges + e) * K + k, mask=in_k, other=0.0)
+            z_dot = tl.sum(y_dot * rows + y * rows_dot, axis=0)
+            tl.store(out + (edges + e) * K + k, r * z_dot + r_dot * z, mask=in_k)
 
 
 @triton.jit(do_not_specialize=["E"])
 def directional_backward_kernel(
-    grad, harmonics, dot, factor, row_ptr, grad_factor, grad_harmonics, grad_dot, E,
-    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Gradients of directional_kernel: by factor [E, K] (may be ``grad``), by dot [n, M, D], and by harmonics.
-
-    The last in parts, grad_harmonics [blocks of columns of a degree, E, M].
-    """
-    i = tl.program_id(0).to(tl.int64)
-    l, block, d, in_d, in_k = _columns(D, K, BK)
-    m = tl.arange(0, BM)
-    in_m = m < 2 * l + 1
-    m += l * l
-    at = m[:, None] * D + d[None, :]
-    mask = in_m[:, None] & in_d[None, :]
-    x = tl.load(dot + i * (M * D) + at, mask=mask, other=0.0)
-    k = l * D + d
-    part = grad_harmonics + block * (E.to(tl.int64) * M)
-    by_dot = tl.zeros([BM, BK], dtype=grad_dot.dtype.element_ty)
-    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
-        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)
-        g = tl.load(grad + e * K + k, mask=in_k, other=0.0)
-        r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
-        tl.debug_barrier()  # several warps may have read the same numbers, which are now written over
-        tl.store(grad_factor + e * K + k, g * tl.sum(y[:, None] * x, axis=0), mask=in_k)
-        g *= r
-        by_dot += y[:, None] * g[None, :]
-        tl.store(part + e * M + m, tl.sum(x * g[None, :], axis=1), mask=in_m)
-    tl.store(grad_dot + i * (M * D) + at, by_dot, mask=mask)
-
-
-@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
-def directional_pair_kernel(
-    harmonics, dot, dot_dot, factor, row_ptr, out, E,
-    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out [2, E, K]: x and x'. One program: a receiver's edges and BK columns of one degree, its rows padded to BM."""
-    i = tl.program_id(0).to(tl.int64)
-    l, _, d, in_d, in_k = _columns(D, K, BK)
-    m = tl.arange(0, BM)
-    in_m = m < 2 * l + 1
-    m += l * l
-    at = i * (M * D) + m[:, None] * D + d[None, :]
-    mask = in_m[:, None] & in_d[None, :]
-    rows = tl.load(dot + at, mask=mask, other=0.0)
-    rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
-    k = l * D + d
-    edges = E.to(tl.int64)
-    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
-        y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)[:, None]
-        y_dot = tl.load(harmonics + (edges + e) * M + m, mask=in_m, other=0.0)[:, None]
-        r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
-        r_dot = tl.load(factor + (edges + e) * K + k, mask=in_k, other=0.0)
-        z = tl.sum(y * rows, axis=0)
-        z_dot = tl.sum(y_dot * rows + y * rows_dot, axis=0)
-        tl.store(out + e * K + k, r * z, mask=in_k)
-        tl.store(out + (edges + e) * K + k, r * z_dot + r_dot * z, mask=in_k)
-
-
-@triton.jit(do_not_specialize=["E"])
-def directional_second_kernel(
     grad, harmonics, dot, dot_dot, factor, row_ptr, grad_factor, grad_harmonics, grad_dot, E,
-    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by factor [2, E, K] (may be ``grad``), by dot [n, M, D], and by harmonics, from that by x and x'.
+    """Gradients of directional_kernel: by factor [T, E, K] (may be ``grad``), by dot [n, M, D], and by harmonics.
 
-    The last in parts, grad_harmonics [blocks of columns of a degree, 2, E, M].
+    The last in parts, grad_harmonics [blocks of columns of a degree, T, E, M]. T = 1, with TANGENT 2.
     """
     i = tl.program_id(0).to(tl.int64)
     l, block, d, in_d, in_k = _columns(D, K, BK)
@@ -219,65 +184,36 @@ def directional_second_kernel(
     at = i * (M * D) + m[:, None] * D + d[None, :]
     mask = in_m[:, None] & in_d[None, :]
     rows = tl.load(dot + at, mask=mask, other=0.0)
-    rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
+    if TANGENT:
+        rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
     k = l * D + d
     edges = E.to(tl.int64)
-    part = grad_harmonics + block * (2 * edges * M)
+    T: tl.constexpr = 2 if TANGENT else 1
+    part = grad_harmonics + block * (T * edges * M)
     by_dot = tl.zeros([BM, BK], dtype=grad_dot.dtype.element_ty)
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)[:, None]
-        y_dot = tl.load(harmonics + (edges + e) * M + m, mask=in_m, other=0.0)[:, None]
         g = tl.load(grad + e * K + k, mask=in_k, other=0.0)
-        h = tl.load(grad + (edges + e) * K + k, mask=in_k, other=0.0)
         r = tl.load(factor + e * K + k, mask=in_k, other=0.0)
-        r_dot = tl.load(factor + (edges + e) * K + k, mask=in_k, other=0.0)
         z = tl.sum(y * rows, axis=0)
-        z_dot = tl.sum(y_dot * rows + y * rows_dot, axis=0)
+        by_factor, by_z = g * z, g * r
+        if TANGENT:
+            y_dot = tl.load(harmonics + (edges + e) * M + m, mask=in_m, other=0.0)[:, None]
+            h = tl.load(grad + (edges + e) * K + k, mask=in_k, other=0.0)
+            by_factor += h * tl.sum(y_dot * rows + y * rows_dot, axis=0)
+            by_z += h * tl.load(factor + (edges + e) * K + k, mask=in_k, other=0.0)
         tl.debug_barrier()  # several warps may have read the same numbers, which are now written over
-        tl.store(grad_factor + e * K + k, g * z + h * z_dot, mask=in_k)
-        tl.store(grad_factor + (edges + e) * K + k, h * z, mask=in_k)
-        g = (g * r + h * r_dot)[None, :]
-        h = (h * r)[None, :]
-        by_dot += y * g + y_dot * h
-        tl.store(part + e * M + m, tl.sum(rows * g + rows_dot * h, axis=1), mask=in_m)
-        tl.store(part + (edges + e) * M + m, tl.sum(rows * h, axis=1), mask=in_m)
+        tl.store(grad_factor + e * K + k, by_factor, mask=in_k)
+        by_rows, by_y = y * by_z[None, :], rows * by_z[None, :]
+        if TANGENT:
+            tl.store(grad_factor + (edges + e) * K + k, h * z, mask=in_k)
+            h = (h * r)[None, :]
+            by_rows += y_dot * h
+            by_y += rows_dot * h
+            tl.store(part + (edges + e) * M + m, tl.sum(rows * h, axis=1), mask=in_m)
+        by_dot += by_rows
+        tl.store(part + e * M + m, tl.sum(by_y, axis=1), mask=in_m)
     tl.store(grad_dot + at, by_dot, mask=mask)
-
-
-@triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
-def harmonics_pair_kernel(vec, vec_dot, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """out [2, E, M]: Y and its change along vec_dot. scales: [L+1, L+1], the factor of each degree and order."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < E
-    x, y, z, d = vector_of(vec, e, inside, UNIT)
-    x_dot, y_dot, z_dot, _ = vector_dot(vec_dot, e, inside, x, y, z, d, UNIT)
-    r2 = x * x + y * y + z * z
-    r2_dot = 2.0 * (x * x_dot + y * y_dot + z * z_dot)
-    M: tl.constexpr = (L + 1) * (L + 1)
-    to = out + e * M
-    to_dot = to + E.to(tl.int64) * M
-    zero = 0.0 * x
-    c = zero + 1.0
-    s = zero
-    c_dot, s_dot = zero, zero
-    top = c
-    for m in tl.static_range(L + 1):
-        before, before_dot, p, p_dot = zero, zero, top, zero
-        for l in tl.static_range(m, L + 1):
-            if l > m:
-                after = ((2 * l - 1) * y * p - (l + m - 1) * r2 * before) / (l - m)
-                after_dot = (2 * l - 1) * (y_dot * p + y * p_dot)
-                after_dot = (after_dot - (l + m - 1) * (r2_dot * before + r2 * before_dot)) / (l - m)
-                before, before_dot, p, p_dot = p, p_dot, after, after_dot
-            scale = tl.load(scales + l * (L + 1) + m)
-            tl.store(to + l * l + l + m, scale * p * c, mask=inside)
-            tl.store(to_dot + l * l + l + m, scale * (p_dot * c + p * c_dot), mask=inside)
-            if m > 0:
-                tl.store(to + l * l + l - m, scale * p * s, mask=inside)
-                tl.store(to_dot + l * l + l - m, scale * (p_dot * s + p * s_dot), mask=inside)
-        top = top * (2 * m + 1)
-        c_dot, s_dot = next_order_dot(c, s, c_dot, s_dot, x, z, x_dot, z_dot)
-        c, s = next_order(c, s, x, z)
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -331,10 +267,7 @@ def harmonics_second_kernel(
             gy += g * py * c + h * (py_dot * c + py * c_dot)
             gz += g * p * cz + h * (p_dot * cz + p * cz_dot)
             by_r2 += g * pr * c + h * (pr_dot * c + pr * c_dot)
-            hx += h * p * cx
-            hy += h * py * c
-            hz += h * p * cz
-            h_r2 += h * pr * c
+            hx, hy, hz, h_r2 = add_slopes(hx, hy, hz, h_r2, h, p, py, pr, c, cx, cz)
             if m > 0:
                 g = scale * _parts(at + l * l + l - m, 2 * plane, inside, S)
                 h = scale * _parts(at + plane + l * l + l - m, 2 * plane, inside, S)
@@ -342,10 +275,7 @@ def harmonics_second_kernel(
                 gy += g * py * s + h * (py_dot * s + py * s_dot)
                 gz += g * p * sz + h * (p_dot * sz + p * sz_dot)
                 by_r2 += g * pr * s + h * (pr_dot * s + pr * s_dot)
-                hx += h * p * sx
-                hy += h * py * s
-                hz += h * p * sz
-                h_r2 += h * pr * s
+                hx, hy, hz, h_r2 = add_slopes(hx, hy, hz, h_r2, h, p, py, pr, s, sx, sz)
         top = top * (2 * m + 1)
         cx_dot, cz_dot, sx_dot, sz_dot = next_order_slopes_dot(
             c_dot, s_dot, cx, cz, sx, sz, cx_dot, cz_dot, sx_dot, sz_dot, x, z, x_dot, z_dot

@@ -14,6 +14,8 @@ from e2former_kernels.equivariant_attention.kernels_value import (
     dots,
     load_rows,
     load_scale,
+    places,
+    places_of_heads,
     sigmoid,
     softplus,
     weighted,
@@ -45,22 +47,16 @@ def attend_backward_kernel(
     stride = E.to(tl.int64)
     plane = stride * tl.num_programs(1)
     parts = grad_scale + tl.program_id(1) * stride
-    s = tl.arange(0, BS)
-    at_s = h[:, None] * S + s[None, :]
-    mask_s = in_h[:, None] & (s[None, :] < S)
+    at_s, mask_s = places_of_heads(h, in_h, S, BS)
     MASKED_S: tl.constexpr = MASKED or BS != S
     q = tl.load(query + i * (H * S) + at_s, mask=mask_s, other=0.0).to(dtype)
     if HALF:
         inverse_root *= tl.load(query_factor + i)
-    ra = tl.arange(0, RA)
-    at_a = ra[:, None] * H + h[None, :]
-    mask_a = (ra[:, None] < R) & in_h[None, :]
+    at_a, mask_a = places(0, RA, R, h, in_h, H)
     base = grad + i * (B * R * H)
     grad_a = load_rows(base, at_a, mask_a, R * H, B, MASKED, dtype)
     if RB > 0:
-        rb = RA + tl.arange(0, RB)
-        at_b = rb[:, None] * H + h[None, :]
-        mask_b = (rb[:, None] < R) & in_h[None, :]
+        at_b, mask_b = places(RA, RB, R, h, in_h, H)
         grad_b = load_rows(base, at_b, mask_b, R * H, B, MASKED_B, dtype)
     if NORM <= 1:
         m = load(top + i * H + h, in_h, MASKED)
@@ -147,9 +143,7 @@ def score_backward_kernel(
     i = tl.program_id(0).to(tl.int64)
     h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
     in_h = h < H
-    s = tl.arange(0, BS)
-    at_s = h[:, None] * S + s[None, :]
-    mask_s = in_h[:, None] & (s[None, :] < S)
+    at_s, mask_s = places_of_heads(h, in_h, S, BS)
     first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
     dtype = weight.dtype.element_ty
     stride = E.to(tl.int64)
@@ -237,19 +231,13 @@ def sender_kernel(
     j = tl.program_id(0).to(tl.int64)
     h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
     in_h = h < H
-    s = tl.arange(0, BS)
-    at_s = h[:, None] * S + s[None, :]
-    mask_s = in_h[:, None] & (s[None, :] < S)
-    ra = tl.arange(0, RA)
-    at_a = ra[:, None] * H + h[None, :]
-    mask_a = (ra[:, None] < R) & in_h[None, :]
+    at_s, mask_s = places_of_heads(h, in_h, S, BS)
+    at_a, mask_a = places(0, RA, R, h, in_h, H)
     dtype = grad_value.dtype.element_ty
     acc_a = tl.zeros([RA, BH], dtype=dtype)
     acc_k = tl.zeros([BH, BS], dtype=dtype)
     if RB > 0:
-        rb = RA + tl.arange(0, RB)
-        at_b = rb[:, None] * H + h[None, :]
-        mask_b = (rb[:, None] < R) & in_h[None, :]
+        at_b, mask_b = places(RA, RB, R, h, in_h, H)
         acc_b = tl.zeros([RB, BH], dtype=dtype)
     for t in tl.range(tl.load(order_ptr + j), tl.load(order_ptr + j + 1), loop_unroll_factor=UNROLL):
         e = tl.load(order + t).to(tl.int64)

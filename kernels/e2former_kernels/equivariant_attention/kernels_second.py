@@ -24,6 +24,8 @@ from e2former_kernels.equivariant_attention.kernels_value import (
     load_rows,
     load_scale,
     no_rows,
+    places,
+    places_of_heads,
     store_rows,
     weighted,
 )
@@ -57,10 +59,8 @@ def weights_tangent_kernel(
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    s = tl.arange(0, BS)
     in_h = h < H
-    at = h[:, None] * S + s[None, :]
-    mask = in_h[:, None] & (s[None, :] < S)
+    at, mask = places_of_heads(h, in_h, S, BS)
     first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
     q = tl.load(query + i * H * S + at, mask=mask, other=0.0)
     q_dot = tl.load(query_dot + i * H * S + at, mask=mask, other=0.0)
@@ -218,15 +218,11 @@ def aggregate_tangent_kernel(
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     in_h = h < H
-    ra = tl.arange(0, RA)
-    at_a = ra[:, None] * H + h[None, :]
-    mask_a = (ra[:, None] < R) & in_h[None, :]
+    at_a, mask_a = places(0, RA, R, h, in_h, H)
     dtype = out.dtype.element_ty
     sum_a = no_rows(B, RA, BH, dtype)
     if RB > 0:
-        rb = RA + tl.arange(0, RB)
-        at_b = rb[:, None] * H + h[None, :]
-        mask_b = (rb[:, None] < R) & in_h[None, :]
+        at_b, mask_b = places(RA, RB, R, h, in_h, H)
         sum_b = no_rows(B, RB, BH, dtype)
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         j = tl.load(source + e).to(tl.int64)
@@ -264,16 +260,12 @@ def message_second_kernel(
     tile = tl.program_id(1)
     h = tile * BH + tl.arange(0, BH)
     in_h = h < H
-    ra = tl.arange(0, RA)
-    at_a = ra[:, None] * H + h[None, :]
-    mask_a = (ra[:, None] < R) & in_h[None, :]
+    at_a, mask_a = places(0, RA, R, h, in_h, H)
     base = grad + i * B * R * H
     dtype = grad.dtype.element_ty
     grad_a = load_rows(base, at_a, mask_a, R * H, B, True, dtype)
     if RB > 0:
-        rb = RA + tl.arange(0, RB)
-        at_b = rb[:, None] * H + h[None, :]
-        mask_b = (rb[:, None] < R) & in_h[None, :]
+        at_b, mask_b = places(RA, RB, R, h, in_h, H)
         grad_b = load_rows(base, at_b, mask_b, R * H, B, True, dtype)
     dot_sum = tl.zeros([BH], dtype=grad.dtype.element_ty)
     both_sum = dot_sum
@@ -317,15 +309,11 @@ def aggregate_transposed_second_kernel(
     j = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     in_h = h < H
-    ra = tl.arange(0, RA)
-    at_a = ra[:, None] * H + h[None, :]
-    mask_a = (ra[:, None] < R) & in_h[None, :]
+    at_a, mask_a = places(0, RA, R, h, in_h, H)
     dtype = out.dtype.element_ty
     acc_a = tl.zeros([RA, BH], dtype=dtype)
     if RB > 0:
-        rb = RA + tl.arange(0, RB)
-        at_b = rb[:, None] * H + h[None, :]
-        mask_b = (rb[:, None] < R) & in_h[None, :]
+        at_b, mask_b = places(RA, RB, R, h, in_h, H)
         acc_b = tl.zeros([RB, BH], dtype=dtype)
     for t in range(tl.load(order_ptr + j), tl.load(order_ptr + j + 1)):
         e = tl.load(order + t).to(tl.int64)
@@ -360,10 +348,8 @@ def pair_sum_second_kernel(
     """
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    s = tl.arange(0, BS)
-    at = h[:, None] * S + s[None, :]
     in_h = h < H
-    mask = in_h[:, None] & (s[None, :] < S)
+    at, mask = places_of_heads(h, in_h, S, BS)
     total = tl.zeros([BH, BS], dtype=out.dtype.element_ty)
     for t in range(tl.load(ptr + n), tl.load(ptr + n + 1)):
         e = t

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.half import Rows, half_rows, new_rows
+from e2former_kernels.common.half import Rows, half_rows, new_rows, store_half
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.radial.table import feature, load
 
@@ -38,6 +38,20 @@ def sigmoid(a):
 def softplus(a):
     """log(1 + exp(a))."""
     return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+
+
+@triton.jit
+def places(first, ROWS: tl.constexpr, R, columns, in_columns, C):
+    """Where rows first to first + ROWS of a matrix [R, C] have these columns, and which of these numbers there are."""
+    r = first + tl.arange(0, ROWS)
+    return r[:, None] * C + columns[None, :], (r[:, None] < R) & in_columns[None, :]
+
+
+@triton.jit
+def places_of_heads(h, in_h, S, BS: tl.constexpr):
+    """Where heads h of a matrix [H, S] lie, and which of these numbers there are."""
+    s = tl.arange(0, BS)
+    return h[:, None] * S + s[None, :], in_h[:, None] & (s[None, :] < S)
 
 
 @triton.jit
@@ -123,10 +137,8 @@ def score_kernel(
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    s = tl.arange(0, BS)
     in_h = h < H
-    at = h[:, None] * S + s[None, :]
-    mask = in_h[:, None] & (s[None, :] < S)
+    at, mask = places_of_heads(h, in_h, S, BS)
     first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
     dtype = score.dtype.element_ty
     q = tl.load(query + i * H * S + at, mask=mask, other=0.0).to(dtype)
@@ -185,15 +197,11 @@ def attend_kernel(
     i = tl.program_id(0).to(tl.int64)
     h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
     in_h = h < H
-    ra = tl.arange(0, RA)
-    at_a = ra[:, None] * H + h[None, :]
-    mask_a = (ra[:, None] < R) & in_h[None, :]
+    at_a, mask_a = places(0, RA, R, h, in_h, H)
     dtype = out.dtype.element_ty
     sum_a = no_rows(B, RA, BH, dtype)
     if RB > 0:
-        rb = RA + tl.arange(0, RB)
-        at_b = rb[:, None] * H + h[None, :]
-        mask_b = (rb[:, None] < R) & in_h[None, :]
+        at_b, mask_b = places(RA, RB, R, h, in_h, H)
         sum_b = no_rows(B, RB, BH, dtype)
     if NORM <= 1:
         m = load(top + i * H + h, in_h, MASKED)
@@ -226,34 +234,25 @@ def attend_kernel(
 
 @triton.jit
 def contract_kernel(
-    matrix, x, out, P, K, C, PP: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr
-):
-    """out[n, p, c] = sum_k matrix[p, k] x[n, k, c] for a small matrix: the Clebsch-Gordan contraction of one atom."""
+    matrix, x, out, out_factor, P, K, C,
+    PP: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """out[n, p, c] = sum_k matrix[p, k] x[n, k, c] for a small matrix: the Clebsch-Gordan contraction of one atom.
+
+    HALF: as float16 rows with their factor (common/half.py); then a program has all channels.
+    """
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     p, k = tl.arange(0, PP), tl.arange(0, KP)
     a = tl.load(matrix + p[:, None] * K + k[None, :], mask=(p[:, None] < P) & (k[None, :] < K), other=0.0)
     inside = c[None, :] < C
     b = tl.load(x + n * K * C + k[:, None] * C + c[None, :], mask=(k[:, None] < K) & inside, other=0.0)
-    y = tl.dot(a, b.to(a.dtype), input_precision=PRECISION, out_dtype=a.dtype).to(out.dtype.element_ty)
-    tl.store(out + n * P * C + p[:, None] * C + c[None, :], y, mask=(p[:, None] < P) & inside)
-
-
-@triton.jit
-def contract_rows_kernel(
-    matrix, x, out, out_factor, P, K, C, PP: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The result of contract_kernel as float16 rows with their factor (common/half.py); a program has all channels."""
-    n = tl.program_id(0).to(tl.int64)
-    c, p, k = tl.arange(0, BC), tl.arange(0, PP), tl.arange(0, KP)
-    a = tl.load(matrix + p[:, None] * K + k[None, :], mask=(p[:, None] < P) & (k[None, :] < K), other=0.0)
-    b = tl.load(x + n * K * C + k[:, None] * C + c[None, :], mask=(k[:, None] < K) & (c[None, :] < C), other=0.0)
-    y = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
-    top = tl.max(tl.abs(y))
-    top = tl.where(top > 0.0, top, 1.0)
-    inside = (p[:, None] < P) & (c[None, :] < C)
-    tl.store(out + n * P * C + p[:, None] * C + c[None, :], (y / top).to(tl.float16), mask=inside)
-    tl.store(out_factor + n, top)
+    y = tl.dot(a, b.to(a.dtype), input_precision=PRECISION, out_dtype=a.dtype)
+    at = n * P * C + p[:, None] * C + c[None, :]
+    if HALF:
+        store_half(y, out, at, (p[:, None] < P) & inside, out_factor + n)
+    else:
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=(p[:, None] < P) & inside)
 
 
 CONTRACTION_NUMBERS = 3 << 13  # of matrix and x in a program of contract_kernel: 96 KiB of shared memory
@@ -272,8 +271,8 @@ def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> N
     while block > 16 and (paths + block) * padded > CONTRACTION_NUMBERS:
         block //= 2
     contract_kernel[nodes, math.ceil(channels / block)](
-        matrix, x, out, matrix.shape[0], inner, channels, PP=paths, KP=padded, BC=block,
-        PRECISION=precision, num_warps=4,
+        matrix, x, out, x, matrix.shape[0], inner, channels, PP=paths, KP=padded, BC=block,
+        PRECISION=precision, HALF=False, num_warps=4,
     )  # fmt: skip
 
 
@@ -291,8 +290,8 @@ def contract_rows(matrix: Tensor, x: Tensor, precision: str) -> Rows:
         return half_rows(out)
     rows = new_rows(x, nodes, paths, channels)
     if rows.numbers.numel():
-        contract_rows_kernel[(nodes,)](
+        contract_kernel[nodes, 1](
             matrix, x, *rows, paths, inner, channels, PP=padded, KP=max(next_power(inner), 16), BC=block,
-            PRECISION=precision, num_warps=8 if block * padded > 4096 else 4,
+            PRECISION=precision, HALF=True, num_warps=8 if block * padded > 4096 else 4,
         )  # fmt: skip
     return rows

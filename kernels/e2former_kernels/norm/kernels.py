@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.common.half import store_half
 from e2former_kernels.common.harmonics import degree_of
 
 
@@ -16,8 +17,13 @@ def _centre(x, m, inside, C):
 
 
 @triton.jit
-def norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS: tl.constexpr, SHIFT: tl.constexpr):
-    """The norm of node n, rows m and columns c."""
+def norm_kernel(
+    x, weight, bias, shift, out, out_factor, M, C, L,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SHIFT: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The norm of one node; HALF: as float16 rows with their factor (common/half.py)."""
+    n = tl.program_id(0).to(tl.int64)
+    m, c = tl.arange(0, BM), tl.arange(0, BC)
     inside = (m[:, None] < M) & (c[None, :] < C)
     at = m[:, None] * C + c[None, :]
     centred = _centre(tl.load(x + n * M * C + at, mask=inside, other=0.0), m, inside, C)
@@ -29,18 +35,11 @@ def norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS: tl.constexpr, SH
     beta = tl.load(bias + c, mask=c < C, other=0.0)
     if SHIFT:
         beta += tl.load(shift + n * C + c, mask=c < C, other=0.0)
-    return y + tl.where(m[:, None] == 0, beta[None, :], 0.0)
-
-
-@triton.jit
-def norm_kernel(x, weight, bias, shift, out, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                SHIFT: tl.constexpr):  # fmt: skip
-    """The norm of one node."""
-    n = tl.program_id(0).to(tl.int64)
-    m, c = tl.arange(0, BM), tl.arange(0, BC)
-    y = norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS, SHIFT)
-    inside = (m[:, None] < M) & (c[None, :] < C)
-    tl.store(out + n * M * C + m[:, None] * C + c[None, :], y, mask=inside)
+    y += tl.where(m[:, None] == 0, beta[None, :], 0.0)
+    if HALF:
+        store_half(y, out, n * M * C + at, inside, out_factor + n)
+    else:
+        tl.store(out + n * M * C + at, y, mask=inside)
 
 
 @triton.jit
@@ -120,23 +119,6 @@ def norm_reverse_kernel(
         tl.store(out + row, by_x, mask=here)
     if WEIGHTS:
         tl.store(sums + tl.program_id(0).to(tl.int64) * M * C + at, total, mask=inside)
-
-
-@triton.jit
-def norm_rows_kernel(
-    x, weight, bias, shift, out, out_factor, M, C, L,
-    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """The norm of one node as float16 numbers of at most 1, and their factor."""
-    n = tl.program_id(0).to(tl.int64)
-    m, c = tl.arange(0, BM), tl.arange(0, BC)
-    y = norm_of_node(x, weight, bias, shift, n, m, c, M, C, L, EPS, SHIFT)
-    inside = (m[:, None] < M) & (c[None, :] < C)
-    at = m[:, None] * C + c[None, :]
-    top = tl.max(tl.abs(y))
-    top = tl.where(top > 0.0, top, 1.0)
-    tl.store(out + n * M * C + at, (y / top).to(tl.float16), mask=inside)
-    tl.store(out_factor + n, top)
 
 
 @triton.jit

@@ -33,16 +33,14 @@ def _constants(x: Tensor, weight: Tensor) -> dict:
     }  # fmt: skip
 
 
-def _launch_value(of_node, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, *out: Tensor) -> None:
+def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, rows: Rows | None = None) -> Tensor:
+    """The norm, without a graph. x: [N, M, C], contiguous. rows: float16 with a factor per node, to which it goes."""
+    out, factor = (torch.empty_like(x), x) if rows is None else rows
     if x.numel():
-        given = weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous()
-        of_node[(x.shape[0],)](x, *given, *out, SHIFT=shift is not None, **_constants(x, weight))
-
-
-def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
-    """The norm, without a graph. x: [N, M, C], contiguous."""
-    out = torch.empty_like(x)
-    _launch_value(kernel.norm_kernel, x, weight, bias, shift, out)
+        kernel.norm_kernel[(x.shape[0],)](
+            x, weight.contiguous(), bias.contiguous(), x if shift is None else shift.contiguous(), out, factor,
+            SHIFT=shift is not None, HALF=rows is not None, **_constants(x, weight),
+        )  # fmt: skip
     return out
 
 
@@ -103,7 +101,7 @@ def launch_norm_reverse(
 def launch_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Rows:
     """The norm of x [N, M, C], contiguous, as float16 rows with a factor per node."""
     rows = new_rows(x, *x.shape)
-    _launch_value(kernel.norm_rows_kernel, x, weight, bias, shift, *rows)
+    launch_norm(x, weight, bias, shift, rows)
     return rows
 
 

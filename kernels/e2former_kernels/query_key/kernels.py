@@ -23,9 +23,7 @@ def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, 
     b = tl.load(bias + g, mask=inside, other=0.0)
     width = G // 2
     half = g // width
-    T = 1
-    if TANGENT:
-        T = 2
+    T: tl.constexpr = 2 if TANGENT else 1
     column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
     for l in tl.static_range(D):
         total = tl.zeros([BG], dtype=out.dtype.element_ty)
@@ -61,9 +59,7 @@ def invariants_backward_kernel(
     b = tl.load(bias + g, mask=inside, other=0.0)
     width = G // 2
     half = g // width
-    T = 1
-    if TANGENT:
-        T = 2
+    T: tl.constexpr = 2 if TANGENT else 1
     column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
     for l in tl.static_range(D):
         s = tl.load(grad + column + l * width, mask=inside, other=0.0)

@@ -180,9 +180,8 @@ def first_layer_kernel(
         d, e, in_e, zt, zs, table, target_table, source_table, at, inside, E, G, H, intervals, scale, g, TABLE
     )
     x_dot = x
-    T = 1
+    T: tl.constexpr = 2 if TANGENT else 1
     if TANGENT:
-        T = 2
         row = (g * E + e)[:, None] * H + c[None, :]
         x_dot = _slope(d, row, both, table, slopes, at, inside, G, H, intervals, scale, TABLE)
         x_dot = x_dot * tl.load(distance_dot + e, mask=in_e, other=0.0)[:, None]
@@ -210,9 +209,7 @@ def first_layer_reverse_kernel(
     c = tl.arange(0, HP)
     inside = c < H
     at = g * H + c
-    T = 1
-    if TANGENT:
-        T = 2
+    T: tl.constexpr = 2 if TANGENT else 1
     if WEIGHTS:
         sum_gamma = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
         sum_beta = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
@@ -270,9 +267,7 @@ def layer_kernel(
     inside = c < H
     at = g * H + c
     both = (e < E)[:, None] & inside[None, :]
-    T = 1
-    if TANGENT:
-        T = 2
+    T: tl.constexpr = 2 if TANGENT else 1
     row = e + g * T * E
     y = tl.load(x + row[:, None] * H + c[None, :], mask=both, other=0.0)
     y += tl.load(bias + at, mask=inside, other=0.0)[None, :]
@@ -305,9 +300,7 @@ def layer_reverse_kernel(
     c = tl.arange(0, HP)
     inside = c < H
     at = g * H + c
-    T = 1
-    if TANGENT:
-        T = 2
+    T: tl.constexpr = 2 if TANGENT else 1
     if WEIGHTS:
         sum_gamma = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
         sum_beta = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
