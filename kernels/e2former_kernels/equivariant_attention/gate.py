@@ -122,10 +122,9 @@ class DirectionalGate(RadialFeatures):
 
     def _on_layer(self, edges: int, tangent: bool, keep: bool, sums: bool) -> tuple[tuple[int, int], dict, int]:
         """Grid and constants of the kernels of SiLU(LN(x + b1)), and the tiles of one program."""
-        tile, flags = TILE_NUMBERS if keep else ALONE_NUMBERS, {"NORM": True, "TANGENT": tangent, "EDGE_MAJOR": False}
-        constants = layers.row_constants(1, self.spec.num_heads, tile, **flags)
-        steps = math.ceil(math.ceil(edges / constants["BE"]) / MAX_PROGRAMS) if sums else 1
-        return (math.ceil(edges / (constants["BE"] * steps)), 1), constants | {"E": edges}, steps
+        tile, programs = TILE_NUMBERS if keep else ALONE_NUMBERS, MAX_PROGRAMS if sums else None
+        flags = {"NORM": True, "TANGENT": tangent, "EDGE_MAJOR": False}
+        return layers.row_launch(edges, 1, self.spec.num_heads, tile, programs, **flags)
 
     def _last_layers(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Weight and bias of the last layer of the head and, behind it in the same network, of the factor."""
@@ -185,10 +184,10 @@ class DirectionalGate(RadialFeatures):
         by_gate = torch.mm(by_gate, w.out)
         if not number:
             return by_gate, by_gate.new_zeros(3, self.spec.num_heads) if weights else None
-        grid, constants, steps = self._on_layer(number, tangent, kept.x is not None, weights)
+        grid, constants, tiles = self._on_layer(number, tangent, kept.x is not None, weights)
         sums = by_gate.new_empty(grid[0], 3, self.spec.num_heads) if weights else by_gate
         layers.layer_reverse_kernel[grid](
-            by_gate, kept.scalar, w.bias, w.norm_weight, w.norm_bias, by_gate, sums, steps=steps, SUMS=3,
+            by_gate, kept.scalar, w.bias, w.norm_weight, w.norm_bias, by_gate, sums, tiles=tiles, SUMS=3,
             WEIGHTS=weights, **constants,
         )  # fmt: skip
         return by_gate, sums.sum(0) if weights else None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from e2former_kernels.common.half import Rows, half_rows, new_rows, store_half
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.radial.table import feature, load
+from e2former_kernels.radial.table import cubic, ends, feature, load
 
 
 @triton.jit
@@ -64,19 +64,19 @@ def no_rows(B: tl.constexpr, ROWS: tl.constexpr, BH: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
-def load_rows(x, at, mask, step, B: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr):
-    """x[b, at] for each of the B, which are ``step`` apart."""
+def load_rows(x, at, mask, stride, B: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr):
+    """x[b, at] for each of the B, which are ``stride`` apart."""
     rows = ()
     for b in tl.static_range(B):
-        rows = rows + (load(x + b * step + at, mask, MASKED).to(dtype),)
+        rows = rows + (load(x + b * stride + at, mask, MASKED).to(dtype),)
     return rows
 
 
 @triton.jit
-def store_rows(x, at, mask, step, rows, B: tl.constexpr):
+def store_rows(x, at, mask, stride, rows, B: tl.constexpr):
     """x[b, at] = rows for each of the B."""
     for b in tl.static_range(B):
-        tl.store(x + b * step + at, rows[b], mask=mask)
+        tl.store(x + b * stride + at, rows[b], mask=mask)
 
 
 @triton.jit
@@ -160,13 +160,10 @@ def score_kernel(
         if HALF:
             a *= tl.load(key_factor + j, mask=here, other=0.0)[:, None]
         if TABLE:
-            at_row = features + tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None] * (4 * H) + h[None, :]
+            rows = tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None]
             f = tl.load(position + e, mask=here, other=0.0)[:, None]
-            v0 = tl.load(at_row, mask=both, other=0.0)
-            s0 = tl.load(at_row + 2 * H, mask=both, other=0.0)
-            v1 = tl.load(at_row + 4 * H, mask=both, other=0.0)
-            s1 = tl.load(at_row + 6 * H, mask=both, other=0.0)
-            a *= v0 + f * f * (3.0 - 2.0 * f) * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
+            v0, s0, v1, s1 = ends(features, rows, h[None, :], 2 * H, both, True)
+            a *= cubic(v0, s0, v1, s1, f)
         else:
             a *= tl.load(features + e[:, None] * (2 * H) + h[None, :], mask=both, other=0.0)
         tl.store(score + e[:, None] * H + h[None, :], a, mask=both)

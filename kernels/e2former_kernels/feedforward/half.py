@@ -25,14 +25,14 @@ from e2former_kernels.norm.op import launch_norm_rows, launch_norm_rows_reverse
 class HalfWeights(NamedTuple):
     """Weights as the products take them: of rows, with factors of degrees.
 
-    first: [M-1, C, C], of the rows behind row 0; gates: [1, (L+1) C, C]; second: [M, C, C].
+    weight1: [M-1, C, C], of the rows behind row 0; gates: [1, (L+1) C, C]; weight2: [M, C, C].
     """
 
     given: Weights
-    first: Rows
+    weight1: Rows
     gates: Rows
     gate_bias: Tensor  # [(L+1) C]
-    second: Rows
+    weight2: Rows
     back: Tensor  # [M], factors of the rows of the gradient by h
     last: Tensor  # [M], those of the result
     last_bias: Tensor  # [M, C], zero but for row 0
@@ -44,18 +44,18 @@ def half_weights(weights: Weights, precision: str) -> HalfWeights:
         both = (weights.gate_weight @ weights.weight1[0]).unsqueeze(0)
         gate_bias = torch.addmv(weights.gate_bias, weights.gate_weight, weights.bias1)
     gates, gate_factor = half_weight(both)
-    first, first_degrees = half_weight(weights.weight1)
-    second, second_degrees = half_weight(weights.weight2)
-    back = torch.cat([gate_factor, so3_rows(first_degrees)[1:]])
-    rows = so3_rows(first)[1:]
+    weight1, degrees1 = half_weight(weights.weight1)
+    weight2, degrees2 = half_weight(weights.weight2)
+    back = torch.cat([gate_factor, so3_rows(degrees1)[1:]])
+    rows = so3_rows(weight1)[1:]
     return HalfWeights(
         weights,
-        Rows(rows, first_degrees),
+        Rows(rows, degrees1),
         Rows(gates, gate_factor),
         gate_bias,
-        Rows(so3_rows(second), second_degrees),
+        Rows(so3_rows(weight2), degrees2),
         back,
-        so3_rows(second_degrees),
+        so3_rows(degrees2),
         row_bias(weights.bias2, back.shape[0]),
     )
 
@@ -80,12 +80,12 @@ def _first(rows: Rows, weights: HalfWeights) -> tuple[Rows, Tensor]:
     """Products of the rows behind row 0, [n, M-1, C], with the nodes' factors, and those of the gates, [n, (L+1) C]."""
     h, factor = rows
     y = h.new_empty(h.shape[0], h.shape[1] - 1, h.shape[2])
-    torch.bmm(h[:, 1:].transpose(0, 1), weights.first.numbers.transpose(1, 2), out=y.transpose(0, 1))
+    torch.bmm(h[:, 1:].transpose(0, 1), weights.weight1.numbers.transpose(1, 2), out=y.transpose(0, 1))
     return Rows(y, factor), h[:, 0] @ weights.gates.numbers[0].t()
 
 
 def _gate_arguments(y: Rows, gates: Tensor, weights: HalfWeights) -> tuple[Tensor, ...]:
-    return y.numbers, gates, y.factor, weights.first.factor, weights.gates.factor, weights.gate_bias
+    return y.numbers, gates, y.factor, weights.weight1.factor, weights.gates.factor, weights.gate_bias
 
 
 def half_value(x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
@@ -96,7 +96,7 @@ def half_value(x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
         y, gates = _first(_normal(part, half.given), half)
         z = new_rows(part, *part.shape)
         kernel.half_gate_kernel[(part.shape[0],)](*_gate_arguments(y, gates, half), *z, part.shape[2], **_launch(part))
-        products = apply_so3(z.numbers, half.second.numbers, False, torch.empty_like(z.numbers))
+        products = apply_so3(z.numbers, half.weight2.numbers, False, torch.empty_like(z.numbers))
         from_products(products, z.factor, half.last, out[run.nodes], half.last_bias, part if residual else None)
     return out
 
@@ -109,14 +109,14 @@ def half_gradient(grad: Tensor, x: Tensor, half: HalfWeights, residual: bool) ->
         normal = _normal(part, half.given)
         y, gates = _first(normal, half)
         rows, factor = half_rows(by_out)
-        by_z = apply_so3(rows, half.second.numbers, True, torch.empty_like(rows))
+        by_z = apply_so3(rows, half.weight2.numbers, True, torch.empty_like(rows))
         common = torch.empty_like(factor)
         kernel.half_gate_backward_kernel[(part.shape[0],)](
-            by_z, factor, half.second.factor, *_gate_arguments(y, gates, half), common, part.shape[2], **_launch(part)
+            by_z, factor, half.weight2.factor, *_gate_arguments(y, gates, half), common, part.shape[2], **_launch(part)
         )
         by_h = rows  # nothing reads it any more
         torch.mm(gates, half.gates.numbers[0], out=by_h[:, 0])
-        torch.bmm(y.numbers.transpose(0, 1), half.first.numbers, out=by_h[:, 1:].transpose(0, 1))
+        torch.bmm(y.numbers.transpose(0, 1), half.weight1.numbers, out=by_h[:, 1:].transpose(0, 1))
         if half.given.power_weight is not None:
             of_scalars = (common * half.back[0]).unsqueeze(1)
             by_power = (by_h[:, 0] * of_scalars) @ half.given.power_weight

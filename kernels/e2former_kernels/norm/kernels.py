@@ -71,11 +71,11 @@ def norm_tangent_kernel(
 
 @triton.jit
 def norm_reverse_kernel(
-    grad, grad_dot, x, x_dot, weight, beside, out, sums, N, M, C, L, steps,
+    grad, grad_dot, x, x_dot, weight, beside, out, sums, N, M, C, L, each,
     EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     VALUE: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by x of <grad, norm> (VALUE) + <grad_dot, change of the norm along x_dot> (TANGENT), ``steps`` nodes.
+    """Gradient by x of <grad, norm> (VALUE) + <grad_dot, change of the norm along x_dot> (TANGENT), ``each`` nodes.
 
     BESIDE: plus ``beside``. WEIGHTS: sums[program], [M, C]: the rows of the gradient by the norm's weight.
     """
@@ -86,8 +86,8 @@ def norm_reverse_kernel(
     gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
     balance = (1.0 / ((2 * degree + 1) * L * C).to(gamma.dtype))[:, None]
     total = tl.zeros([BM, BC], dtype=gamma.dtype)
-    for k in range(steps):
-        n = tl.program_id(0).to(tl.int64) * steps + k
+    for k in range(each):
+        n = tl.program_id(0).to(tl.int64) * each + k
         here = (m[:, None] < tl.where(n < N, M, 0)) & (c[None, :] < C)
         row = n * M * C + at
         v = _centre(tl.load(x + row, mask=here, other=0.0), m, inside, C)

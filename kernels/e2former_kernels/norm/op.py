@@ -80,8 +80,8 @@ def launch_norm_reverse(
     """
     nodes = x.shape[0]
     out = torch.empty_like(x) if out is None else out
-    steps = math.ceil(nodes / MAX_PROGRAMS) if by_weight else 1
-    programs = math.ceil(nodes / steps) if nodes else 0
+    each = math.ceil(nodes / MAX_PROGRAMS) if by_weight else 1
+    programs = math.ceil(nodes / each) if nodes else 0
     constants = _constants(x, weight)
     if grad_dot is not None:
         constants["num_warps"] = 8  # four spill: there are five tiles of [M, C] at a time
@@ -90,7 +90,7 @@ def launch_norm_reverse(
         kernel.norm_reverse_kernel[(programs,)](
             x if grad is None else grad, x if grad_dot is None else grad_dot, x,
             x if x_dot is None else x_dot, weight.contiguous(), x if beside is None else beside, out, sums, N=nodes,
-            steps=steps, VALUE=grad is not None, TANGENT=grad_dot is not None, WEIGHTS=by_weight,
+            each=each, VALUE=grad is not None, TANGENT=grad_dot is not None, WEIGHTS=by_weight,
             BESIDE=beside is not None, **constants,
         )  # fmt: skip
     if not by_weight or parts:

@@ -14,31 +14,31 @@ import triton.language as tl
 def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr):
     """s[n, l, g] = sum over m of degree l of (P[m, n, g] + delta_l0 b[g]) P[m, n, G + g], and its tangent.
 
-    both: P, [T, M, N, 2 G]; out: [2, T, N, D, W], the first half of the columns g (query) before the second (key).
+    both: P, [T, M, N, 2 G]; out: [2, T, N, D, W], the columns g of the query before those of the key.
     """
     n = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * BG + tl.arange(0, BG)
     inside = g < G
-    step = N.to(tl.int64) * 2 * G
+    stride = N.to(tl.int64) * 2 * G
     b = tl.load(bias + g, mask=inside, other=0.0)
     width = G // 2
-    half = g // width
+    which = g // width
     T: tl.constexpr = 2 if TANGENT else 1
-    column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
+    column = (which * T * N.to(tl.int64) + n) * D * width + g - which * width
     for l in tl.static_range(D):
         total = tl.zeros([BG], dtype=out.dtype.element_ty)
         total_dot = tl.zeros([BG], dtype=out.dtype.element_ty)
         for m in tl.static_range(l * l, (l + 1) * (l + 1)):
-            at = both + m * step + n * 2 * G + g
-            first = tl.load(at, mask=inside, other=0.0)
-            second = tl.load(at + G, mask=inside, other=0.0)
+            at = both + m * stride + n * 2 * G + g
+            left = tl.load(at, mask=inside, other=0.0)
+            right = tl.load(at + G, mask=inside, other=0.0)
             if l == 0:
-                first += b
-            total += first * second
+                left += b
+            total += left * right
             if TANGENT:
-                at += D * D * step
-                total_dot += tl.load(at, mask=inside, other=0.0) * second
-                total_dot += first * tl.load(at + G, mask=inside, other=0.0)
+                at += D * D * stride
+                total_dot += tl.load(at, mask=inside, other=0.0) * right
+                total_dot += left * tl.load(at + G, mask=inside, other=0.0)
         tl.store(out + column + l * width, total, mask=inside)
         if TANGENT:
             tl.store(out + column + (N.to(tl.int64) * D + l) * width, total_dot, mask=inside)
@@ -55,33 +55,33 @@ def invariants_backward_kernel(
     n = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * BG + tl.arange(0, BG)
     inside = g < G
-    step = N.to(tl.int64) * 2 * G
+    stride = N.to(tl.int64) * 2 * G
     b = tl.load(bias + g, mask=inside, other=0.0)
     width = G // 2
-    half = g // width
+    which = g // width
     T: tl.constexpr = 2 if TANGENT else 1
-    column = (half * T * N.to(tl.int64) + n) * D * width + g - half * width
+    column = (which * T * N.to(tl.int64) + n) * D * width + g - which * width
     for l in tl.static_range(D):
         s = tl.load(grad + column + l * width, mask=inside, other=0.0)
         if TANGENT:
             s_dot = tl.load(grad + column + (N.to(tl.int64) * D + l) * width, mask=inside, other=0.0)
         for m in tl.static_range(l * l, (l + 1) * (l + 1)):
-            at = both + m * step + n * 2 * G + g
-            first = tl.load(at, mask=inside, other=0.0)
-            second = tl.load(at + G, mask=inside, other=0.0)
+            at = both + m * stride + n * 2 * G + g
+            left = tl.load(at, mask=inside, other=0.0)
+            right = tl.load(at + G, mask=inside, other=0.0)
             if l == 0:
-                first += b
-            to_first = s * second
-            to_second = s * first
+                left += b
+            to_left = s * right
+            to_right = s * left
             if TANGENT:
-                at_dot = at + D * D * step
-                to_first += s_dot * tl.load(at_dot + G, mask=inside, other=0.0)
-                to_second += s_dot * tl.load(at_dot, mask=inside, other=0.0)
+                at_dot = at + D * D * stride
+                to_left += s_dot * tl.load(at_dot + G, mask=inside, other=0.0)
+                to_right += s_dot * tl.load(at_dot, mask=inside, other=0.0)
                 if WEIGHTS:
-                    tl.store(at_dot, s_dot * second, mask=inside)
-                    tl.store(at_dot + G, s_dot * first, mask=inside)
-            tl.store(at, to_first, mask=inside)
-            tl.store(at + G, to_second, mask=inside)
+                    tl.store(at_dot, s_dot * right, mask=inside)
+                    tl.store(at_dot + G, s_dot * left, mask=inside)
+            tl.store(at, to_left, mask=inside)
+            tl.store(at + G, to_right, mask=inside)
 
 
 @triton.jit
@@ -90,15 +90,15 @@ def _one_if_zero(top):
 
 
 @triton.jit
-def _degree_sum(both, g, inside, b, step, G, factor, L: tl.constexpr):
+def _degree_sum(both, g, inside, b, stride, G, factor, L: tl.constexpr):
     """Sum over the orders of degree L of the products of both factors."""
     total = 0.0 * b
     for m in tl.static_range(L * L, (L + 1) * (L + 1)):
-        first = tl.load(both + m * step + g, mask=inside, other=0.0).to(tl.float32) * factor
-        second = tl.load(both + m * step + G + g, mask=inside, other=0.0).to(tl.float32) * factor
+        left = tl.load(both + m * stride + g, mask=inside, other=0.0).to(tl.float32) * factor
+        right = tl.load(both + m * stride + G + g, mask=inside, other=0.0).to(tl.float32) * factor
         if L == 0:
-            first += b
-        total += first * second
+            left += b
+        total += left * right
     return total
 
 
@@ -112,7 +112,7 @@ def half_invariants_kernel(both, bias, out, out_factor, rows, degrees, N, G, D: 
     nodes = N.to(tl.int64)
     g = tl.arange(0, BG)
     inside = g < G
-    step = nodes * 2 * G
+    stride = nodes * 2 * G
     b = tl.load(bias + g, mask=inside, other=0.0)
     width = G // 2
     of_key = g >= width
@@ -120,7 +120,7 @@ def half_invariants_kernel(both, bias, out, out_factor, rows, degrees, N, G, D: 
     at = both + n * 2 * G
     top = 0.0 * b
     for l in tl.static_range(D):
-        top = tl.maximum(top, tl.abs(_degree_sum(at, g, inside, b, step, G, row * tl.load(degrees + l), l)))
+        top = tl.maximum(top, tl.abs(_degree_sum(at, g, inside, b, stride, G, row * tl.load(degrees + l), l)))
     query_top = _one_if_zero(tl.max(tl.where(of_key, 0.0, top), axis=0))
     key_top = _one_if_zero(tl.max(tl.where(of_key, top, 0.0), axis=0))
     tl.store(out_factor + n, query_top)
@@ -128,7 +128,7 @@ def half_invariants_kernel(both, bias, out, out_factor, rows, degrees, N, G, D: 
     inverse = 1.0 / tl.where(of_key, key_top, query_top)
     to = out + tl.where(of_key, (nodes + n) * D * width + g - width, n * D * width + g)
     for l in tl.static_range(D):
-        total = _degree_sum(at, g, inside, b, step, G, row * tl.load(degrees + l), l)
+        total = _degree_sum(at, g, inside, b, stride, G, row * tl.load(degrees + l), l)
         tl.store(to + l * width, (total * inverse).to(tl.float16), mask=inside)
 
 
@@ -146,7 +146,7 @@ def half_invariants_backward_kernel(
     nodes = N.to(tl.int64)
     g = tl.arange(0, BG)
     inside = g < G
-    step = nodes * 2 * G
+    stride = nodes * 2 * G
     b = tl.load(bias + g, mask=inside, other=0.0)
     width = G // 2
     of_key = g >= width
@@ -167,13 +167,13 @@ def half_invariants_backward_kernel(
         # over the bound first: that is finite where products of large numbers are not
         s = tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale * inverse
         for m in tl.static_range(l * l, (l + 1) * (l + 1)):
-            at = both + m * step + n * 2 * G + g
-            first = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
-            second = tl.load(at + G, mask=inside, other=0.0).to(tl.float32) * factor
+            at = both + m * stride + n * 2 * G + g
+            left = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
+            right = tl.load(at + G, mask=inside, other=0.0).to(tl.float32) * factor
             if l == 0:
-                first += b
-            tl.store(at, (s * second).to(tl.float16), mask=inside)
-            tl.store(at + G, (s * first).to(tl.float16), mask=inside)
+                left += b
+            tl.store(at, (s * right).to(tl.float16), mask=inside)
+            tl.store(at + G, (s * left).to(tl.float16), mask=inside)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
 from e2former_kernels.query_key.half import HalfWeights, query_key_gradient, query_key_value, runs
 from e2former_kernels.query_key.kernels import invariants_backward_kernel, invariants_kernel
 from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
-from e2former_kernels.radial.kernels import layer_kernel, layer_reverse_kernel, row_constants
+from e2former_kernels.radial.kernels import layer_kernel, layer_reverse_kernel, row_launch
 
 TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
 MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
@@ -66,9 +66,8 @@ def _invariants(kernel, both: Tensor, bias: Tensor, s: Tensor, **constants: bool
 def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
     """Grid and constants of the row kernels, and the tiles of one program."""
     groups, parts, nodes, width = middle.shape
-    constants = row_constants(groups, width, TILE_NUMBERS, NORM=True, EDGE_MAJOR=False, TANGENT=parts == 2)
-    steps = math.ceil(math.ceil(nodes / constants["BE"]) / MAX_PROGRAMS) if sums else 1
-    return (math.ceil(nodes / (constants["BE"] * steps)), groups), constants | {"E": nodes}, steps
+    programs, flags = MAX_PROGRAMS if sums else None, {"NORM": True, "TANGENT": parts == 2, "EDGE_MAJOR": False}
+    return row_launch(nodes, groups, width, TILE_NUMBERS, programs, **flags)
 
 
 def forward_run(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Run:
@@ -108,10 +107,10 @@ def _reverse_run(
     if h_dot is not None:
         hidden[:, 0].zero_()
     torch.bmm(grad, weights.out_weight, out=hidden[:, -1])
-    grid, constants, steps = _launch(up, sums is not None)
+    grid, constants, tiles = _launch(up, sums is not None)
     terms = up if sums is None else up.new_empty(grid[0], 3, *weights.hidden_bias.shape)
     layer_reverse_kernel[grid](
-        hidden, up, weights.hidden_bias, weights.norm_weight, weights.norm_bias, up, terms, steps=steps,
+        hidden, up, weights.hidden_bias, weights.norm_weight, weights.norm_bias, up, terms, tiles=tiles,
         SUMS=3, WEIGHTS=sums is not None, **constants,
     )  # fmt: skip
     if sums is not None:

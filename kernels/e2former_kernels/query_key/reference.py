@@ -35,9 +35,9 @@ def invariants(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     degree = degree_of_row(degrees, h.device)
     both = torch.bmm(h.transpose(0, 1), weight.index_select(0, degree).transpose(1, 2))  # [M, N, 4 G]
     both = both + F.pad(bias, (0, width)) * scalar_row(h).unsqueeze(-1)
-    first, second = both.chunk(2, -1)
+    left, right = both.chunk(2, -1)
     rows_of = (degree == torch.arange(degrees, device=h.device).unsqueeze(1)).to(h.dtype)  # [L+1, M]
-    s = torch.matmul(rows_of, (first * second).flatten(1)).view(degrees, nodes, 2, width // 2)
+    s = torch.matmul(rows_of, (left * right).flatten(1)).view(degrees, nodes, 2, width // 2)
     return s.permute(2, 1, 0, 3).flatten(2)
 
 

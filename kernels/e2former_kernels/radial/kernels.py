@@ -12,6 +12,7 @@ x it is J(gamma Y - r (v mean(n x') + x' mean(n v))) - r n mean(v J x'), by gamm
 from __future__ import annotations
 
 import functools
+import math
 
 import triton
 import triton.language as tl
@@ -21,11 +22,18 @@ from e2former_kernels.radial.reference import LAYER_NORM_EPS
 
 
 @functools.lru_cache(maxsize=64)
-def row_constants(groups: int, width: int, tile: int, **flags: bool) -> dict:
-    """Constants of these kernels on [groups, rows, width], with tiles of so many numbers; all but the rows E."""
+def row_launch(
+    rows: int, groups: int, width: int, numbers: int, programs: int | None, **flags: bool
+) -> tuple[tuple[int, int], dict, int]:
+    """Grid and constants of these kernels on [groups, rows, width], and the tiles of one program.
+
+    numbers: of a tile. programs: of a group at most, where they write partial sums; None: each has one tile.
+    """
     padded = next_power(width)
-    block = max(tile // padded, 1)
-    return flags | {"G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "num_warps": 4}
+    block = max(numbers // padded, 1)
+    tiles = 1 if programs is None else math.ceil(math.ceil(rows / block) / programs)
+    constants = {"E": rows, "G": groups, "H": width, "EPS": LAYER_NORM_EPS, "HP": padded, "BE": block, "num_warps": 4}
+    return (math.ceil(rows / (block * tiles)), groups), constants | flags, tiles
 
 
 @triton.jit
@@ -195,14 +203,14 @@ def first_layer_kernel(
 @triton.jit
 def first_layer_reverse_kernel(
     grad, distance, distance_dot, target_species, source_species, table, slopes, target_table, source_table,
-    gamma, beta, out, grad_distance, grad_distance_dot, sums, E, G, H, intervals, scale, steps,
+    gamma, beta, out, grad_distance, grad_distance_dot, sums, E, G, H, intervals, scale, tiles,
     EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
     TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of first_layer_kernel's result to those by distance and distance_dot, [G, E] each.
 
     STORE: out[g, 0, e] is the gradient by x = W0 phi(d) + ..., out[g, 1, e] that by its slope W0 phi'(d).
-    WEIGHTS: sums[program] = [by gamma, by beta], [G, h] each, of the ``steps`` tiles of the program; a row of ``sums``
+    WEIGHTS: sums[program] = [by gamma, by beta], [G, h] each, of the ``tiles`` tiles of the program; a row of ``sums``
     has SUMS [G, h].
     """
     g = tl.program_id(1)
@@ -213,8 +221,8 @@ def first_layer_reverse_kernel(
     if WEIGHTS:
         sum_gamma = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
         sum_beta = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
-    for k in range(steps):
-        e = (tl.program_id(0).to(tl.int64) * steps + k) * BE + tl.arange(0, BE)
+    for k in range(tiles):
+        e = (tl.program_id(0).to(tl.int64) * tiles + k) * BE + tl.arange(0, BE)
         in_e = e < E
         both = in_e[:, None] & inside[None, :]
         d = tl.load(distance + e, mask=in_e, other=0.0)
@@ -287,13 +295,13 @@ def layer_kernel(
 
 @triton.jit
 def layer_reverse_kernel(
-    grad, x, bias, gamma, beta, out, sums, E, G, H, steps,
+    grad, x, bias, gamma, beta, out, sums, E, G, H, tiles,
     EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, EDGE_MAJOR: tl.constexpr,
     TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of layer_kernel by x, [G, T, E, h]. grad: as the result of layer_kernel.
 
-    WEIGHTS: sums[program] = [by gamma, by beta, by b1], [G, h] each, of the ``steps`` tiles of the program; a row of
+    WEIGHTS: sums[program] = [by gamma, by beta, by b1], [G, h] each, of the ``tiles`` tiles of the program; a row of
     ``sums`` has SUMS [G, h].
     """
     g = tl.program_id(1)
@@ -305,8 +313,8 @@ def layer_reverse_kernel(
         sum_gamma = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
         sum_beta = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
         sum_bias = tl.zeros([BE, HP], dtype=grad.dtype.element_ty)
-    for k in range(steps):
-        e = (tl.program_id(0).to(tl.int64) * steps + k) * BE + tl.arange(0, BE)
+    for k in range(tiles):
+        e = (tl.program_id(0).to(tl.int64) * tiles + k) * BE + tl.arange(0, BE)
         both = (e < E)[:, None] & inside[None, :]
         row = e + g * T * E
         at_row = row[:, None] * H + c[None, :]

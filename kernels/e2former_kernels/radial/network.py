@@ -88,9 +88,8 @@ class RadialNetwork:
     def _launch(self, edges: int, tangent: bool, keep: bool, sums: bool = False) -> tuple[tuple[int, int], dict, int]:
         """Grid and constants of the row kernels, and the tiles of one program."""
         tile, norms = TILE_NUMBERS if keep else ALONE_NUMBERS, self.weights.norm0_weight is not None
-        constants = kernel.row_constants(self.groups, self.hidden, tile, NORM=norms, TANGENT=tangent)
-        steps = math.ceil(math.ceil(edges / constants["BE"]) / MAX_PROGRAMS) if sums else 1
-        return (math.ceil(edges / (constants["BE"] * steps)), self.groups), constants | {"E": edges}, steps
+        programs = MAX_PROGRAMS if sums else None
+        return kernel.row_launch(edges, self.groups, self.hidden, tile, programs, NORM=norms, TANGENT=tangent)
 
     def _first(self, distance: Tensor, slope: bool) -> tuple[Tensor, Tensor, dict]:
         """Table, slopes and constants of the first layer's kernels."""
@@ -175,10 +174,10 @@ class RadialNetwork:
             up = torch.empty_like(kept.middle) if kept.last is None else kept.last
             for g in range(groups):
                 torch.mm(flat[:, g], w.out[g], out=up[g].view(-1, hidden))
-        grid, constants, steps = self._launch(edges, tangent, kept.first is not None, weights)
+        grid, constants, tiles = self._launch(edges, tangent, kept.first is not None, weights)
         sums = grad.new_empty(grid[0], 5, groups, hidden) if weights else grad  # norm 1, b1, norm 0
         kernel.layer_reverse_kernel[grid](
-            up if self.last else grad, kept.middle, w.hidden_bias, *self._norm(1), up, sums, steps=steps, SUMS=5,
+            up if self.last else grad, kept.middle, w.hidden_bias, *self._norm(1), up, sums, tiles=tiles, SUMS=5,
             EDGE_MAJOR=not self.last, WEIGHTS=weights, **constants,
         )  # fmt: skip
         by_hidden = self._products([up[g].view(-1, hidden) for g in range(groups)], kept.first) if weights else None
@@ -190,7 +189,7 @@ class RadialNetwork:
         kernel.first_layer_reverse_kernel[grid](
             down, kept.distance, kept.distance_dot if tangent else kept.distance, kept.target_species,
             kept.source_species, table, slopes, w.target_table, w.source_table, *self._norm(0), down,
-            by_distance, by_dot, sums[:, 3:] if weights else sums, steps=steps, SUMS=5, WEIGHTS=weights,
+            by_distance, by_dot, sums[:, 3:] if weights else sums, tiles=tiles, SUMS=5, WEIGHTS=weights,
             STORE=weights or (tangent and distance), **lookup, **constants,
         )  # fmt: skip
         by_distance = by_distance[0] if groups == 1 else by_distance.sum(0)

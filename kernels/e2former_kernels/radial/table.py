@@ -2,10 +2,10 @@
 
 docs/network.md, section 13.2.
 
-For two elements the network :math:`f_{z_i z_j}(d)` is a smooth function of the distance alone. Knots a fixed
-step h apart hold its value and slope, computed in float64; between two knots stands the cubic that fits both
-(Hermite), so the interpolant has a continuous derivative, and kernels take value and derivative from the same numbers.
-The step is halved until the interpolant meets the network between the knots.
+For two elements the network :math:`f_{z_i z_j}(d)` is a smooth function of the distance alone. Knots at intervals of
+one width h hold its value and slope, computed in float64; between two knots stands the cubic that fits both (Hermite),
+so the interpolant has a continuous derivative, and kernels take value and derivative from the same numbers. Intervals
+are halved until the interpolant meets the network between the knots.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _ROWS = 1 << 14
 class RadialTable(NamedTuple):
     """Splines of radial networks.
 
-    knots: [pairs * (intervals + 1), 2, K], value and slope times the step; K = groups times results of one. pair_row:
-    [Z, Z] int32, first row of the ordered pair (receiver's element, sender's element), -1 for pairs that are not in the
-    table. intervals: of each pair. scale: intervals per Å. error: largest found between the knots, relative to the
-    largest value.
+    knots: [pairs * (intervals + 1), 2, K], value and slope times an interval's width; K = groups times results of one.
+    pair_row: [Z, Z] int32, first row of the ordered pair (receiver's element, sender's element), -1 for pairs that are
+    not in the table. intervals: of each pair. scale: intervals per Å. error: largest found between the knots, relative
+    to the largest value.
     """
 
     knots: Tensor
@@ -92,7 +92,7 @@ def build_radial_table(
         max_bytes: largest table, in float32.
 
     Returns:
-        The table; None where it would exceed ``max_bytes`` or where no step that is tried reaches ``tolerance``.
+        The table; None where it would exceed ``max_bytes`` or where no width that is tried reaches ``tolerance``.
     """
     exact = RadialWeights(*(None if t is None else t.detach().double() for t in weights))
     dtype, device, pairs = weights.basis.dtype, weights.basis.device, len(elements) ** 2
@@ -108,16 +108,16 @@ def build_radial_table(
         intervals = (weights.basis.shape[-1] - 1) * per_centre
         if pairs * (intervals + 1) * 2 * results * 4 > max_bytes:
             return None
-        step = cutoff / intervals
-        at = torch.arange(intervals + 1, dtype=torch.float64, device=device) * step
+        width = cutoff / intervals
+        at = torch.arange(intervals + 1, dtype=torch.float64, device=device) * width
         knots = _on_grid(at, rows, network, True)
-        knots[:, :, 1] *= step
+        knots[:, :, 1] *= width
         # the error of a cubic is largest in the middle of its interval
         probe = torch.arange(0, intervals, max(intervals // 512, 1), device=device)
         a, b, c, d = hermite(torch.tensor(0.5, dtype=torch.float64, device=device))
         left, right = knots[:, probe], knots[:, probe + 1]
         found = a * left[:, :, 0] + b * left[:, :, 1] + c * right[:, :, 0] + d * right[:, :, 1]
-        expected = _on_grid(at[probe] + 0.5 * step, rows, network, False)
+        expected = _on_grid(at[probe] + 0.5 * width, rows, network, False)
         error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         if error <= tolerance:
             size = exact.target_table.shape[0]
@@ -156,25 +156,26 @@ def load(at, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def spline(features, row, c, K: tl.constexpr, mask, MASKED: tl.constexpr):
+def ends(features, row, c, K: tl.constexpr, mask, MASKED: tl.constexpr):
     """Value and slope at both ends of an interval, columns c."""
     at = features + row * (2 * K) + c
-    return (
-        load(at, mask, MASKED),
-        load(at + K, mask, MASKED),
-        load(at + 2 * K, mask, MASKED),
-        load(at + 3 * K, mask, MASKED),
-    )
+    v0, s0 = load(at, mask, MASKED), load(at + K, mask, MASKED)
+    return v0, s0, load(at + 2 * K, mask, MASKED), load(at + 3 * K, mask, MASKED)
+
+
+@triton.jit
+def cubic(v0, s0, v1, s1, f):
+    """The spline at position f of an interval with these :func:`ends`."""
+    right = f * f * (3.0 - 2.0 * f)
+    return v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
 
 
 @triton.jit
 def feature(features, row, position, e, c, mask, K: tl.constexpr, TABLE: tl.constexpr, MASKED: tl.constexpr):
     """Columns c of the features of edge e."""
     if TABLE:
-        v0, s0, v1, s1 = spline(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
-        f = tl.load(position + e)
-        right = f * f * (3.0 - 2.0 * f)
-        x = v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
+        v0, s0, v1, s1 = ends(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
+        x = cubic(v0, s0, v1, s1, tl.load(position + e))
     else:
         x = load(features + e * K + c, mask, MASKED)
     return x
@@ -183,11 +184,9 @@ def feature(features, row, position, e, c, mask, K: tl.constexpr, TABLE: tl.cons
 @triton.jit
 def spline_and_slope(features, row, f, c, mask, knots_per_length, K: tl.constexpr, MASKED: tl.constexpr):
     """Columns c of the spline in the interval ``row``, at position f of it, and their derivative by the length."""
-    v0, s0, v1, s1 = spline(features, row, c, K, mask, MASKED)
-    right = f * f * (3.0 - 2.0 * f)
-    x = v0 + right * (v1 - v0) + f * (1.0 - f) * ((1.0 - f) * s0 - f * s1)
+    v0, s0, v1, s1 = ends(features, row, c, K, mask, MASKED)
     slope = 6.0 * f * (1.0 - f) * (v1 - v0) + (1.0 - f) * (1.0 - 3.0 * f) * s0 + f * (3.0 * f - 2.0) * s1
-    return x, slope * knots_per_length
+    return cubic(v0, s0, v1, s1, f), slope * knots_per_length
 
 
 @triton.jit
