@@ -327,9 +327,8 @@ class FusedAttention(Step):
                 attend_backward_kernel.sender_kernel[grid](
                     weight, pair, edges.scale, *_arguments(part), *_arguments(given.query, run.nodes), run.target,
                     run.order, run.order_ptr, run.order if run.senders is None else run.senders, grad_value, grad_key,
-                    R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
-                    ACCUMULATE=run.senders is not None, EACH=min(EACH, sender_tiles["BH"]),
-                    UNROLL=SENDER_UNROLL[half], **sender_tiles,
+                    R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width), UNROLL=SENDER_UNROLL[half],
+                    ACCUMULATE=run.senders is not None, EACH=min(EACH, sender_tiles["BH"]), **sender_tiles,
                 )  # fmt: skip
             grad_distance, grad_harmonics = grad_parts, None
             if gate is not None:
