@@ -4,6 +4,7 @@ Importing this package registers the short names ``e2former_v2``, ``e2former_v2_
 ``e2former_v2_direct_force_head`` and ``e2former_v2_gradient_head`` with fairchem; configurations and checkpoints
 written by this package hold full import paths, which need no registration.
 
+``pretrained`` gives the path of a potential that comes with the package (:mod:`e2former_fairchem.weights`).
 ``train`` trains on one's own structures (:func:`e2former_fairchem.own_data.train.train`); ``EnsembleCalculator``,
 ``DispersionCalculator`` and ``embeddings`` are in :mod:`e2former_fairchem.calculators`.
 """
@@ -16,13 +17,14 @@ from typing import Any
 import e2former_fairchem.backbone
 import e2former_fairchem.heads  # noqa: F401  (both register on import)
 
-__all__ = ["DispersionCalculator", "EnsembleCalculator", "__version__", "embeddings", "train"]
+__all__ = ["DispersionCalculator", "EnsembleCalculator", "__version__", "embeddings", "pretrained", "train"]
 
 #: Name: the module to import when it is asked for.
 _LATER = {
     "DispersionCalculator": "calculators",
     "EnsembleCalculator": "calculators",
     "embeddings": "calculators",
+    "pretrained": "weights",
     "train": "own_data.train",
 }
 

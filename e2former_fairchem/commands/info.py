@@ -8,7 +8,10 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="inference checkpoint, which is unpickled: only one that you trust"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a potential that comes with the package (gfn2-small), or an inference checkpoint's file, which is "
+        "unpickled: only one that you trust",
     )
 
 

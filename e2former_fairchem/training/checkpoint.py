@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
+from e2former_fairchem import weights
 from e2former_fairchem.backbone import E2FormerV2Backbone
 
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
@@ -45,7 +46,7 @@ def check_checkpoint_path(location: str | Path, key: str = "checkpoint") -> Path
     """Check that `location` is a file that torch wrote, without reading it.
 
     Args:
-        location: path of an inference checkpoint.
+        location: path of an inference checkpoint, or the name of a potential that comes with the package.
         key: config key that holds it, for the message.
 
     Returns:
@@ -56,12 +57,17 @@ def check_checkpoint_path(location: str | Path, key: str = "checkpoint") -> Path
         ValueError: a folder, or a file of another kind.
     """
     path = Path(location).expanduser().absolute()
+    if not path.exists() and str(location) in weights.names():
+        path = Path(weights.pretrained(str(location)))
     if path.is_dir():
         inner = path / UNIT_INFERENCE_CHECKPOINT
         hint = f"; did you mean {inner}?" if inner.is_file() else ""
         raise ValueError(f"{key}: expected the file of an inference checkpoint, got the folder {path}{hint}")
     if not path.is_file():
-        raise FileNotFoundError(f"{key}: expected an inference checkpoint's file, got {path}, which does not exist")
+        raise FileNotFoundError(
+            f"{key}: expected an inference checkpoint's file or one of {', '.join(weights.names())}, got {path}, which "
+            "does not exist"
+        )
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{key}: expected an inference checkpoint (a file written by torch.save), got {path}, {_kind_of(path)}"
@@ -168,8 +174,8 @@ def read_tasks(location: str | Path, any_backbone: bool = False) -> list[dict[st
 
 def _averaged_weights(checkpoint: MLIPInferenceCheckpoint) -> dict[str, Tensor]:
     """The EMA weights, or the plain ones where there are none; prefixes of the wrappers removed."""
-    weights = checkpoint.ema_state_dict or checkpoint.model_state_dict
-    return {k.replace("module.", ""): v for k, v in weights.items() if k != "n_averaged"}
+    averaged = checkpoint.ema_state_dict or checkpoint.model_state_dict
+    return {k.replace("module.", ""): v for k, v in averaged.items() if k != "n_averaged"}
 
 
 def _match_heads(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,17 +33,22 @@ def _in_run_dir(node: Any, run_dir: str) -> Any:
     return node
 
 
-def _check_data(node: Any, key: str) -> Any:
-    """The same with a check of every data set's path, under the key that names it in the resumed run."""
+def _check_data(node: Any, key: str, check: str = "dataset") -> Any:
+    """The same with a check of every data set's path, under the key that names it in the resumed run.
+
+    check: the resolver for paths of the format that the nearest data set has.
+    """
     if not isinstance(node, dict):
         return node
+    if str(node.get("format", "")).endswith(".PackedDataset"):
+        check = "folder"
     found = {}
     for name, value in node.items():
         place = f"{key}.{name}" if key else str(name)
         if name == "src" and ".splits." in key and isinstance(value, str):
-            found[name] = f"${{e2former.dataset:{_quote(place)},{_quote(value)}}}"
+            found[name] = f"${{e2former.{check}:{_quote(place)},{_quote(value)}}}"
         else:
-            found[name] = _check_data(value, place)
+            found[name] = _check_data(value, place, check)
     return found
 
 

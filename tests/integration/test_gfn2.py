@@ -138,10 +138,12 @@ def test_data_set(tmp_path: Path) -> None:
 def test_training(
     repo: Path, launch: Callable, tiny: Sequence[str], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through fairchem's command line, and the benchmarks after it."""
+    """Through fairchem's command line, resumed as well, and the benchmarks after it."""
     folder = packed(elsewhere)
     short = ("steps=2", "batch_size=4", "runner.evaluate_every_n_steps=2", "job.run_dir=run", f"gfn2={folder}")
     launch(repo / "configs" / "train" / "gfn2_small.yaml", *tiny, *short)
+    (final,) = elsewhere.glob("run/*/checkpoints/final/resume.yaml")
+    launch(final, "runner.max_steps=3")
     assert (elsewhere / "run" / "inference_ckpt.pt").is_file()
     monkeypatch.syspath_prepend(repo / "benchmarks" / "gfn2")
     evaluate, properties = importlib.import_module("evaluate"), importlib.import_module("properties")

@@ -1,7 +1,8 @@
 """Every execution against the reference in float64: features, forces, second derivatives, gradients of training.
 
 What a network may lose is what the reference loses in float32 with the same precision of products on the same device,
-twice; in Triton's interpreter, whose products are not rounded to TF32, float16 rows have a few of their roundings.
+twice; in Triton's interpreter, whose products are not rounded to TF32, float16 rows have a few of their roundings,
+in the mean of some networks: for three atoms it scatters tenfold.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ class System:
         return {name: t.detach().double() for name, t in found.items()}
 
 
-def network(device: str, dtype: torch.dtype, backend: str, config: dict, frozen: bool) -> E2FormerV2:
-    torch.manual_seed(0)
+def network(device: str, dtype: torch.dtype, backend: str, config: dict, frozen: bool, seed: int) -> E2FormerV2:
+    torch.manual_seed(seed)
     shape = (SMALL if device == "cpu" else WIDE) | {"max_num_elements": 10, "cutoff": 5.0}
     model = E2FormerV2(E2FormerV2Config(**(shape | config), kernel_backend=backend)).to(device, dtype).eval()
     return model.freeze() if frozen else model
@@ -134,10 +135,11 @@ def references() -> Callable[..., dict[str, Tensor]]:
     """Outputs of the reference, made once."""
     known: dict[tuple, dict[str, Tensor]] = {}
 
-    def get(device: str, name: str, frozen: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-        key = device, name, frozen, dtype, torch.get_float32_matmul_precision()
+    def get(device: str, name: str, frozen: bool, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        key = device, name, frozen, seed, dtype, torch.get_float32_matmul_precision()
         if key not in known:
-            known[key] = System(device, dtype).outputs(network(device, dtype, "reference", CONFIGS[name], frozen))
+            model = network(device, dtype, "reference", CONFIGS[name], frozen, seed)
+            known[key] = System(device, dtype).outputs(model)
         return known[key]
 
     return get
@@ -160,20 +162,25 @@ def test_errors(
 ) -> None:
     on_gpu, frozen = device == "cuda", execution != "kernels"
     matmul_precision(precision)
-    exact = references(device, name, frozen, torch.float64)
-    budget = errors(references(device, name, frozen, torch.float32), exact)
-    model = network(device, torch.float32, "triton", CONFIGS[name] | {"cuda_graph": execution == "replayed"}, frozen)
-    system = System(device, torch.float32)
-    if frozen:  # the second evaluation has splines, the fifth is replayed
-        for n in range(6 if execution == "replayed" else 1):
-            system.features(model, 1e-3 * n).sum().backward()
-    found = errors(system.outputs(model), exact)
-    assert model.execution == execution
-    half = {key: value for key, value in found.items() if key in ("features", "forces")}
+    config = CONFIGS[name] | {"cuda_graph": execution == "replayed"}
+    found: dict[str, list[float]] = {}
+    for seed in range(1 if on_gpu or execution != "frozen_half" else 3):
+        model = network(device, torch.float32, "triton", config, frozen, seed)
+        system = System(device, torch.float32)
+        if frozen:  # the second evaluation has splines, the fifth is replayed
+            for n in range(6 if execution == "replayed" else 1):
+                system.features(model, 1e-3 * n).sum().backward()
+        exact = references(device, name, frozen, seed, torch.float64)
+        for key, value in errors(system.outputs(model), exact).items():
+            found.setdefault(key, []).append(value)
+        assert model.execution == execution
+    mean = {key: float(torch.tensor(values).square().mean().sqrt()) for key, values in found.items()}
+    half = {key: value for key, value in mean.items() if key in ("features", "forces")}
     if execution == "frozen_half":
         assert min(half.values()) > 0.1 * ROUNDING, f"float16 rows are not there: {half}"
     if on_gpu:
-        over = {key: (value, budget[key]) for key, value in found.items() if value > 2 * budget[key] + 1e-6}
+        budget = errors(references(device, name, frozen, 0, torch.float32), exact)
+        over = {key: (value, budget[key]) for key, value in mean.items() if value > 2 * budget[key] + 1e-6}
     else:
-        over = {key: v for key, v in found.items() if v > (6 * ROUNDING if execution == "frozen_half" else 2e-5)}
-    assert not over, over
+        over = {key: v for key, v in mean.items() if v > (6 * ROUNDING if execution == "frozen_half" else 2e-5)}
+    assert not over, (over, found)
