@@ -12,25 +12,25 @@ from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
 from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "runs" / "quickstart" / "inference_ckpt.pt"
+from e2former_fairchem import pretrained
 
 
 def arguments(description: str, several: bool = False, **integers: int) -> argparse.Namespace:
-    """The command line: a checkpoint (the quickstart's where none is named), or several, and counts with defaults."""
+    """The command line: a checkpoint (gfn2-small where none is named), or several, and counts with defaults."""
     logging.disable(logging.WARNING)  # fairchem tells its settings; an example's output is numbers
     parser = argparse.ArgumentParser(description=description)
     if several:
         parser.add_argument("checkpoints", nargs="+", metavar="checkpoint", help="inference checkpoint")
     else:
         parser.add_argument(
-            "checkpoint", nargs="?", default=str(QUICKSTART), help="inference checkpoint (default: quickstart's)"
+            "checkpoint", nargs="?", default=pretrained("gfn2-small"), help="inference checkpoint (default: gfn2-small)"
         )
     for name, default in integers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default: {default}")
     args = parser.parse_args()
     for checkpoint in args.checkpoints if several else [args.checkpoint]:
         if not Path(checkpoint).is_file():
-            parser.error(f"checkpoint: expected a file, got {checkpoint} (fairchem -c configs/quickstart.yaml)")
+            parser.error(f"checkpoint: expected an inference checkpoint's file, got {checkpoint}")
     return args
 
 

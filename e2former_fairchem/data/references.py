@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,9 @@ class FittedReferences:
     undetermined: list[str]
 
 
-def fit_element_references(numbers: Sequence[np.ndarray], energies: Sequence[float]) -> FittedReferences:
+def fit_element_references(
+    numbers: Sequence[np.ndarray], energies: Sequence[float], states: Sequence[Hashable] = ()
+) -> FittedReferences:
     r"""Least squares of total energies on the counts of the elements, :math:`\min_r \sum_i (E_i - n_i \cdot r)^2`.
 
     Where elements always come in the same ratio, only the energy of their sum is fixed. Of the solutions the one
@@ -94,6 +97,8 @@ def fit_element_references(numbers: Sequence[np.ndarray], energies: Sequence[flo
     Args:
         numbers: atomic numbers of each structure.
         energies: total energies, eV.
+        states: of each structure, its charge and spin for example. All but the most common one get an energy of their
+            own in the fit, so that electrons taken or given do not count as elements' energies.
 
     Raises:
         ValueError: no structures, or an energy that is not finite.
@@ -110,11 +115,14 @@ def fit_element_references(numbers: Sequence[np.ndarray], energies: Sequence[flo
     # total energies of all-electron calculations are near the sums of OMOL25's
     starts = [np.nan_to_num(read_element_references(BUNDLED["omol25"]))[present], np.zeros(len(present))]
     start = min(starts, key=lambda r: np.abs((target - counts @ r) / atoms).mean())
-    correction, _, rank, _ = np.linalg.lstsq(counts, target - counts @ start, rcond=None)
+    common = [state for state, _ in Counter(states).most_common()]
+    ours = np.array([[state == other for other in common[1:]] for state in states], float).reshape(len(counts), -1)
+    correction = np.linalg.lstsq(np.hstack([counts, ours]), target - counts @ start, rcond=None)[0][: len(present)]
     table = np.full(NUM_ELEMENTS + 1, math.nan)
     table[0] = 0.0
     table[present] = start + correction
     # An element is undetermined where some change of the table that no energy sees changes it.
+    rank = np.linalg.matrix_rank(counts)
     free = np.abs(np.linalg.svd(counts.T @ counts)[2][rank:]).max(axis=0, initial=0.0)
     undetermined = [chemical_symbols[z] for z in present[free > 1e-6]]
     return FittedReferences(table, np.abs(target - counts @ table[present]) / atoms, undetermined)

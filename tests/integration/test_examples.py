@@ -142,7 +142,7 @@ def process(name: str, *arguments: str) -> str:
 def test_no_checkpoint(run, capfd) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("relaxation", "absent.pt")
-    assert "expected a file, got absent.pt (fairchem -c configs/quickstart.yaml)" in capfd.readouterr().err
+    assert "expected an inference checkpoint's file, got absent.pt" in capfd.readouterr().err
 
 
 def test_dispersion(run, tmp_path, write_checkpoint, d3_table, monkeypatch) -> None:

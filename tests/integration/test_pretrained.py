@@ -1,0 +1,55 @@
+"""Potentials that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ase.build import molecule
+from fairchem.core import FAIRChemCalculator
+
+import e2former_fairchem
+from e2former_fairchem import weights
+from e2former_fairchem.cli import main
+from e2former_fairchem.training.checkpoint import check_checkpoint_path, read_checkpoint
+
+#: GFN2-xTB's energies, eV (tblite 0.5), of ASE's geometries.
+GFN2 = {"H2O": -137.9678, "CH3OH": -223.8355, "C6H6": -432.0834}
+
+
+@pytest.mark.parametrize("name", weights.names())
+def test_a_file_of_averaged_weights_with_a_card(name: str) -> None:
+    path = Path(e2former_fairchem.pretrained(name))
+    assert path.stat().st_size < 10e6
+    content = read_checkpoint(path)
+    averaged = {key.removeprefix("module."): value for key, value in content.ema_state_dict.items()}
+    assert all(averaged[key].data_ptr() == value.data_ptr() for key, value in content.model_state_dict.items())
+    assert {"data", "level_of_theory", "licence", "states", "structures", "steps", "validation", "versions"} <= {
+        *content.card
+    }
+
+
+def test_names(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known ones stand for their files wherever a checkpoint is asked for; a file of that name comes first."""
+    with pytest.raises(ValueError, match=r"name: expected a potential .*\(gfn2-small\), got 'gfn2'"):
+        e2former_fairchem.pretrained("gfn2")
+    assert main(["info", "gfn2-small"]) == 0
+    said = capsys.readouterr().out
+    assert "level of theory: GFN2-xTB" in said and "licence: MIT" in said
+    assert str(check_checkpoint_path("gfn2-small")) == e2former_fairchem.pretrained("gfn2-small")
+    with pytest.raises(FileNotFoundError, match="expected an inference checkpoint's file or one of gfn2-small, got"):
+        check_checkpoint_path("gfn2-large")
+    monkeypatch.chdir(tmp_path)
+    Path("gfn2-small").write_bytes(b"")
+    with pytest.raises(ValueError, match="which is empty"):
+        check_checkpoint_path("gfn2-small")
+
+
+@pytest.mark.parametrize("name", GFN2)
+def test_energies_of_gfn2_small(name: str) -> None:
+    atoms = molecule(name)
+    atoms.info.update(charge=0, spin=1)
+    atoms.calc = FAIRChemCalculator.from_model_checkpoint(
+        e2former_fairchem.pretrained("gfn2-small"), "omol", device="cpu", inference_settings="traineval"
+    )
+    assert atoms.get_potential_energy() == pytest.approx(GFN2[name], abs=0.01 * len(atoms))
