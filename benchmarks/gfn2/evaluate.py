@@ -19,6 +19,7 @@ from fairchem.core.units.mlip_unit import InferenceSettings, load_predict_unit
 
 from e2former_fairchem.data.make_gfn2 import CLASSES
 from e2former_fairchem.data.packed import PackedDataset
+from e2former_fairchem.training.checkpoint import check_checkpoint_path
 
 BATCH_ATOMS = 4096
 
@@ -61,12 +62,13 @@ def errors(checkpoint: Path, folder: Path, most: int, device: str) -> dict[str, 
 def main() -> None:
     """Print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", help="a file, or gfn2-small")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--most", type=int, default=5000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    options.checkpoint = check_checkpoint_path(options.checkpoint)
     rows = errors(options.checkpoint, options.folder, options.most, options.device)
     print("| class | structures | energy, meV/atom | forces, meV/Å | zero forces |\n|---|---|---|---|---|")
     for name, row in rows.items():

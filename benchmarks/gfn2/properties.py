@@ -37,6 +37,7 @@ from fairchem.core.units.mlip_unit import InferenceSettings, load_predict_unit
 from e2former_fairchem.data.make_gfn2 import CLASSES, GFN2, ForASE, water_cluster
 from e2former_fairchem.data.packed import PackedDataset
 from e2former_fairchem.md.engine import draw_velocities
+from e2former_fairchem.training.checkpoint import check_checkpoint_path
 
 STRICT = InferenceSettings(tf32=False, activation_checkpointing=False, compile=False)
 KELVIN, STEP = 300.0, 0.5
@@ -155,13 +156,14 @@ def speed(
 def main() -> None:
     """Print what was found, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", help="a file, or gfn2-small")
     parser.add_argument("folder", type=Path)
     parser.add_argument("parts", nargs="*", default=[], help="of relax, dynamics, speed; all by default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--steps", type=int, default=40_000, help="of dynamics")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    options.checkpoint = check_checkpoint_path(options.checkpoint)
     parts = {
         "relax": lambda: relax(options.checkpoint, options.folder, options.device),
         "dynamics": lambda: dynamics(options.checkpoint, options.folder, options.device, steps=options.steps),
