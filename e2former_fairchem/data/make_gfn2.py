@@ -19,6 +19,7 @@ FOLDER/references.json has energies per element, fitted.
 | ion | a proton more at N, O, S or P, or one less; an electron more or less; some relaxed and moved |
 | radical | a hydrogen atom less, doublets of closed shells; some relaxed and moved |
 | water | clusters of 2 to 24 water molecules |
+| fragment | what single bonds outside rings leave, up to six heavy atoms, as it is and with an electron less or more |
 | pair, atom | every pair of the elements at 0.7 to 2.5 times their covalent distance; atoms alone |
 
 Molecules that the bundled sample keeps for ``val_new`` are left out, in every charge.
@@ -58,7 +59,7 @@ BLOCK = 32
 ELEMENTS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53)
 CLASSES = (
     "displaced", "dynamics", "stretched", "torsion", "dimer", "trimer", "ion", "radical", "water", "pair", "atom",
-    "relaxed",
+    "relaxed", "fragment",
 )  # fmt: skip
 #: Canonical SMILES of the molecules in `make_sample.HELD_OUT_MOLECULES`.
 VAL_NEW = {"CCO", "CC(C)=O", "c1ccncc1", "CC#N", "CS", "CCCC", "[CH]=O", "O=CO"}
@@ -68,6 +69,8 @@ NUMBER = {"displaced": 5, "dynamics": 8, "stretched": 6, "torsion": 3, "dimer": 
 RELAXED, STRIDE = (0, 3, 8), 5
 #: Files of water clusters, clusters in each; distances of a pair.
 WATER_FILES, WATERS, PAIR_DISTANCES = 20, 100, 40
+#: Heavy atoms of a fragment, at most; structures of its dynamics in each state; fragments of a file.
+HEAVY, FRAGMENT_DYNAMICS, FRAGMENTS = 6, 4, 100
 #: Unpaired electrons of atoms alone.
 UNPAIRED = {1: 1, 5: 1, 6: 2, 7: 3, 8: 2, 9: 1, 14: 2, 15: 3, 16: 2, 17: 1, 35: 1, 53: 1}
 KELVIN = 8.617333262e-5  # eV
@@ -211,6 +214,55 @@ def molecules(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]
         partners = [other for other in known if other.is_test == molecule.is_test and len(other.numbers) <= 24]
         for structure, label in _of_molecule(molecule, partners):
             yield structure, label, int(molecule.is_test)
+
+
+def pieces(smiles: list[str]) -> list[str]:
+    """SMILES of what single bonds outside rings leave of the molecules, radicals, each once, by length."""
+    from rdkit import Chem
+
+    found = set()
+    for text in smiles:
+        whole = Chem.AddHs(Chem.MolFromSmiles(text))
+        for bond in whole.GetBonds():
+            ends = bond.GetBeginAtom(), bond.GetEndAtom()
+            heavy = all(atom.GetAtomicNum() > 1 for atom in ends)
+            if not heavy or bond.IsInRing() or bond.GetBondType() != Chem.BondType.SINGLE:
+                continue
+            cut = Chem.RWMol(whole)
+            cut.RemoveBond(*(atom.GetIdx() for atom in ends))
+            for atom in ends:
+                radical = cut.GetAtomWithIdx(atom.GetIdx())
+                radical.SetNumRadicalElectrons(atom.GetNumRadicalElectrons() + 1)
+                radical.SetNoImplicit(True)
+            for part in Chem.GetMolFrags(cut, asMols=True):
+                if part.GetNumHeavyAtoms() <= HEAVY:
+                    found.add(Chem.MolToSmiles(Chem.RemoveHs(part)))
+    return sorted(found, key=lambda text: (len(text), text))
+
+
+def fragments(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]]:
+    """Fragments with their labels and whether they are for tests: on the way to their minima, and moving."""
+    for text in smiles:
+        try:
+            piece = Molecule(text, conformers=1)
+        except Exception as error:  # RDKit's own errors have no common class
+            print(f"{text} is left out: {error}", flush=True)
+            continue
+        for charge in (0, 1, -1):
+            unpaired = piece.unpaired if charge == 0 else abs(piece.unpaired - 1)
+            start = Structure("fragment", piece.numbers, piece.conformers[0], piece.charge + charge, unpaired)
+            for structure, label in _moving(start, piece.random):
+                yield structure, label, int(piece.is_test)
+
+
+def _moving(start: Structure, random: np.random.Generator) -> Iterator[Labelled]:
+    """On the way to its minimum, and dynamics from there."""
+    method = GFN2(start.numbers, start.charge, start.unpaired)
+    if len(start.numbers) == 1:
+        yield start, method(start.positions)
+        return
+    relaxed = yield from _relaxed(start, method, 20)
+    yield from _dynamics(relaxed, method, FRAGMENT_DYNAMICS, random)
 
 
 def waters(seed: int) -> Iterator[tuple[Structure, Label | None, int]]:
@@ -433,16 +485,19 @@ def why_not(structure: Structure, label: Label | None) -> str | None:
 
 
 class Job(NamedTuple):
-    """A file to make: of these SMILES, of water clusters by their seed, or of pairs."""
+    """A file to make: of these SMILES, of fragments, of water clusters by their seed, or of pairs."""
 
     name: str
     smiles: tuple[str, ...] = ()
     water: int | None = None
+    fragments: tuple[str, ...] = ()
 
     def structures(self) -> Iterator[tuple[Structure, Label | None, int]]:
         """With labels and whether they are for tests."""
         if self.smiles:
             return molecules(list(self.smiles))
+        if self.fragments:
+            return fragments(list(self.fragments))
         return pairs() if self.water is None else waters(self.water)
 
 
@@ -496,6 +551,9 @@ def _jobs(smiles: list[str]) -> list[Job]:
     # neighbours in the list are of one size: a block has molecules from all over it
     blocks = -(-len(smiles) // BLOCK)
     found = [Job(f"molecules_{n:04d}", tuple(smiles[n::blocks])) for n in range(blocks)]
+    parts = pieces(smiles)
+    files = -(-len(parts) // FRAGMENTS)
+    found += [Job(f"fragments_{n:04d}", fragments=tuple(parts[n::files])) for n in range(files)]
     return [*found, *(Job(f"water_{n:04d}", water=n) for n in range(WATER_FILES)), Job("pairs")]
 
 

@@ -97,6 +97,18 @@ def test_molecules_of_val_new_are_left_out() -> None:
 
 
 @needs_data
+def test_fragments() -> None:
+    """What single bonds outside rings leave, each once; as radical, cation and anion; none of val_new."""
+    parts = make_gfn2.pieces(["CCO", "OCC", "CC=O", "c1ccccc1O", "C1CC1", "O=CO"])
+    assert parts == ["[OH]", "[CH3]", "[CH2]C", "[CH2]O", "[CH]=O", "[c]1ccccc1"]
+    made = [structure for structure, label, _ in make_gfn2.fragments(["[CH3]", "[CH]=O", "[Cl]"]) if label is not None]
+    assert {(len(s.numbers), s.charge, s.unpaired) for s in made} == {
+        (n, charge, int(charge == 0)) for n in (4, 1) for charge in (-1, 0, 1)
+    }
+    assert all(s.kind == "fragment" for s in made) and sum(len(s.numbers) == 4 for s in made) > 15
+
+
+@needs_data
 def test_command_goes_on_where_it_was(tmp_path: Path) -> None:
     """All files are there but that of the molecules; a molecule's stands for the others, which take minutes each."""
     (tmp_path / "list.smi").write_text("O\n")
