@@ -17,6 +17,8 @@ from ase.data import chemical_symbols
 from e2former_fairchem.data import make_gfn2
 from e2former_fairchem.data.make_sample import HELD_OUT_MOLECULES
 from e2former_fairchem.data.packed import PackedDataset
+from e2former_fairchem.training.card import read_card
+from e2former_fairchem.training.checkpoint import read_checkpoint
 
 missing = [name for name in ("rdkit", "tblite") if importlib.util.find_spec(name) is None]
 needs_data = pytest.mark.skipif(bool(missing), reason=f"needs the extra data ({', '.join(missing)})")
@@ -163,10 +165,19 @@ def test_training(
     rows = evaluate.errors(checkpoint, folder, 6, "cpu")
     assert set(rows) == {"displaced", "relaxed", "all"} and rows["all"]["structures"] == 6
     assert 0 < rows["all"]["energy"] < 1e5 and rows["all"]["zero_forces"] == pytest.approx(800, rel=0.5)
+    (elsewhere / "errors.json").write_text(json.dumps(rows))
+    bundled = importlib.import_module("bundle").bundle(checkpoint, elsewhere / "errors.json", elsewhere / "mine.pt")
+    card = read_card(read_checkpoint(bundled))
+    assert card["licence"] == "MIT" and bundled.stat().st_size < 0.7 * checkpoint.stat().st_size
+    errors = card["validation"]["molecules that training has not seen"]
+    assert errors == {key: pytest.approx(rows["all"][key] / 1000) for key in ("energy", "forces")}
+    assert evaluate.errors(bundled, folder, 6, "cpu") == rows
     moved = properties.dynamics(checkpoint, folder, "cpu", steps=3)
     assert moved["molecules"] == 1 and moved["atoms"] == 3 and 1 <= moved["longest_bond_over_start"] < 1.5
     if not missing:
         found = properties.relax(checkpoint, folder, "cpu")
-        assert found["molecules"] == 1 and 0 < found["median_rmsd"] == found["largest_rmsd"]
+        assert set(found) == {"same_start", "from_minimum"}
+        for one in found.values():
+            assert one["molecules"] == 1 and 0 < one["median_rmsd"] == one["largest_rmsd"]
         (times,) = properties.speed(checkpoint, "cpu", (1,), properties.STRICT).values()
         assert set(times) == {"potential", "gfn2"}

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from ase.build import molecule
+from ase.io import write
 from fairchem.core import FAIRChemCalculator
 
 import e2former_fairchem
 from e2former_fairchem import weights
 from e2former_fairchem.cli import main
+from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import check_checkpoint_path, read_checkpoint
 
 #: GFN2-xTB's energies, eV (tblite 0.5), of ASE's geometries.
@@ -53,3 +55,21 @@ def test_energies_of_gfn2_small(name: str) -> None:
         e2former_fairchem.pretrained("gfn2-small"), "omol", device="cpu", inference_settings="traineval"
     )
     assert atoms.get_potential_energy() == pytest.approx(GFN2[name], abs=0.01 * len(atoms))
+
+
+def test_fine_tuning_by_name(tmp_path: Path, without_figures: None) -> None:
+    """Energies of another level of theory, here with other energies per element and per charge."""
+    frames = []
+    for n in range(8):
+        atoms = molecule(("H2O", "CH3OH", "CH4")[n % 3])
+        atoms.rattle(0.05, seed=n)
+        charge = int(n >= 6)
+        energy = GFN2["H2O"] if n % 3 == 0 else -60.0
+        atoms.info.update(charge=charge, spin=1 + charge, REF_energy=energy * len(atoms))
+        atoms.arrays["REF_forces"] = atoms.positions * 0.0 + 0.1
+        frames.append(atoms)
+    write(tmp_path / "mine.xyz", frames)
+    result = e2former_fairchem.train(
+        tmp_path / "mine.xyz", output=tmp_path / "run", from_checkpoint="gfn2-small", overrides=["epochs=1"]
+    )
+    assert read_card(read_checkpoint(result.checkpoint))["started_from"] == "gfn2-small"
