@@ -1,7 +1,8 @@
 """Stress of a periodic cell, checked against finite differences of the energy, and relaxation of positions and cell.
 
 The cell, of two ammonia molecules, is smaller than the cutoff: images are neighbours. fairchem adds a stress task to
-every conserving model. The quickstart's model has seen no crystal: the numbers show that it runs.
+every conserving model. gfn2-small has seen clusters and no crystal: its stress is the derivative of its energy, but
+the pressure of the first cell, -0.54 GPa, is +0.32 GPa by GFN2-xTB (tblite 0.8.0, 2 x 2 x 2 cells), which it learned.
 
     python examples/cell_relaxation.py [CHECKPOINT]
 """

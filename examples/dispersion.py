@@ -2,8 +2,8 @@
 
     python examples/dispersion.py CHECKPOINT
 
-The quickstart's potential is refused: its labels (wB97M-V) have dispersion already. fairchem downloads D3's
-coefficients at the first use.
+gfn2-small is refused, and so is what learned OMol25 or the sample: GFN2-xTB has D4 dispersion in it, wB97M-V its own.
+fairchem downloads D3's coefficients at the first use.
 """
 
 from __future__ import annotations

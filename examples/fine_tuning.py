@@ -1,9 +1,10 @@
-"""Fine-tune a checkpoint on structures of one's own, and compare it with what it was.
+"""Fine-tune a potential on structures of one's own, of another level of theory, and compare it with what it was.
 
     python examples/fine_tuning.py [CHECKPOINT]
 
-The structures are a file like any of yours: here some of the bundled sample's, of molecules that the quickstart has not
-seen. The same on the command line: `e2former-fairchem train mine.xyz --from CHECKPOINT`.
+The structures are a file like any of yours: here some of the bundled sample's (wB97M-V/def2-SVP), of molecules that
+gfn2-small has not seen either. The element references are moved to the new level of theory, and errors before are those
+with moved references. The same on the command line: `e2former-fairchem train mine.xyz --from gfn2-small`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ def main() -> None:
             file,
             output=new_folder("runs/fine_tuning"),
             from_checkpoint=args.checkpoint,
-            overrides=[f"epochs={args.epochs}"],
+            overrides=[f"epochs={args.epochs}", "card.level_of_theory=wB97M-V/def2-SVP"],
         )
     before, after = (result.errors[f"validation, {when}"] for when in ("before", "after"))
-    print(f"forces on unseen structures: {before.forces:.3f} -> {after.forces:.3f} eV/Å")
+    print(f"forces of structures held out: {before.forces:.3f} -> {after.forces:.3f} eV/Å")
 
 
 if __name__ == "__main__":
