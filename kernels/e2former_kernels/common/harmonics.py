@@ -1,4 +1,4 @@
-"""Real spherical and solid harmonics in e3nn's order, for any degree: in PyTorch, and in steps for Triton kernels.
+"""Real spherical and solid harmonics in e3nn's order, for any degree: in PyTorch, and by recursion for Triton kernels.
 
 The polar axis is y: degree l has rows m = -l..l, and (z, x) play the part that (x, y) play in most textbooks,
 so that degree one reads (x, y, z). "Component" normalisation: the squares of one degree sum to 2l+1 on the sphere.

@@ -82,11 +82,11 @@ def _wanted(ctx, number: int) -> list[int]:
     nodes = [node for node, _ in ctx.next_functions[:number]]
     tracing = any(is_fake(t) for t in ctx.saved_tensors)
 
-    def runs(node) -> bool:
+    def comes_to(node) -> bool:
         leaf = node.name() == "torch::autograd::AccumulateGrad"  # the engine does not answer for leaves
         return tracing or leaf or will_engine_execute_node(node)
 
-    return [n for n, node in enumerate(nodes) if node is not None and runs(node)]
+    return [n for n, node in enumerate(nodes) if node is not None and comes_to(node)]
 
 
 def _placed(found: Sequence[Tensor], at: Sequence[int], number: int) -> list[Tensor | None]:

@@ -1,7 +1,7 @@
 """Edges in runs of whole receivers: what kernels need to know of a run, and any function of edges evaluated run by run.
 
-A message-passing step is a sum over edges. Sorted by receiver, the edges split into runs of whole receivers, and the
-step splits with them: its value, its vector-Jacobian product, the product's own vector-Jacobian product, and so on, are
+Messages are summed over edges. Sorted by receiver, the edges split into runs of whole receivers, and the
+sum splits with them: its value, its vector-Jacobian product, the product's own vector-Jacobian product, and so on, are
 all "for every run: gather, compute, scatter". :class:`Plan` uses this one observation for all of them, so no tensor
 with an edge dimension outlives its run in forward, backward, double backward or beyond, while the per-edge computation
 is written once, as ordinary differentiable PyTorch.

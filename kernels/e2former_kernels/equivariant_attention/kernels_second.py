@@ -2,7 +2,7 @@ r"""Triton kernels of the attention weights along a change of everything they re
 
 a = g x with x = <q, k> / sqrt(S). Softmax: zeta = exp(a - m) / T, pi = zeta u, w = pi p, T = sum over the receiver's
 edges of exp(a - m) u + a constant (NORM: 0 smooth, 1 molfm, 2 softplus, 3 sigmoid). With ' for the change (m' = 0 in
-the smooth form, which does not depend on m), delta = zeta (u (a' - m') + u') and sigma = sum of delta (the receiver's
+the smooth norm, which does not depend on m), delta = zeta (u (a' - m') + u') and sigma = sum of delta (the receiver's
 T' / T): w' = (delta - pi sigma) p + pi p'.
 
 Triton kernels of the sum of messages along a change of weights, scales and values, and of its gradients.

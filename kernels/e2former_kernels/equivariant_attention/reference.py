@@ -27,7 +27,7 @@ from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_C
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
 
 Form = Literal["dense", "relative", "sum"]
-# Working memory of one run of the recomputing form, in numbers (not bytes): 64 MB in float32.
+# Working memory of one run where runs are recomputed, in numbers (not bytes): 64 MB in float32.
 RUN_NUMBERS = 1 << 24
 MAX_PADDING = 4  # padded edges for one real one
 

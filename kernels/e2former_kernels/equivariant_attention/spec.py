@@ -9,7 +9,7 @@ Score = Literal["qk", "qk_dot", "qk_dot_scalar"]
 Norm = Literal["smooth", "molfm", "softplus", "sigmoid"]
 InverseDistance = Literal["v2", "v1_5"]
 
-# The constant beside the softmax's sum. Both releases have 1e-3. With that in the smooth form an atom keeps all its
+# The constant beside the softmax's sum. Both releases have 1e-3. With that in the smooth norm an atom keeps all its
 # weight on its last neighbour until the envelope is down to 1e-3 exp(-score): continuous, but a force of 2.9 eV/Å
 # within 0.3 Å of the cutoff (quickstart, H pulled off CH3OH). With 1 the weight goes as the envelope does.
 MOLFM_CONSTANT = 1e-3

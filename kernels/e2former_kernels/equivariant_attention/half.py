@@ -30,7 +30,7 @@ from e2former_kernels.linear.op import apply_groups, apply_so3, so3_rows
 from e2former_kernels.norm.op import launch_norm_rows, launch_norm_rows_reverse
 from e2former_kernels.query_key.half import HalfWeights, query_key_products, query_key_reverse
 
-__all__ = ["BlockWeights", "HalfBlock", "attention_block"]
+__all__ = ["BlockWeights", "HalfAttention", "attention_block"]
 
 
 class _OutMap(NamedTuple):
@@ -94,7 +94,7 @@ def block_weights(
     )
 
 
-class HalfBlock:
+class HalfAttention:
     """The function for one graph.
 
     step: the attention over the graph. tensors: those of the operation, for the weights of its features; queries, keys
@@ -183,7 +183,7 @@ class HalfBlock:
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, block: HalfBlock, operations: Callable[[Tensor, Tensor], Tensor], x: Tensor, vec: Tensor
+        ctx, block: HalfAttention, operations: Callable[[Tensor, Tensor], Tensor], x: Tensor, vec: Tensor
     ) -> Tensor:
         ctx.block, ctx.operations = block, operations
         x = x.contiguous()
@@ -202,7 +202,9 @@ class _Block(torch.autograd.Function):
         return None, None, by.get(0), by.get(1)
 
 
-def attention_block(block: HalfBlock, operations: Callable[[Tensor, Tensor], Tensor], x: Tensor, vec: Tensor) -> Tensor:
+def attention_block(
+    block: HalfAttention, operations: Callable[[Tensor, Tensor], Tensor], x: Tensor, vec: Tensor
+) -> Tensor:
     """The function of ``block``; ``operations(x, vec)`` is the same with operations, for derivatives beyond the first.
 
     x: [N, M, C]; vec: [E, 3]; both float32.

@@ -13,7 +13,7 @@ from e2former_fairchem.execution import Execution
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
     from e2former_fairchem.nn.block import TransformerBlock
-    from e2former_kernels.equivariant_attention.half_block import BlockWeights
+    from e2former_kernels.equivariant_attention.half import BlockWeights
 
 __all__ = ["half_attention", "serves"]
 
@@ -31,7 +31,7 @@ def serves(block: TransformerBlock, execution: Execution) -> bool:
 
 
 def _weights(block: TransformerBlock, execution: Execution) -> BlockWeights:
-    from e2former_kernels.equivariant_attention.half_block import block_weights
+    from e2former_kernels.equivariant_attention.half import block_weights
 
     attention, norm = block.attention, block.norm1
     query_key = attention.query_key.prepared(execution)
@@ -54,7 +54,7 @@ def _weights(block: TransformerBlock, execution: Execution) -> BlockWeights:
 @torch.compiler.disable
 def half_attention(block: TransformerBlock, x: Tensor, system: Tensor, graph: Graph, execution: Execution) -> Tensor:
     """x + attention(norm1(x) + system). x: [N, (lmax+1)^2, C]; system: [N, C]."""
-    from e2former_kernels.equivariant_attention.half_block import HalfBlock, attention_block
+    from e2former_kernels.equivariant_attention.half import HalfAttention, attention_block
     from e2former_kernels.equivariant_attention.op import Pieces, make_step
 
     attention = block.attention
@@ -64,6 +64,6 @@ def half_attention(block: TransformerBlock, x: Tensor, system: Tensor, graph: Gr
     heads = nothing.expand(nodes, spec.num_heads, attention.query_key.head_dim)
     pieces = Pieces(graph.vec, heads, heads, nothing.expand(x.shape), None, radial, None)
     step = make_step(spec, pieces, execution.edges, attention.coupling, "relative", execution.mode, table, half=True)
-    half = HalfBlock(step, [t for _, t in pieces.flat()], _weights(block, execution), system)
+    half = HalfAttention(step, [t for _, t in pieces.flat()], _weights(block, execution), system)
     operations = partial(block.attend, system, graph, execution, None)
     return attention_block(half, operations, x, graph.vec)
