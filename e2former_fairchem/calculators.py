@@ -17,7 +17,7 @@ from torch import Tensor
 
 from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.training.card import read_card
-from e2former_fairchem.training.checkpoint import read_checkpoint
+from e2former_fairchem.training.checkpoint import check_checkpoint_path, read_checkpoint
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -42,9 +42,9 @@ def _level_of_theory(checkpoint: str | Path) -> str | None:
 
 def _member(checkpoint: str, task_name: str | None, options: dict[str, Any]) -> tuple[FAIRChemCalculator, dict]:
     """A calculator, and what it must have in common with the others of an ensemble, by name."""
-    level = _level_of_theory(checkpoint)
+    path, level = str(check_checkpoint_path(checkpoint)), _level_of_theory(checkpoint)
     try:
-        calculator = FAIRChemCalculator.from_model_checkpoint(checkpoint, task_name, **options)
+        calculator = FAIRChemCalculator.from_model_checkpoint(path, task_name, **options)
     except (RuntimeError, ValueError) as err:
         raise ValueError(f"{checkpoint}: {err}") from err
     properties = ", ".join(sorted(calculator.implemented_properties))
@@ -69,7 +69,7 @@ class EnsembleCalculator(_ChargeAndSpinCount, AverageCalculator):
     networks.
 
     Args:
-        checkpoints: paths of two or more inference checkpoints of fairchem models, of any backbone.
+        checkpoints: two or more inference checkpoints of fairchem models, of any backbone: paths or `pretrained` names.
         task_name: as of fairchem's calculator; may be left out where the checkpoints have one.
         options: further arguments of `FAIRChemCalculator.from_model_checkpoint`, for every member.
 

@@ -13,10 +13,11 @@ from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
 from fairchem.core.units.mlip_unit.predict import MLIPPredictUnit
 
 from e2former_fairchem import pretrained
+from e2former_fairchem.training.checkpoint import check_checkpoint_path
 
 
 def arguments(description: str, several: bool = False, **integers: int) -> argparse.Namespace:
-    """The command line: a checkpoint (gfn2-small where none is named), or several, and counts with defaults."""
+    """The command line: a checkpoint or its name (gfn2-small where none is given), or several, and counts."""
     logging.disable(logging.WARNING)  # fairchem tells its settings; an example's output is numbers
     parser = argparse.ArgumentParser(description=description)
     if several:
@@ -28,9 +29,13 @@ def arguments(description: str, several: bool = False, **integers: int) -> argpa
     for name, default in integers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default: {default}")
     args = parser.parse_args()
-    for checkpoint in args.checkpoints if several else [args.checkpoint]:
-        if not Path(checkpoint).is_file():
-            parser.error(f"checkpoint: expected an inference checkpoint's file, got {checkpoint}")
+    try:
+        if several:
+            args.checkpoints = [str(check_checkpoint_path(checkpoint)) for checkpoint in args.checkpoints]
+        else:
+            args.checkpoint = str(check_checkpoint_path(args.checkpoint))
+    except (FileNotFoundError, ValueError) as err:
+        parser.error(str(err))
     return args
 
 

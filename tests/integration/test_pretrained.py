@@ -57,6 +57,16 @@ def test_energies_of_gfn2_small(name: str) -> None:
     assert atoms.get_potential_energy() == pytest.approx(GFN2[name], abs=0.01 * len(atoms))
 
 
+def test_ensemble_by_name() -> None:
+    atoms = molecule("H2O")
+    atoms.info.update(charge=0, spin=1)
+    atoms.calc = e2former_fairchem.EnsembleCalculator(
+        ["gfn2-small", e2former_fairchem.pretrained("gfn2-small")], "omol", device="cpu", inference_settings="traineval"
+    )
+    assert atoms.get_potential_energy() == pytest.approx(GFN2["H2O"], abs=0.03)
+    assert atoms.calc.results["energy_std"] == 0.0
+
+
 def test_fine_tuning_by_name(tmp_path: Path, without_figures: None) -> None:
     """Energies of another level of theory, here with other energies per element and per charge."""
     frames = []
