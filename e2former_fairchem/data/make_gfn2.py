@@ -19,7 +19,7 @@ FOLDER/references.json has energies per element, fitted.
 | ion | a proton more at N, O, S or P, or one less; an electron more or less; some relaxed and moved |
 | radical | a hydrogen atom less, doublets of closed shells; some relaxed and moved |
 | water | clusters of 2 to 24 water molecules |
-| fragment | what single bonds outside rings leave, up to six heavy atoms, as it is and with an electron less or more |
+| fragment | what single bonds outside rings leave, up to six heavy atoms, alone or with a hydrogen, in three charges |
 | pair, atom | every pair of the elements at 0.7 to 2.5 times their covalent distance; atoms alone |
 
 Molecules that the bundled sample keeps for ``val_new`` are left out, in every charge.
@@ -217,7 +217,7 @@ def molecules(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]
 
 
 def pieces(smiles: list[str]) -> list[str]:
-    """SMILES of what single bonds outside rings leave of the molecules, radicals, each once, by length."""
+    """SMILES of what single bonds outside rings leave of the molecules, as radicals and with a hydrogen, by length."""
     from rdkit import Chem
 
     found = set()
@@ -235,8 +235,15 @@ def pieces(smiles: list[str]) -> list[str]:
                 radical.SetNumRadicalElectrons(atom.GetNumRadicalElectrons() + 1)
                 radical.SetNoImplicit(True)
             for part in Chem.GetMolFrags(cut, asMols=True):
-                if part.GetNumHeavyAtoms() <= HEAVY:
-                    found.add(Chem.MolToSmiles(Chem.RemoveHs(part)))
+                if part.GetNumHeavyAtoms() > HEAVY:
+                    continue
+                radical = Chem.RemoveHs(part)
+                found.add(Chem.MolToSmiles(radical))
+                for atom in radical.GetAtoms():
+                    atom.SetNumRadicalElectrons(0)
+                    atom.SetNoImplicit(False)
+                radical.UpdatePropertyCache()
+                found.add(Chem.MolToSmiles(radical))
     return sorted(found, key=lambda text: (len(text), text))
 
 
@@ -249,7 +256,7 @@ def fragments(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]
             print(f"{text} is left out: {error}", flush=True)
             continue
         for charge in (0, 1, -1):
-            unpaired = piece.unpaired if charge == 0 else abs(piece.unpaired - 1)
+            unpaired = piece.unpaired if charge == 0 else 1 - piece.unpaired % 2
             start = Structure("fragment", piece.numbers, piece.conformers[0], piece.charge + charge, unpaired)
             for structure, label in _moving(start, piece.random):
                 yield structure, label, int(piece.is_test)

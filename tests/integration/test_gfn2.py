@@ -102,10 +102,14 @@ def test_molecules_of_val_new_are_left_out() -> None:
 def test_fragments() -> None:
     """What single bonds outside rings leave, each once; as radical, cation and anion; none of val_new."""
     parts = make_gfn2.pieces(["CCO", "OCC", "CC=O", "c1ccccc1O", "C1CC1", "O=CO"])
-    assert parts == ["[OH]", "[CH3]", "[CH2]C", "[CH2]O", "[CH]=O", "[c]1ccccc1"]
-    made = [structure for structure, label, _ in make_gfn2.fragments(["[CH3]", "[CH]=O", "[Cl]"]) if label is not None]
+    radicals = ["[OH]", "[CH3]", "[CH2]C", "[CH2]O", "[CH]=O", "[c]1ccccc1"]
+    assert [part for part in parts if "[" in part] == radicals
+    assert [part for part in parts if "[" not in part] == ["C", "O", "CC", "CO", "C=O", "c1ccccc1"]
+    made = [
+        structure for structure, label, _ in make_gfn2.fragments(["[CH3]", "[CH]=O", "[Cl]", "O"]) if label is not None
+    ]
     assert {(len(s.numbers), s.charge, s.unpaired) for s in made} == {
-        (n, charge, int(charge == 0)) for n in (4, 1) for charge in (-1, 0, 1)
+        (n, charge, int((charge == 0) == (n != 3))) for n in (4, 1, 3) for charge in (-1, 0, 1)
     }
     assert all(s.kind == "fragment" for s in made) and sum(len(s.numbers) == 4 for s in made) > 15
 
