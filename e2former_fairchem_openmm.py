@@ -21,7 +21,8 @@ class FairchemPotentialFactory(MLPotentialImplFactory):
 
         Args:
             name: the potential's.
-            checkpoint: path of an inference checkpoint of a fairchem model.
+            checkpoint: path of an inference checkpoint of a fairchem model, or a name: gfn2-small, or of those that
+                fairchem downloads.
             task_name: as of fairchem's calculator; may be left out where the checkpoint has one.
             options: further arguments of `FAIRChemCalculator.from_model_checkpoint`.
         """

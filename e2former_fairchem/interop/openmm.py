@@ -11,13 +11,16 @@ from openmm import System
 from openmm.app import Topology
 from openmmml.models.asepotential import ASEPotentialImpl
 
+from e2former_fairchem.leaderboard.predictor import check_model
+
 
 class FairchemPotential(ASEPotentialImpl):
     """fairchem's calculator in OpenMM: openmm-ml's potential for ASE's calculators converts units, box and forces."""
 
     def __init__(self, name: str, checkpoint: str | Path, task_name: str | None, options: dict[str, Any]) -> None:
         super().__init__(name)
-        self.calculator = FAIRChemCalculator.from_model_checkpoint(str(checkpoint), task_name, **options)
+        path = check_model(str(checkpoint))
+        self.calculator = FAIRChemCalculator.from_model_checkpoint(path, task_name, **options)
 
     def addForces(
         self,

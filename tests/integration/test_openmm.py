@@ -68,6 +68,13 @@ def test_energies_and_forces(potential, checkpoint, structures) -> None:
         assert np.allclose(forces * PER_MOLE / 10, expected.get_forces(), atol=1e-5)
 
 
+def test_a_name_is_a_checkpoint(structures) -> None:
+    """gfn2-small comes with the package."""
+    potential = openmmml.MLPotential("e2former-fairchem", checkpoint="gfn2-small", **OPTIONS)
+    energy = simulate(potential, structures["water"]).getState(energy=True).getPotentialEnergy()._value
+    assert energy * PER_MOLE == pytest.approx(-138.0, abs=0.5)  # eV, GFN2-xTB
+
+
 def test_dynamics_conserves_energy(potential, structures) -> None:
     context = simulate(potential, structures["water"])
     context.setVelocitiesToTemperature(300, 1)
