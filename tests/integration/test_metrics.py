@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,7 @@ def test_killed_and_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     with file.open("a") as handle:
         handle.write('{"kind": "train", "st')
 
+    time.sleep(1.1)  # TensorBoard orders files by the second in their name, and then ...10 before ...9
     resumed = Run(tmp_path, Metrics(every_n_steps=5), step=10)
     resumed.train(12)
     resumed.callback.on_train_end(resumed.state, resumed.unit)

@@ -42,7 +42,10 @@ def test_a_run_says_what_it_does_and_nothing_else(
         (["quickstart", "dataset=foo"], "Could not find 'dataset/foo' Available options in 'dataset': folders gfn2"),
         (["quickstart", "batch_size=none"], "batch_size: expected an integer of at least 1, got 'none'"),
         (["quickstart", "backbone.num_heads=3", "job.device_type=CPU"], "sphere_channels: expected a multiple of"),
-        (["evaluate/omol25", "checkpoint=absent.pt"], "checkpoint: expected an inference checkpoint's file, got"),
+        (
+            ["evaluate/omol25", "checkpoint=absent.pt"],
+            "checkpoint: expected an inference checkpoint's file or one of gfn2-small",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
