@@ -15,7 +15,7 @@ from e2former_fairchem.cli import main
 from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import check_checkpoint_path, read_checkpoint
 
-#: GFN2-xTB's energies, eV (tblite 0.5), of ASE's geometries.
+#: GFN2-xTB's energies, eV (tblite 0.8), of ASE's geometries.
 GFN2 = {"H2O": -137.9678, "CH3OH": -223.8355, "C6H6": -432.0834}
 
 
