@@ -153,7 +153,7 @@ def _all_reduce(values: Tensor, group: Any) -> Tensor:
 
 
 class _Total(torch.autograd.Function):
-    """Sum over workers; so is the derivative."""
+    """Sum over workers; so is the derivative. torch's own (distributed.nn) is deprecated for a private one."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:

@@ -202,14 +202,18 @@ class Molecule:
         return None if first in found else np.isin(np.arange(len(self.numbers)), list(found))
 
 
-def molecules(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]]:
-    """Structures of molecules with their labels and whether they are for tests."""
-    known = []
+def _readable(smiles: list[str], conformers: int = 3) -> Iterator[Molecule]:
+    """Those that RDKit and GFN2-xTB's elements allow; the others are said."""
     for text in smiles:
         try:
-            known.append(Molecule(text))
+            yield Molecule(text, conformers)
         except Exception as error:  # RDKit's own errors have no common class
             print(f"{text} is left out: {error}", flush=True)
+
+
+def molecules(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]]:
+    """Structures of molecules with their labels and whether they are for tests."""
+    known = [*_readable(smiles)]
     for molecule in known:
         partners = [other for other in known if other.is_test == molecule.is_test and len(other.numbers) <= 24]
         for structure, label in _of_molecule(molecule, partners):
@@ -249,27 +253,12 @@ def pieces(smiles: list[str]) -> list[str]:
 
 def fragments(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]]:
     """Fragments with their labels and whether they are for tests: on the way to their minima, and moving."""
-    for text in smiles:
-        try:
-            piece = Molecule(text, conformers=1)
-        except Exception as error:  # RDKit's own errors have no common class
-            print(f"{text} is left out: {error}", flush=True)
-            continue
+    for piece in _readable(smiles, conformers=1):
         for charge in (0, 1, -1):
             unpaired = piece.unpaired if charge == 0 else 1 - piece.unpaired % 2
             start = Structure("fragment", piece.numbers, piece.conformers[0], piece.charge + charge, unpaired)
-            for structure, label in _moving(start, piece.random):
+            for structure, label in _moving(start, 20, FRAGMENT_DYNAMICS, piece.random):
                 yield structure, label, int(piece.is_test)
-
-
-def _moving(start: Structure, random: np.random.Generator) -> Iterator[Labelled]:
-    """On the way to its minimum, and dynamics from there."""
-    method = GFN2(start.numbers, start.charge, start.unpaired)
-    if len(start.numbers) == 1:
-        yield start, method(start.positions)
-        return
-    relaxed = yield from _relaxed(start, method, 20)
-    yield from _dynamics(relaxed, method, FRAGMENT_DYNAMICS, random)
 
 
 def waters(seed: int) -> Iterator[tuple[Structure, Label | None, int]]:
@@ -309,9 +298,7 @@ def _of_molecule(molecule: Molecule, partners: list[Molecule]) -> Iterator[tuple
     for kind in ("ion", "radical"):
         made = (_ions if kind == "ion" else _radicals)(molecule, minimum.positions)
         if (first := next(made, None)) is not None:
-            method = GFN2(first.numbers, first.charge, first.unpaired)
-            relaxed = yield from _relaxed(first, method, 10)
-            yield from _dynamics(relaxed, method, NUMBER[kind], molecule.random)
+            yield from _moving(first, 10, NUMBER[kind], molecule.random)
     others = [*_clusters(molecule, partners), *_ions(molecule), *_charged(molecule), *_radicals(molecule)]
     for structure in others:
         yield structure, _label(structure)
@@ -394,6 +381,16 @@ def _dynamics(start: Structure, method: GFN2, kept: int, random: np.random.Gener
         velocities = keep * velocities + np.sqrt((1 - keep**2) * thermal / mass) * random.normal(size=velocities.shape)
         if n % STRIDE == 0:
             yield start._replace(positions=positions), label
+
+
+def _moving(start: Structure, steps: int, kept: int, random: np.random.Generator) -> Iterator[Labelled]:
+    """On the way to the minimum, and dynamics from there; an atom alone as it is."""
+    method = GFN2(start.numbers, start.charge, start.unpaired)
+    if len(start.numbers) == 1:
+        yield start, method(start.positions)
+        return
+    relaxed = yield from _relaxed(start, method, steps)
+    yield from _dynamics(relaxed, method, kept, random)
 
 
 def _clusters(molecule: Molecule, partners: list[Molecule]) -> Iterator[Structure]:
