@@ -5,8 +5,8 @@
 molecules.smi: a SMILES a line (ours are of the public lists Tox21 and ESOL). Needs rdkit and tblite (extra ``data``),
 numpy and ase, and nothing else of this package. Every block of molecules becomes one file ``FOLDER/NAME.npz``
 (`e2former_fairchem.data.packed`); files that are there are left alone, so that a call that was stopped goes on. The
-same list gives the same structures: each molecule's random numbers come from its SMILES. At the end
-FOLDER/references.json has energies per element, fitted.
+same list gives the same structures: each molecule's random numbers come from its SMILES. ``--draw 1`` adds as many others of
+the same list to the folder. At the end FOLDER/references.json has energies per element, fitted.
 
 | class | structures |
 |---|---|
@@ -38,7 +38,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -140,12 +140,12 @@ class ForASE(Calculator):
 
 
 class Molecule:
-    """A SMILES with hydrogens and a few conformers.
+    """A SMILES with hydrogens and a few conformers; each ``draw`` has its own random numbers.
 
     Raises ValueError where RDKit finds no conformer, elements are others than ELEMENTS, or it is in VAL_NEW.
     """
 
-    def __init__(self, smiles: str, conformers: int = 3) -> None:
+    def __init__(self, smiles: str, conformers: int = 3, draw: int = 0) -> None:
         from rdkit import Chem
         from rdkit.Chem import AllChem
         from rdkit.Chem.MolStandardize import rdMolStandardize
@@ -162,7 +162,7 @@ class Molecule:
         self.unpaired = sum(atom.GetNumRadicalElectrons() for atom in self.rdkit.GetAtoms())
         seed = int.from_bytes(hashlib.sha256(self.smiles.encode()).digest()[:4], "little") >> 1
         options = AllChem.ETKDGv3()
-        options.randomSeed, options.maxIterations = seed, 50
+        options.randomSeed, options.maxIterations = seed - draw, 50
         if len(AllChem.EmbedMultipleConfs(self.rdkit, conformers, options)) == 0:
             raise ValueError(f"{smiles}: no conformer")
         if AllChem.MMFFHasAllMoleculeParams(self.rdkit):
@@ -171,7 +171,7 @@ class Molecule:
             AllChem.UFFOptimizeMoleculeConfs(self.rdkit, maxIters=200)
         self.conformers = [conformer.GetPositions() for conformer in self.rdkit.GetConformers()]
         self.bonds = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in self.rdkit.GetBonds()]
-        self.random = np.random.default_rng(seed)
+        self.random = np.random.default_rng([seed, draw])  # of draw 0 as of the seed alone
 
     @property
     def is_test(self) -> bool:
@@ -202,18 +202,18 @@ class Molecule:
         return None if first in found else np.isin(np.arange(len(self.numbers)), list(found))
 
 
-def _readable(smiles: list[str], conformers: int = 3) -> Iterator[Molecule]:
+def _readable(smiles: Iterable[str], conformers: int, draw: int) -> Iterator[Molecule]:
     """Those that RDKit and GFN2-xTB's elements allow; the others are said."""
     for text in smiles:
         try:
-            yield Molecule(text, conformers)
+            yield Molecule(text, conformers, draw)
         except Exception as error:  # RDKit's own errors have no common class
             print(f"{text} is left out: {error}", flush=True)
 
 
-def molecules(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]]:
+def molecules(smiles: Iterable[str], draw: int = 0) -> Iterator[tuple[Structure, Label | None, int]]:
     """Structures of molecules with their labels and whether they are for tests."""
-    known = [*_readable(smiles)]
+    known = [*_readable(smiles, 3, draw)]
     for molecule in known:
         partners = [other for other in known if other.is_test == molecule.is_test and len(other.numbers) <= 24]
         for structure, label in _of_molecule(molecule, partners):
@@ -251,9 +251,9 @@ def pieces(smiles: list[str]) -> list[str]:
     return sorted(found, key=lambda text: (len(text), text))
 
 
-def fragments(smiles: list[str]) -> Iterator[tuple[Structure, Label | None, int]]:
+def fragments(smiles: Iterable[str], draw: int = 0) -> Iterator[tuple[Structure, Label | None, int]]:
     """Fragments with their labels and whether they are for tests: on the way to their minima, and moving."""
-    for piece in _readable(smiles, conformers=1):
+    for piece in _readable(smiles, 1, draw):
         for charge in (0, 1, -1):
             unpaired = piece.unpaired if charge == 0 else 1 - piece.unpaired % 2
             start = Structure("fragment", piece.numbers, piece.conformers[0], piece.charge + charge, unpaired)
@@ -495,14 +495,15 @@ class Job(NamedTuple):
     smiles: tuple[str, ...] = ()
     water: int | None = None
     fragments: tuple[str, ...] = ()
+    draw: int = 0
 
     def structures(self) -> Iterator[tuple[Structure, Label | None, int]]:
         """With labels and whether they are for tests."""
         if self.smiles:
-            return molecules(list(self.smiles))
+            return molecules(self.smiles, self.draw)
         if self.fragments:
-            return fragments(list(self.fragments))
-        return pairs() if self.water is None else waters(self.water)
+            return fragments(self.fragments, self.draw)
+        return pairs() if self.water is None else waters(self.water + WATER_FILES * self.draw)
 
 
 def write(folder: Path, job: Job) -> dict[str, Counter]:
@@ -551,14 +552,17 @@ def fit_references(folder: Path) -> dict[str, float]:
     return {str(z): round(float(value), 6) for z, value in zip(there, fitted, strict=True)}
 
 
-def _jobs(smiles: list[str]) -> list[Job]:
+def _jobs(smiles: list[str], draw: int) -> list[Job]:
     # neighbours in the list are of one size: a block has molecules from all over it
     blocks = -(-len(smiles) // BLOCK)
     found = [Job(f"molecules_{n:04d}", tuple(smiles[n::blocks])) for n in range(blocks)]
     parts = pieces(smiles)
     files = -(-len(parts) // FRAGMENTS)
     found += [Job(f"fragments_{n:04d}", fragments=tuple(parts[n::files])) for n in range(files)]
-    return [*found, *(Job(f"water_{n:04d}", water=n) for n in range(WATER_FILES)), Job("pairs")]
+    found += [Job(f"water_{n:04d}", water=n) for n in range(WATER_FILES)]
+    if draw == 0:
+        return [*found, Job("pairs")]  # nothing of theirs is random
+    return [job._replace(name=f"{job.name}_draw_{draw}", draw=draw) for job in found]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -567,13 +571,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("molecules", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: none but this one")
+    parser.add_argument("--draw", type=int, default=0, help="0: the first; others add to it")
     parser.add_argument("--limit", type=int, help="of the molecules, evenly spread")
     options = parser.parse_args(argv)
     smiles = options.molecules.read_text().split()
     if options.limit:
         smiles = smiles[:: max(len(smiles) // options.limit, 1)][: options.limit]
     options.folder.mkdir(parents=True, exist_ok=True)
-    jobs = [job for job in _jobs(smiles) if not (options.folder / f"{job.name}.npz").is_file()]
+    jobs = [job for job in _jobs(smiles, options.draw) if not (options.folder / f"{job.name}.npz").is_file()]
     total: dict[str, Counter] = {name: Counter() for name in CLASSES}
     with contextlib.ExitStack() as stack:
         if options.workers:

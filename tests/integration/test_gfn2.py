@@ -124,10 +124,17 @@ def test_command_goes_on_where_it_was(tmp_path: Path) -> None:
     for n in range(make_gfn2.WATER_FILES):
         shutil.copy(folder / "pairs.npz", folder / f"water_{n:04d}.npz")
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    make_gfn2.main([str(tmp_path / "list.smi"), str(folder), "--workers", "0"])
+    call = [str(tmp_path / "list.smi"), str(folder), "--workers", "0"]
+    make_gfn2.main(call)
     assert {*folder.iterdir()} - {*before} == {folder / "molecules_0000.npz", folder / "references.json"}
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert set(json.loads((folder / "references.json").read_text())["element_references"]) == {"1", "8"}
+    for n in range(make_gfn2.WATER_FILES):
+        shutil.copy(folder / "pairs.npz", folder / f"water_{n:04d}_draw_1.npz")
+    make_gfn2.main([*call, "--draw", "1"])
+    with np.load(folder / "molecules_0000.npz") as one, np.load(folder / "molecules_0000_draw_1.npz") as two:
+        assert np.array_equal(one["numbers"][:3], two["numbers"][:3])
+        assert not np.isclose(one["positions"][:3], two["positions"][:3]).all(), "other random numbers"
 
 
 def test_data_set(tmp_path: Path) -> None:
