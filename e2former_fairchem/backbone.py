@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from e2former_fairchem.validation import (
     log_once,
     plain,
     read_other_spellings,
+    shows_keys_of,
     symbol,
 )
 from e2former_fairchem.verlet import VerletList
@@ -60,7 +61,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     """E2Former-V2 (arXiv:2601.16622) behind fairchem's backbone interface.
 
     The network's keys (``lmax`` to ``max_num_elements``) are those of `e2former_fairchem.config.E2FormerV2Config`,
-    which documents and checks them. Of the backbone alone are those below.
+    which documents and checks them and has their defaults. Of the backbone alone are those below.
 
     ``forward`` returns ``node_embedding`` [N, (lmax+1)^2, C] in e3nn's order and sign (rows of a degree l: l^2 to
     (l+1)^2 - 1, degree 1 as x, y, z), and ``batch``. It sets ``batch_full`` and ``atomic_numbers_full`` in the data,
@@ -87,46 +88,24 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         ValueError: a value or a combination that cannot be.
     """
 
+    @shows_keys_of(E2FormerV2Config)
     def __init__(
         self,
-        lmax: int = 2,
-        sphere_channels: int = 128,
-        num_layers: int = 4,
-        num_heads: int = 16,
-        head_dim: int = 8,
-        num_radial_basis: int = 128,
-        radial_width: int | None = None,
-        value_multiplicity: int | None = None,
-        edge_layer_norm: bool = True,
-        inverse_distance: str = "v1_5",
-        cutoff: float = 6.0,
+        *,
         max_neighbors: int | None = None,
-        score: str = "qk",
-        message_order: int | Sequence[int] = 1,
-        attention_norm: str = "smooth",
-        envelope_exponent: int = 5,
-        atom_embedding: bool = True,
-        reflection_equivariant: bool = False,
-        power_spectrum: bool = False,
-        divide_charge: bool = False,
-        long_range: Mapping[str, Any] | None = None,
-        convolution: str = "auto",
-        kernel_backend: str = "auto",
-        activation_checkpointing: bool = False,
-        cuda_graph: bool = True,
         otf_graph: bool = True,
-        max_num_elements: int = 118,
         direct_forces: bool = False,
         regress_forces: bool = True,
         regress_stress: bool = False,
         dataset_mapping: Mapping[str, str] | None = None,
         strict_elements: bool = False,
-        **unknown: Any,
+        **network: Any,
     ) -> None:
         super().__init__()
-        given = {name: plain(value) for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
-        check_keys("e2former_v2", unknown, type(self).__init__)
-        config = E2FormerV2Config(**{f.name: given[f.name] for f in fields(E2FormerV2Config)})
+        given = {name: plain(value) for name, value in locals().items() if name not in ("self", "network", "__class__")}
+        keys = {f.name for f in fields(E2FormerV2Config)}
+        check_keys("e2former_v2", {k: v for k, v in network.items() if k not in keys}, type(self).__init__)
+        config = E2FormerV2Config(**{name: plain(value) for name, value in network.items()})
         _check_own_keys(given)
         self.model = E2FormerV2(config)
         self.regress_config = GradRegressConfig(
@@ -135,10 +114,10 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self.cutoff = float(config.cutoff)
         self.max_neighbors = max_neighbors
         self.otf_graph = otf_graph
-        self.max_num_elements = max_num_elements
+        self.max_num_elements = config.max_num_elements
         self.dataset_mapping = given["dataset_mapping"]
         self.strict_elements = strict_elements
-        self.register_buffer("elements_seen", (torch.arange(max_num_elements + 1) > 0).long())
+        self.register_buffer("elements_seen", (torch.arange(config.max_num_elements + 1) > 0).long())
         self.register_load_state_dict_pre_hook(_complete_state)
         # What fairchem's heads read.
         self.lmax = config.lmax

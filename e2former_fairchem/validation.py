@@ -6,8 +6,8 @@ import difflib
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from ase.data import chemical_symbols
@@ -18,8 +18,6 @@ from torch import Tensor
 from e2former_fairchem.data.structures import whole_number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fairchem.core.datasets.atomic_data import AtomicData
 
 __all__ = [
@@ -29,9 +27,11 @@ __all__ = [
     "log_once",
     "plain",
     "read_other_spellings",
+    "shows_keys_of",
     "symbol",
 ]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _NAMED = 5
 #: Distance of neighbouring coordinates (Å) from which a structure is named in a warning: float32's at 256 Å. Moved
 #: there, molecules' forces change by 1e-4 eV/Å on average (1e-3 at most; at 10,000 Å 5e-3 and 5e-2), and no compact
@@ -82,6 +82,27 @@ def symbol(number: int) -> str:
 def plain(value: Any) -> Any:
     """The value without OmegaConf: what a YAML hands over as a list or dictionary node becomes one of Python's."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def shows_keys_of(config: type) -> Callable[[Function], Function]:
+    """For a function whose ``**`` argument is handed to a dataclass: its signature has the dataclass's fields instead.
+
+    Args:
+        config: the dataclass.
+
+    Returns:
+        What decorates the function.
+    """
+
+    def decorate(function: Function) -> Function:
+        own = inspect.signature(function)
+        keys = [k.replace(kind=k.KEYWORD_ONLY) for k in inspect.signature(config).parameters.values()]
+        rest = [k for k in own.parameters.values() if k.kind is not k.VAR_KEYWORD]
+        places = [k for k in rest if k.kind is not k.KEYWORD_ONLY]
+        function.__signature__ = own.replace(parameters=[*places, *keys, *rest[len(places) :]])
+        return function
+
+    return decorate
 
 
 def check_keys(owner: str, unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:

@@ -66,7 +66,8 @@ def ours(name: str, tiny: bool = False, **changes: Any) -> tuple[str, dict, dict
     if name == "paper":
         backbone = {"model": OURS, **PAPER, "dataset_mapping": {"omol": "omol"}}
     else:
-        backbone = yaml.safe_load((BACKBONES / f"{name}.yaml").read_text())
+        base, own = (yaml.safe_load((BACKBONES / f"{file}.yaml").read_text()) for file in ("e2former_v2", name))
+        backbone = base | {key: value for key, value in own.items() if key != "defaults"}
     if tiny:
         backbone |= TINY
     backbone |= changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -10,10 +11,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 import yaml
 from fairchem.core._cli import get_hydra_config_from_yaml
+from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -140,9 +143,13 @@ def test_published_width_builds_with_the_published_parameters(repo: Path, fake_o
     assert not [n for n in decayed if "bias" in n or "norm" in n or "embedding" in n]
 
 
-@pytest.mark.parametrize("group", sorted(Path(__file__).parents[2].glob("e2former_fairchem/configs/backbone/*.yaml")))
+GROUPS = Path(__file__).parents[2] / "e2former_fairchem" / "configs"
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS.glob("backbone/*.yaml")), ids=lambda path: path.stem)
 def test_backbone_groups_have_only_the_designs_keys(group: Path) -> None:
-    config = yaml.safe_load(group.read_text())
+    with initialize_config_dir(str(GROUPS), version_base=None):
+        config = OmegaConf.to_container(hydra.compose(overrides=[f"+backbone={group.stem}"]).backbone)
     assert config.pop("model") == "e2former_fairchem.backbone.E2FormerV2Backbone"
     assert "mmax" not in config  # fairchem would take the network for UMA
     known = set(E2FormerV2Config.__dataclass_fields__) | {
@@ -150,6 +157,9 @@ def test_backbone_groups_have_only_the_designs_keys(group: Path) -> None:
         "strict_elements",
     }
     assert set(config) == known
+    if group.stem == "e2former_v2":  # with which the others begin
+        keys = inspect.signature(E2FormerV2Backbone.__init__).parameters
+        assert config == {key: keys[key].default for key in config} | {"dataset_mapping": {"omol": "omol"}}
     backbone = E2FormerV2Backbone(**config | {"sphere_channels": 8, "num_heads": 4, "num_layers": 1})
     assert backbone.cutoff == config["cutoff"]
 
