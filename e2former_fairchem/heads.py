@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from fairchem.core.common.registry import registry
@@ -12,7 +12,7 @@ from fairchem.core.models.uma.outputs import compute_hessian_loop
 from torch import Tensor, nn
 
 from e2former_fairchem.inference_mode import outside_inference_mode
-from e2former_fairchem.nn.output import EnergyMLP, LinearForce, PaiNNForce
+from e2former_fairchem.nn.readouts import EnergyMLP, LinearForce, PaiNNForce
 from e2former_fairchem.parallel import OWN_ATOMS, all_atoms, sum_over_workers
 from e2former_fairchem.segments import segment_sum
 from e2former_fairchem.validation import check_keys
@@ -29,7 +29,13 @@ _FORCE_HEADS = {"linear": LinearForce, "painn": PaiNNForce}
 
 
 class _Head(nn.Module, HeadInterface):
-    """What the heads share: names of outputs and their wrapping, as fairchem's heads have them."""
+    """What the heads share: names of outputs and their wrapping, as fairchem's heads have them.
+
+    capturable: ``forward`` of a training step looks at no value, so that the step may be captured in a CUDA graph
+    (`e2former_fairchem.training.replay`); a head without it trains eagerly.
+    """
+
+    capturable: ClassVar[bool] = False
 
     def __init__(self, backbone: E2FormerV2Backbone, prefix: str | None, wrap_property: bool) -> None:
         super().__init__()
@@ -62,6 +68,8 @@ class E2FormerV2EnergyHead(_Head):
         prefix: outputs are called ``{prefix}_energy`` instead of ``energy``.
         wrap_property: wrap the tensors as fairchem's trainer expects them.
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self, backbone: E2FormerV2Backbone, prefix: str | None = None, wrap_property: bool = True, **unknown: Any
@@ -106,6 +114,8 @@ class E2FormerV2DirectForceHead(_Head):
         ValueError: the backbone is set up for conserving forces.
     """
 
+    capturable: ClassVar[bool] = True
+
     def __init__(
         self,
         backbone: E2FormerV2Backbone,
@@ -147,6 +157,8 @@ class E2FormerV2GradientHead(_Head):
     Raises:
         ValueError: the backbone is set up for direct forces; a Hessian of several structures at once, or a vmapped one.
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self, backbone: E2FormerV2Backbone, prefix: str | None = None, wrap_property: bool = True, **unknown: Any

@@ -22,7 +22,7 @@ from e2former_fairchem.execution import EXECUTIONS, Execution
 from e2former_fairchem.files import write_text
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
-from e2former_fairchem.nn.output import EnergyMLP
+from e2former_fairchem.nn.readouts import EnergyMLP
 from e2former_kernels.common.backend import triton_problem
 
 PACKAGES = """

@@ -5,8 +5,8 @@
 molecules.smi: a SMILES a line (ours are of the public lists Tox21 and ESOL). Needs rdkit and tblite (extra ``data``),
 numpy and ase, and nothing else of this package. Every block of molecules becomes one file ``FOLDER/NAME.npz``
 (`e2former_fairchem.data.packed`); files that are there are left alone, so that a call that was stopped goes on. The
-same list gives the same structures: each molecule's random numbers come from its SMILES. ``--draw 1`` adds as many others
-of the same list to the folder. At the end FOLDER/references.json has energies per element, fitted.
+same list gives the same structures: each molecule's random numbers come from its SMILES. ``--draw 1`` adds as many
+others of the same list to the folder. At the end FOLDER/references.json has energies per element, fitted.
 
 | class | structures |
 |---|---|

@@ -29,7 +29,6 @@ from torch.func import functional_call
 
 from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.execution import takes_kernels
-from e2former_fairchem.heads import E2FormerV2DirectForceHead, E2FormerV2EnergyHead, E2FormerV2GradientHead
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.padding import PaddedBatch, Sizes, counted, padded_graph
 from e2former_fairchem.validation import log_once
@@ -48,7 +47,6 @@ MAX_FAILURES = 3
 #: Losses by task of the tensors of a padded batch, on the device.
 Compute = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 _CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW)
-_HEADS = (E2FormerV2EnergyHead, E2FormerV2DirectForceHead, E2FormerV2GradientHead)
 _LOSSES = (L2NormLoss, MAELoss, MSELoss, PerAtomMAELoss)
 
 
@@ -58,12 +56,13 @@ def why_eager(unit: MLIPTrainEvalUnit, model: nn.Module) -> str | None:
     if not isinstance(backbone, E2FormerV2Backbone):
         return f"the backbone is {type(backbone).__name__}"
     config = backbone.config
-    stranger = next((head for head in model.output_heads.values() if not isinstance(head, _HEADS)), None)
+    heads = model.output_heads.values()
+    uncapturable = next((head for head in heads if not getattr(head, "capturable", False)), None)
     reasons = [
         (unit.train_strategy != TrainStrategy.DDP, f"train_strategy is {unit.train_strategy}"),
         (gp_utils.initialized(), "graph parallelism exchanges features"),
         (unit.debug_checksums_save_path is not None, "debug_checksums_save_path is given"),
-        (stranger is not None, f"there is a {type(stranger).__name__}"),
+        (uncapturable is not None, f"there is a {type(uncapturable).__name__}"),
         (not backbone.otf_graph, "otf_graph is false"),
         (config.activation_checkpointing, "activation_checkpointing is true"),
         (config.long_range is not None, "there are long-range blocks"),

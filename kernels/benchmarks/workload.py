@@ -24,7 +24,7 @@ from timing import GIB, attempt, ceilings, free, measure, measure_graph  # noqa:
 from e2former_fairchem.config import E2FormerV2Config  # noqa: E402
 from e2former_fairchem.graph import Graph  # noqa: E402
 from e2former_fairchem.model import E2FormerV2  # noqa: E402
-from e2former_fairchem.nn.output import EnergyMLP  # noqa: E402
+from e2former_fairchem.nn.readouts import EnergyMLP  # noqa: E402
 from e2former_fairchem.segments import Transposed, gather_rows  # noqa: E402
 from e2former_kernels.common.runs import EdgeList  # noqa: E402
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2former_fairchem.nn.output import LinearForce, PaiNNForce
+from e2former_fairchem.nn.readouts import LinearForce, PaiNNForce
 from e2former_fairchem.segments import gather_rows, segment_sum
 
 OURS = "e2former_fairchem.heads"

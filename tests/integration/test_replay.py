@@ -345,6 +345,10 @@ def test_what_is_not_replayed_says_why(build: Callable, caplog: pytest.LogCaptur
         assert why_eager(unit, unit.model.module) == reason
     unit = unit_of(build, replay="auto")
     assert why_eager(unit, unit.model.module) is None
+    head = next(iter(unit.model.module.output_heads.values()))
+    head.capturable = False  # as that of a head which does not say otherwise
+    assert why_eager(unit, unit.model.module) == f"there is a {type(head).__name__}"
+    head.capturable = True
     unit.tasks[1].loss_fn.reduction = "per_structure"
     assert why_eager(unit, unit.model.module) == "the loss of omol_forces is DDPMTLoss (L2NormLoss, per_structure)"
     assert why_no_graphs(unit.model.module) == "training runs on cpu"
