@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,26 +11,11 @@ from ase import Atoms
 from ase.io.jsonio import decode
 
 from e2former_fairchem.leaderboard.report import Report, listed
-from e2former_fairchem.leaderboard.tasks import COMPONENTS, KeyPath, load_inputs, read_results
+from e2former_fairchem.leaderboard.tasks import KeyPath, get_task, load_inputs, read_results
 
 Results = Mapping[KeyPath, dict[str, Any]]
 #: Å, between a file's positions and those of the reference: half of the third decimal, to which some programs round.
 POSITION_TOLERANCE = 5.5e-4
-RELAXED = ("conformers", "protonation")
-DEPTHS = {
-    "ligand_pocket": {2},
-    "ligand_strain": {2, 3},
-    "conformers": {2},
-    "protonation": {2},
-    "ieea": {3},
-    "spingap": {2},
-    "distance_scaling": {3},
-}
-
-
-def is_relaxation(task: str, path: KeyPath) -> bool:
-    """Whether a result of the task at this path is a relaxation (`initial`, `final`) or a single point."""
-    return task in RELAXED or (task == "ligand_strain" and len(path) == 3)
 
 
 def atoms_of(result: Mapping[str, Any]) -> Atoms:
@@ -108,18 +91,19 @@ def check_task(report: Report, file: Path, task: str, reference: Path | None) ->
         if handle.read(2) != b"\x1f\x8b":
             report.note("the JSON is not gzipped; the leaderboard takes the gzipped file")
 
-    deep = [path for path in results if len(path) not in DEPTHS[task]]
+    rules = get_task(task)
+    deep = [path for path in results if len(path) not in rules.relaxed]
     report.require(
         not deep,
         f"nested as {task} is",
-        f"expected results of {task} at depth {' or '.join(map(str, sorted(DEPTHS[task])))}, got others at "
+        f"expected results of {task} at depth {' or '.join(map(str, sorted(rules.relaxed)))}, got others at "
         f"{listed(('/'.join(p) for p in deep), len(deep))}",
     )
     structures: dict[KeyPath, Atoms] = {}
     problems: list[str] = []
     for path, result in results.items():
         try:
-            if is_relaxation(task, path):
+            if rules.relaxed.get(len(path), False):
                 missing = [k for k in ("initial", "final") if k not in result]
                 if missing:
                     raise ValueError(f"expected a relaxation (initial, final), got none of {', '.join(missing)}")
@@ -136,16 +120,8 @@ def check_task(report: Report, file: Path, task: str, reference: Path | None) ->
         "atoms, a finite energy and finite forces in every calculation",
         f"calculations with problems: {listed(problems, len(problems))}",
     )
-    rules = {
-        "ligand_pocket": _components,
-        "ligand_strain": _strain,
-        "protonation": _names,
-        "ieea": _charges,
-        "spingap": _spins,
-        "distance_scaling": _points,
-    }
-    if task in rules and not deep:
-        text, wrong = rules[task](structures)
+    if rules.check is not None and not deep:
+        text, wrong = rules.check(structures)
         report.require(not wrong, text, f"expected {text}; not so: {listed(wrong, len(wrong))}")
     if expected is not None:
         _compare(report, structures, results.keys(), expected)
@@ -161,76 +137,6 @@ def _reference(task: str, reference: Path) -> dict[KeyPath, Atoms]:
         except ValueError as err:
             raise ValueError(f"--reference: {reference}, {'/'.join(path)}: {err}") from err
     return found
-
-
-def _grouped(structures: Mapping[KeyPath, Atoms], depth: int = 1) -> dict[KeyPath, dict[KeyPath, Atoms]]:
-    groups: dict[KeyPath, dict[KeyPath, Atoms]] = defaultdict(dict)
-    for path, atoms in structures.items():
-        groups[path[:depth]][path[depth:]] = atoms
-    return groups
-
-
-def _components(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
-    """The metric finds each component's atoms in the complex by element and by exactly equal position.
-
-    Rounded positions are equal where they were, so there is no tolerance here: the metric has none.
-    """
-    wrong = []
-    for key, parts in _grouped(structures).items():
-        if set(parts) != {(c,) for c in COMPONENTS}:
-            wrong.append(f"{key[0]}: has {', '.join(p[0] for p in parts)}")
-            continue
-        whole, *rest = (
-            [(int(z), *r) for z, r in zip(parts[(c,)].numbers, parts[(c,)].positions.tolist(), strict=True)]
-            for c in ("ligand_pocket", "ligand", "pocket")
-        )
-        if len(set(whole)) != len(whole) or set(whole) != set().union(*rest):
-            wrong.append(f"{key[0]}: positions of ligand and pocket are not exactly those of ligand_pocket")
-    return "ligand, pocket and ligand_pocket, the first two at exactly the positions of the third", wrong
-
-
-def _strain(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
-    wrong = [
-        key[0]
-        for key, parts in _grouped(structures).items()
-        if ("bioactive",) not in parts or not any(p[0] == "gas_phase" for p in parts)
-    ]
-    return "bioactive and at least one gas_phase conformer for each ligand", wrong
-
-
-def _names(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
-    wrong = ["/".join(p) for p in structures if not re.search(r"_-?\d+_\d+$", p[-1])]
-    return "states called name_charge_spin", wrong
-
-
-def _charges(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
-    wrong = []
-    for key, states in _grouped(structures).items():
-        by_charge: dict[str, int] = defaultdict(int)
-        for charge, _ in states:
-            by_charge[charge] += 1
-        try:
-            charges = sorted(by_charge, key=int)
-            good = [int(c) for c in charges] == list(range(int(charges[0]), int(charges[0]) + 3))
-        except ValueError:
-            good = False
-        if not good or by_charge[charges[1]] != 1:
-            wrong.append(f"{key[0]}: charges {', '.join(by_charge)}")
-    return "three consecutive charges, the middle one with one spin", wrong
-
-
-def _spins(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
-    wrong = []
-    for key, states in _grouped(structures).items():
-        spins = [s for (s,) in states]
-        if len(spins) < 2 or not all(s.isdigit() for s in spins):
-            wrong.append(f"{key[0]}: spins {', '.join(spins)}")
-    return "at least two spins, whole numbers, for each system", wrong
-
-
-def _points(structures: Mapping[KeyPath, Atoms]) -> tuple[str, list[str]]:
-    wrong = ["/".join(p) for p in structures if "short_range" not in p[-1] and "long_range" not in p[-1]]
-    return "points called short_range or long_range", wrong
 
 
 def _compare(report: Report, structures: Mapping[KeyPath, Atoms], keys: Any, expected: Mapping[KeyPath, Atoms]) -> None:

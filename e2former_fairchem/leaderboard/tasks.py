@@ -1,4 +1,4 @@
-"""The seven evaluation tasks as flat lists of structures, and back to the nested results that the leaderboard takes.
+"""The seven evaluation tasks: how each is laid out, computed, checked and scored; and their structures as flat lists.
 
 | task | path of a result | calculation |
 |---|---|---|
@@ -10,13 +10,16 @@
 | spingap | id / spin | single point |
 | distance_scaling | vertical / id / point of the curve | single point |
 
-Every structure is a unit of its own: shards and resumption do not care about the top-level keys.
+Every structure is a unit of its own: shards and resumption do not care about the top-level keys. A new task is a
+layout, a check where its metric assumes something, and a line of `TASKS`.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,9 @@ from fairchem.core.common.safe_pickle import safe_pickle_load
 from e2former_fairchem.files import read_json
 
 KeyPath = tuple[str, ...]
+Layout = Iterator[tuple[tuple[Any, ...], Atoms]]
+Structures = Mapping[KeyPath, Atoms]
+Findings = tuple[str, list[str]]
 COMPONENTS = ("ligand", "pocket", "ligand_pocket")
 
 
@@ -45,67 +51,144 @@ class Unit:
         return "/".join(self.path)
 
 
-def _ligand_pocket(inputs: Mapping) -> Iterator[Unit]:
+def _grouped(structures: Structures, depth: int = 1) -> dict[KeyPath, dict[KeyPath, Atoms]]:
+    groups: dict[KeyPath, dict[KeyPath, Atoms]] = defaultdict(dict)
+    for path, atoms in structures.items():
+        groups[path[:depth]][path[depth:]] = atoms
+    return groups
+
+
+def _ligand_pocket(inputs: Mapping) -> Layout:
     for key, entry in inputs.items():
         for component in COMPONENTS:
-            yield Unit((key, component), entry[component], False)
+            yield (key, component), entry[component]
 
 
-def _ligand_strain(inputs: Mapping) -> Iterator[Unit]:
+def _ligand_pocket_check(structures: Structures) -> Findings:
+    """The metric finds each component's atoms in the complex by element and by exactly equal position.
+
+    Rounded positions are equal where they were, so there is no tolerance here: the metric has none.
+    """
+    wrong = []
+    for key, parts in _grouped(structures).items():
+        if set(parts) != {(c,) for c in COMPONENTS}:
+            wrong.append(f"{key[0]}: has {', '.join(p[0] for p in parts)}")
+            continue
+        whole, *rest = (
+            [(int(z), *r) for z, r in zip(parts[(c,)].numbers, parts[(c,)].positions.tolist(), strict=True)]
+            for c in ("ligand_pocket", "ligand", "pocket")
+        )
+        if len(set(whole)) != len(whole) or set(whole) != set().union(*rest):
+            wrong.append(f"{key[0]}: positions of ligand and pocket are not exactly those of ligand_pocket")
+    return "ligand, pocket and ligand_pocket, the first two at exactly the positions of the third", wrong
+
+
+def _ligand_strain(inputs: Mapping) -> Layout:
     for key, entry in inputs.items():
-        yield Unit((key, "bioactive"), entry["bioactive_conf"], False)
+        yield (key, "bioactive"), entry["bioactive_conf"]
         for number, atoms in enumerate(entry["conformers"]):
-            yield Unit((key, "gas_phase", number), atoms, True)
+            yield (key, "gas_phase", number), atoms
 
 
-def _conformers(inputs: Mapping) -> Iterator[Unit]:
+def _ligand_strain_check(structures: Structures) -> Findings:
+    wrong = [
+        key[0]
+        for key, parts in _grouped(structures).items()
+        if ("bioactive",) not in parts or not any(p[0] == "gas_phase" for p in parts)
+    ]
+    return "bioactive and at least one gas_phase conformer for each ligand", wrong
+
+
+def _conformers(inputs: Mapping) -> Layout:
     for family, members in inputs.items():
         for member in members:
-            yield Unit((family, member["sid"]), member["initial_atoms"], True)
+            yield (family, member["sid"]), member["initial_atoms"]
 
 
-def _protonation(inputs: Mapping) -> Iterator[Unit]:
+def _protonation(inputs: Mapping) -> Layout:
     for family, states in inputs.items():
         for name, state in states.items():
-            yield Unit((family, name), state["initial_atoms"], True)
+            yield (family, name), state["initial_atoms"]
 
 
-def _ieea(inputs: Mapping) -> Iterator[Unit]:
+def _protonation_check(structures: Structures) -> Findings:
+    wrong = ["/".join(p) for p in structures if not re.search(r"_-?\d+_\d+$", p[-1])]
+    return "states called name_charge_spin", wrong
+
+
+def _ieea(inputs: Mapping) -> Layout:
     for key, charges in inputs.items():
         for charge, spins in charges.items():
             for spin, entry in spins.items():
-                yield Unit((key, charge, spin), entry["atoms"], False)
+                yield (key, charge, spin), entry["atoms"]
 
 
-def _spingap(inputs: Mapping) -> Iterator[Unit]:
+def _ieea_check(structures: Structures) -> Findings:
+    wrong = []
+    for key, states in _grouped(structures).items():
+        by_charge: dict[str, int] = defaultdict(int)
+        for charge, _ in states:
+            by_charge[charge] += 1
+        try:
+            charges = sorted(by_charge, key=int)
+            good = [int(c) for c in charges] == list(range(int(charges[0]), int(charges[0]) + 3))
+        except ValueError:
+            good = False
+        if not good or by_charge[charges[1]] != 1:
+            wrong.append(f"{key[0]}: charges {', '.join(by_charge)}")
+    return "three consecutive charges, the middle one with one spin", wrong
+
+
+def _spingap(inputs: Mapping) -> Layout:
     for key, spins in inputs.items():
         for spin, entry in spins.items():
-            yield Unit((key, spin), entry["atoms"], False)
+            yield (key, spin), entry["atoms"]
 
 
-def _distance_scaling(inputs: Mapping) -> Iterator[Unit]:
+def _spingap_check(structures: Structures) -> Findings:
+    wrong = []
+    for key, states in _grouped(structures).items():
+        spins = [s for (s,) in states]
+        if len(spins) < 2 or not all(s.isdigit() for s in spins):
+            wrong.append(f"{key[0]}: spins {', '.join(spins)}")
+    return "at least two spins, whole numbers, for each system", wrong
+
+
+def _distance_scaling(inputs: Mapping) -> Layout:
     for vertical, systems in inputs.items():
         for key, points in systems.items():
             for point, atoms in points.items():
-                yield Unit((vertical, key, point), atoms, False)
+                yield (vertical, key, point), atoms
+
+
+def _distance_scaling_check(structures: Structures) -> Findings:
+    wrong = ["/".join(p) for p in structures if "short_range" not in p[-1] and "long_range" not in p[-1]]
+    return "points called short_range or long_range", wrong
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: how its input is laid out, and fairchem-data-omol's function for its metrics."""
+    """All that one task is.
 
-    flatten: Callable[[Mapping], Iterator[Unit]]
+    layout: paths and structures of its input, in its order. evaluator: fairchem-data-omol's function for its metrics.
+    relaxed: whether the results whose paths have this many keys are relaxations; no others are there. check: what the
+    metric assumes of all structures together, and the names of those for which it does not hold.
+    """
+
+    layout: Callable[[Mapping], Layout]
     evaluator: str
+    relaxed: Mapping[int, bool]
+    check: Callable[[Structures], Findings] | None = None
 
 
 TASKS: Mapping[str, Task] = {
-    "ligand_pocket": Task(_ligand_pocket, "ligand_pocket"),
-    "ligand_strain": Task(_ligand_strain, "ligand_strain"),
-    "conformers": Task(_conformers, "geom_conformers"),
-    "protonation": Task(_protonation, "protonation_energies"),
-    "ieea": Task(_ieea, "unoptimized_ie_ea"),
-    "spingap": Task(_spingap, "unoptimized_spin_gap"),
-    "distance_scaling": Task(_distance_scaling, "distance_scaling"),
+    "ligand_pocket": Task(_ligand_pocket, "ligand_pocket", {2: False}, _ligand_pocket_check),
+    "ligand_strain": Task(_ligand_strain, "ligand_strain", {2: False, 3: True}, _ligand_strain_check),
+    "conformers": Task(_conformers, "geom_conformers", {2: True}),
+    "protonation": Task(_protonation, "protonation_energies", {2: True}, _protonation_check),
+    "ieea": Task(_ieea, "unoptimized_ie_ea", {3: False}, _ieea_check),
+    "spingap": Task(_spingap, "unoptimized_spin_gap", {2: False}, _spingap_check),
+    "distance_scaling": Task(_distance_scaling, "distance_scaling", {3: False}, _distance_scaling_check),
 }
 
 
@@ -128,7 +211,9 @@ def flatten(name: str, inputs: Any, source: str | Path) -> list[Unit]:
     """
     task = get_task(name)
     try:
-        units = [Unit(tuple(str(k) for k in u.path), u.atoms, u.relax) for u in task.flatten(inputs)]
+        units = [
+            Unit(tuple(str(k) for k in path), atoms, task.relaxed[len(path)]) for path, atoms in task.layout(inputs)
+        ]
     except (AttributeError, KeyError, TypeError) as err:
         raise ValueError(
             f"{source}: expected the input of {name} (see leaderboard/tasks.py), got something else: "
