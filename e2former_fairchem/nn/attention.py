@@ -54,7 +54,9 @@ class DirectionalGate(nn.Module):
             self.out = kaiming_linear(heads, heads)
         self.project = SO3Linear(lmax, config.sphere_channels, width)
 
-    def forward(self, target_embedding: Tensor, source_embedding: Tensor, execution: Execution) -> DotWeights:
+    def forward(
+        self, target_embedding: Tensor, source_embedding: Tensor, execution: Execution = REFERENCE
+    ) -> DotWeights:
         if self.score == "qk_dot":
             radial = self.radial(target_embedding, source_embedding, execution)
             return DotWeights(radial, self.out.weight, self.out.bias)

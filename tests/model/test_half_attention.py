@@ -108,7 +108,10 @@ def test_no_edges(device: str, calls: list) -> None:
 
 
 def test_several_runs(device: str) -> None:
-    """A block's value and gradients with the edges in runs of at most eight."""
+    """A block's value and gradients with the edges in runs of at most eight.
+
+    On a GPU products of other numbers of rows may add in another order, before their results become float16.
+    """
     case = Case(device)
     model, numbers, graph = case.model, case.numbers, case.graph()
     x = torch.randn(ATOMS, 4, SHAPE["sphere_channels"], device=device, requires_grad=True)
@@ -121,7 +124,7 @@ def test_several_runs(device: str) -> None:
         y = block.half_attention(model.blocks[0], x, system, graph, execution)
         found.append([y, *torch.autograd.grad((weight * y).sum(), (x, graph.vec), retain_graph=True)])
     for once, again in zip(*found, strict=True):
-        torch.testing.assert_close(again, once, rtol=1e-4, atol=1e-4 * float(once.abs().max()))
+        assert error(again, once.double()) < (ROUNDING if device == "cuda" else 1e-4)
 
 
 def test_derivatives_beyond_the_first(device: str, calls: list) -> None:

@@ -161,6 +161,15 @@ def test_attention_rows(run) -> None:
     assert rows["attention/qk/speedup/forward/6"]["speedup"] > 0
 
 
+@pytest.mark.parametrize("score", ["qk_dot", "qk_dot_scalar"])
+def test_inputs_of_directional_scores(score: str, load) -> None:
+    """One layer's own weights, in float64 too; the timed rows of these scores take the way of ``qk``'s."""
+    case = load("attention_rows").AttentionCase(6, score, "cpu", tiny=True)
+    once = case.forward("dense")
+    exact = case.to_double().forward("dense")
+    torch.testing.assert_close(once.double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_memory_rows(run) -> None:
     """Memory itself is a GPU's. Every atom has as many neighbours as are asked for, however far."""
     arguments = ["--precision", "highest", "--atoms", "6", "--neighbours", "1", "3", "--repeats", "1"]
