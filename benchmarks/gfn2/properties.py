@@ -104,40 +104,43 @@ def dynamics(checkpoint: Path, folder: Path, device: str, most: int = 20, steps:
     for seed, atoms in enumerate(systems):
         draw_velocities(atoms, KELVIN, seed)
     keys = {"task_name": "omol", "r_data_keys": ["spin", "charge"], "molecule_cell_size": 120}
-    batch = atomicdata_list_to_batch([AtomicData.from_ase(atoms, **keys) for atoms in systems])
+    batch = atomicdata_list_to_batch([AtomicData.from_ase(atoms, **keys) for atoms in systems]).to(device)
     first = np.cumsum([0, *map(len, systems)])
-    pairs, masses = [], np.concatenate([atoms.get_masses() for atoms in systems])[:, None]
+    pairs = []
     for atoms, start in zip(systems, first, strict=False):
         radii = covalent_radii[atoms.numbers]
         bonded = np.triu(atoms.get_all_distances() < BONDED * (radii[:, None] + radii), 1)
         pairs.append(np.argwhere(bonded) + start)
-    i, j = np.concatenate(pairs).T
-    velocities = np.concatenate([atoms.get_velocities() for atoms in systems])
-    positions, step = batch.pos.double().numpy(), STEP * units.fs
+    i, j = torch.from_numpy(np.concatenate(pairs).T).to(device)
+    masses, velocities = (
+        torch.from_numpy(np.concatenate([getattr(atoms, f"get_{name}")() for atoms in systems])).to(device)
+        for name in ("masses", "velocities")
+    )
+    masses, positions, step = masses.unsqueeze(1), batch.pos.double(), STEP * units.fs
 
-    def evaluate() -> tuple[float, np.ndarray]:
-        batch.pos = torch.from_numpy(positions).float()
-        found = {key: value.detach().double().cpu() for key, value in unit.predict(batch.clone()).items()}
-        return float(found["energy"].sum()), found["forces"].numpy()
+    def evaluate() -> tuple[torch.Tensor, torch.Tensor]:
+        batch.pos = positions.float()
+        found = unit.predict(batch.clone())
+        return found["energy"].double().sum(), found["forces"].double()
 
     energy, forces = evaluate()
-    lengths = np.linalg.norm(positions[i] - positions[j], axis=1)
-    stretched, totals, begun = 1.0, [], time.perf_counter()
+    lengths = (positions[i] - positions[j]).norm(dim=1)
+    stretched, totals, begun = [1.0], [], time.perf_counter()
     for n in range(1, steps + 1):
         velocities += 0.5 * step * forces / masses
         positions = positions + step * velocities
         energy, forces = evaluate()
         velocities += 0.5 * step * forces / masses
         if n % 100 == 0 or n == steps:
-            stretched = max(stretched, float((np.linalg.norm(positions[i] - positions[j], axis=1) / lengths).max()))
-            totals.append(energy + 0.5 * float((masses * velocities**2).sum()))
+            stretched.append(float(((positions[i] - positions[j]).norm(dim=1) / lengths).max()))
+            totals.append(float(energy + 0.5 * (masses * velocities**2).sum()))
     elapsed = steps * STEP / 1000  # ps
     drift = np.polyfit(np.linspace(0, elapsed, len(totals)), totals, 1)[0] if len(totals) > 1 else 0.0
     return {
         "molecules": len(systems),
         "atoms": len(positions),
         "picoseconds": elapsed,
-        "longest_bond_over_start": stretched,
+        "longest_bond_over_start": float(np.max(stretched)),
         "drift_mev_per_atom_ps": 1000 * float(drift) / len(positions),
         "ms_per_step": 1000 * (time.perf_counter() - begun) / steps,
     }
