@@ -118,6 +118,7 @@ def _query_key(reader: _Reader, key: str, config: E2FormerV2Config) -> dict[str,
 def _attention(reader: _Reader, key: str, config: E2FormerV2Config, order: int) -> dict[str, Tensor]:
     from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH as species
     from e2former_fairchem.so3 import path_table
+    from e2former_kernels.equivariant_attention.score import SCORES
 
     lmax, channels, heads, basis = config.lmax, config.sphere_channels, config.num_heads, config.num_radial_basis
     inputs, hidden = basis + 2 * species, config.hidden_radial_width
@@ -129,7 +130,7 @@ def _attention(reader: _Reader, key: str, config: E2FormerV2Config, order: int) 
     def grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
 
-    outputs = heads if config.score == "qk_dot" else 2 * heads
+    outputs = SCORES[config.score].outputs * heads
     out |= _prefixed("radial", grouped(_radial(reader, f"{key}.fc_easy", (inputs, hidden, outputs))))
     out |= _prefixed("query_key", _query_key(reader, key, config))
     out |= _prefixed("value", _so3(reader, f"{key}.proj_value", lmax, channels, channels))

@@ -25,6 +25,7 @@ from e2former_kernels.equivariant_attention import (
     equivariant_attention,
     equivariant_attention_reference,
 )
+from e2former_kernels.equivariant_attention.score import SCORES
 from e2former_kernels.linear import grouped_linear, grouped_linear_reference
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.table import RadialTable
@@ -47,11 +48,13 @@ class DirectionalGate(nn.Module):
             )
             # the authors initialise this map like their SO3 linears
             self.out = kaiming_linear((lmax + 1) * width, heads)
-        else:
+        elif self.score == "qk_dot_scalar":
             width = heads // (lmax + 1) + 1
             self.hidden = kaiming_linear(heads, heads)
             self.norm = nn.LayerNorm(heads)
             self.out = kaiming_linear(heads, heads)
+        else:
+            raise NotImplementedError(f"score: expected one with a gate here, got {self.score!r}")
         self.project = SO3Linear(lmax, config.sphere_channels, width)
 
     def forward(
@@ -131,11 +134,11 @@ class EquivariantAttention(nn.Module):
         )
         self.source_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
         self.target_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
-        outputs = heads if config.score == "qk_dot" else 2 * heads
+        outputs = SCORES[config.score].outputs * heads
         self.radial = RadialMLP(config.num_radial_basis, ATTENTION_SPECIES_WIDTH, config.hidden_radial_width, outputs)
         self.query_key = QueryKey(lmax, channels, heads, config.head_dim)
         self.value = SO3Linear(lmax, channels, channels)
-        self.dot = None if config.score == "qk" else DirectionalGate(config)
+        self.dot = DirectionalGate(config) if SCORES[config.score].directional else None
         if order == 0:
             self.coupling, self.paths, width = None, None, channels
         else:

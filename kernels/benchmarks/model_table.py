@@ -19,6 +19,8 @@ import torch
 from gate import gate
 from workload import TINY, Network, Results, System, attempt, common_arguments, free, measure, table
 
+from e2former_kernels.equivariant_attention.score import SCORES
+
 REFERENCE_ATOMS = 6144  # from here on growth is measured
 
 
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--atoms", type=int, nargs="*", default=[192, 1536, 6144, 24576, 98304])
     parser.add_argument("--train", type=int, nargs="*", default=[1536, 6144])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--score", default="qk", choices=("qk", "qk_dot", "qk_dot_scalar"))
+    parser.add_argument("--score", default="qk", choices=SCORES)
     parser.add_argument("--baseline", action="store_true", help="also the edge-materialised PyTorch attention")
     parser.add_argument("--checkpoint", action="store_true", help="recompute every block in the backward pass")
     parser.add_argument("--no-cuda-graph", action="store_true", help="never replay the trunk from CUDA graphs")

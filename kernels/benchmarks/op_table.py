@@ -22,7 +22,8 @@ from floor import attention_work
 from torch import Tensor
 from workload import Results, attempt, ceilings, common_arguments, free, measure, measure_graph, relative_error, table
 
-SCORES = ("qk", "qk_dot", "qk_dot_scalar")
+from e2former_kernels.equivariant_attention.score import SCORES
+
 PASSES = ("forward", "forward_backward", "second")
 #: Atoms of the check before the timings.
 CHECK_ATOMS = 192

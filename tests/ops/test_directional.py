@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.runs import Plan
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+from e2former_kernels.equivariant_attention.score import SCORES as ALL_SCORES
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
@@ -61,6 +63,17 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float =
 def recomputed(spy) -> list:
     """One entry for every evaluation of differentiable pieces."""
     return spy(Plan, "values")
+
+
+@interpreted
+def test_a_score_without_kernels_is_refused(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry is all that the definition needs of a score; kernels compute none that they do not know."""
+    monkeypatch.setitem(ALL_SCORES, "mine", ALL_SCORES["qk"])
+    arguments = make.attention("qk")
+    mine = replace(arguments[0], score="mine"), *arguments[1:]
+    assert torch.equal(equivariant_attention_reference(*mine), equivariant_attention_reference(*arguments))
+    with pytest.raises(ValueError, match="score: the kernels compute qk, qk_dot, qk_dot_scalar, got 'mine'"):
+        equivariant_attention(*mine)
 
 
 @interpreted

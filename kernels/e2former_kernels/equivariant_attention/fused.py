@@ -25,7 +25,8 @@ from e2former_kernels.equivariant_attention import kernels_reverse as attend_bac
 from e2former_kernels.equivariant_attention import kernels_value as attend_kernel
 from e2former_kernels.equivariant_attention.gate import DirectionalGate, GateNetworks
 from e2former_kernels.equivariant_attention.kernels_value import launch_contract
-from e2former_kernels.equivariant_attention.reference import DotWeights, Form, Pieces, attention_plan
+from e2former_kernels.equivariant_attention.reference import Form, Pieces, attention_plan
+from e2former_kernels.equivariant_attention.score import DotWeights
 from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.network import RadialFeatures, RadialNetwork

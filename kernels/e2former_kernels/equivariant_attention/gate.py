@@ -16,7 +16,7 @@ from e2former_kernels.common.harmonics import harmonic_scales
 from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.equivariant_attention import kernels_gate as kernel
-from e2former_kernels.equivariant_attention.reference import DotWeights
+from e2former_kernels.equivariant_attention.score import DotWeights
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial import kernels as layers
 from e2former_kernels.radial.network import (
@@ -34,6 +34,8 @@ from e2former_kernels.radial.reference import RadialWeights
 # thread in each of their three tiles.
 TILE = (128, 1024)
 PAIR_TILE = (64, 512)
+# Scores with kernels, and whether their harmonics are those of the direction, or of the vector.
+UNIT = {"qk_dot": True, "qk_dot_scalar": False}
 
 
 class GateKept(NamedTuple):
@@ -93,7 +95,7 @@ class DirectionalGate(RadialFeatures):
         dot_dot: Tensor | None = None,
     ) -> None:
         super().__init__(networks.head)
-        self.spec, self.unit, self.factors = spec, spec.score == "qk_dot", networks.factor
+        self.spec, self.unit, self.factors = spec, UNIT[spec.score], networks.factor
         self.weights = DotWeights(None, *(None if t is None else t.detach().contiguous() for t in weights[1:]))
         self.columns = self.weights.weight.shape[1]
         self.dot, self.dot_dot = dot.contiguous(), dot_dot

@@ -27,6 +27,9 @@ from e2former_kernels.common.half import Rows, half_rows, new_rows, store_half
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.radial.table import cubic, ends, feature, load
 
+#: Norms that the kernels know, at their NORM.
+NORMS = ("smooth", "molfm", "softplus", "sigmoid")
+
 
 @triton.jit
 def sigmoid(a):

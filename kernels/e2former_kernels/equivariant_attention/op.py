@@ -19,7 +19,9 @@ from e2former_kernels.common.registered import Settings, flags, register, there,
 from e2former_kernels.common.runs import EdgeList
 from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
-from e2former_kernels.equivariant_attention.reference import DotWeights, Form, Pieces, check_nodes_and_edges
+from e2former_kernels.equivariant_attention.kernels_value import NORMS
+from e2former_kernels.equivariant_attention.reference import Form, Pieces, check_nodes_and_edges
+from e2former_kernels.equivariant_attention.score import SCORES, DotWeights
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.table import RadialTable, check_table
@@ -33,52 +35,30 @@ FUSED_NUMBERS = 1 << 28
 TRAINING_NUMBERS = 5 << 26
 GATE_NUMBERS = 5 << 27
 SECOND_NUMBERS = 3 << 27
-
-
-def check_dot_weights(spec: AttentionSpec, weights: DotWeights, width: int, value: Tensor) -> None:
-    """Raise ValueError or TypeError naming the tensor that is not what the score needs. width: D of ``dot``."""
-    heads, columns = spec.num_heads, (spec.lmax + 1) * width
-    expected = {"bias": ("H", (heads,))}
-    if spec.score == "qk_dot":
-        check_radial("dot_weights.radial", weights.radial, "value", value, 1, spec.num_basis, columns)
-        expected |= {"weight": ("H, (lmax+1) D", (heads, columns))}
-    else:
-        if columns < heads:
-            raise ValueError(f"dot: expected (lmax+1) D of at least H = {heads}, got {columns}")
-        expected |= dict.fromkeys(("weight", "out"), ("H, H", (heads, heads)))
-        expected |= dict.fromkeys(("norm_weight", "norm_bias", "out_bias"), ("H", (heads,)))
-    named = {f"dot_weights.{name}": (getattr(weights, name), *shape) for name, shape in expected.items()}
-    check_tensors("value", value, **named)
+#: Scores with kernels.
+KERNELS = {"qk": FusedAttention, "qk_dot": DirectionalAttention, "qk_dot_scalar": DirectionalAttention}
 
 
 def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupling: Tensor | None, form: Form) -> None:
     """Raise ValueError or TypeError naming the argument whose shape, dtype or device is not what it must be."""
-    value = pieces.value
+    value, score = pieces.value, SCORES[spec.score]
     check_nodes_and_edges(spec, pieces, edges, coupling, form)
     check_device("equivariant_attention", value.device)
-    if spec.score != "qk":
-        check_dot_weights(spec, pieces.dot_weights, pieces.dot.shape[-1], value)
+    for key, name, known in (("score", spec.score, KERNELS), ("norm", spec.norm, NORMS)):
+        if name not in known:
+            raise ValueError(f"{key}: the kernels compute {', '.join(known)}, got {name!r}")
+    if score.directional:
+        shapes = score.weights(spec, pieces.dot_weights, value, pieces.dot.shape[-1])
+        named = {f"dot_weights.{name}": (getattr(pieces.dot_weights, name), *shapes[name]) for name in shapes}
+        check_tensors("value", value, **named)
     if form not in ("relative", "sum"):
         raise ValueError(f"form: the kernels compute 'relative' and 'sum', got {form!r}")
-    width = spec.num_heads if spec.score == "qk_dot" else 2 * spec.num_heads
-    check_radial("radial", pieces.radial, "value", value, 1, spec.num_basis, width)
+    check_radial("radial", pieces.radial, "value", value, 1, spec.num_basis, score.outputs * spec.num_heads)
     named = {"query": pieces.query, "key": pieces.key, "vec": pieces.vec, "dot": pieces.dot, "coupling": coupling}
     check_same("value", value, **named)
     check_float("value", value)
     if value.dtype == torch.float64 and value.device.type == "cuda":
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
-
-
-def gate_numbers_of(spec: AttentionSpec, pieces: Pieces) -> int:
-    """Working memory of one edge, in numbers, in the second derivative with a directional gate.
-
-    Two numbers, a value and its change, of: scores, weights and features with their gradients; first, middle and last
-    of each radial network with their gradients; three arrays as wide as the gate's input, three of its hidden layer.
-    """
-    heads, hidden, rows = spec.num_heads, pieces.radial.hidden.shape[-1], spec.num_rows
-    numbers = 14 * heads + 12 * hidden + 2 * spec.num_basis + 2 * rows
-    numbers += 6 * pieces.dot_weights.weight.shape[1] + 2 * rows * -(-pieces.dot.shape[-1] // 64)
-    return numbers + (8 * hidden if spec.score == "qk_dot" else 6 * heads)
 
 
 def make_step(
@@ -92,10 +72,10 @@ def make_step(
     half: bool = False,
 ) -> FusedAttention:
     """The operation on one graph. Raises as :func:`equivariant_attention` does."""
-    value, relative = pieces.value, spec.order > 0 and form == "relative"
+    value, score, relative = pieces.value, SCORES[spec.score], spec.order > 0 and form == "relative"
     check_arguments(spec, pieces, edges, coupling, form)
     hidden, per_row = pieces.radial.hidden.shape[-1], value.shape[-1] * value.shape[1]
-    if table is not None and spec.score != "qk":
+    if table is not None and score.directional:
         raise ValueError("table: expected None for this score, whose features are no table's")
     if table is not None:
         check_table(table, value, 2 * spec.num_heads, mode.trained)
@@ -107,17 +87,15 @@ def make_step(
     numbers = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // share
     if table is None:
         numbers += 4 * spec.num_heads + 3 * hidden
-    if spec.score == "qk_dot":
-        columns = (spec.lmax + 1) * pieces.dot.shape[-1]
-        numbers += 2 * columns + 3 * hidden + 3 * spec.num_rows
-    elif spec.score == "qk_dot_scalar":
-        numbers += 5 * spec.num_heads + 3 * spec.num_rows
     budget = (TRAINING_NUMBERS,) if mode.trained else (FUSED_NUMBERS, SINGLE_NUMBERS)
     # two numbers, a value and its change, of the radial network's layers, features, scores, weights and gradients
     second = 6 * hidden + 14 * spec.num_heads + 32, SECOND_NUMBERS
-    if spec.score != "qk":
-        second = gate_numbers_of(spec, pieces), GATE_NUMBERS
-    return (FusedAttention if spec.score == "qk" else DirectionalAttention)(
+    if score.directional:  # and of each network's first, middle and last layer, of harmonics, and of the gate's input
+        rows, width = spec.num_rows, pieces.dot.shape[-1]
+        numbers += score.numbers(spec, hidden, width)
+        shared = 14 * spec.num_heads + 12 * hidden + 2 * spec.num_basis + 2 * rows + 2 * rows * -(-width // 64)
+        second = shared + score.second(spec, hidden, width), GATE_NUMBERS
+    return KERNELS[spec.score](
         precision=mode.dot(value.dtype),
         spec=spec,
         form=form,

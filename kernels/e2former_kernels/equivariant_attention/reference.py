@@ -23,6 +23,7 @@ from e2former_kernels.common.checks import check_edges, check_same, check_shape
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.runs import EDGE, SOURCE, TARGET, WHOLE, EdgeList, EdgeRun, Plan, plan_of
 from e2former_kernels.common.step import evaluate
+from e2former_kernels.equivariant_attention.score import SCORES, DotWeights, OnEdges
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
 
@@ -30,23 +31,6 @@ Form = Literal["dense", "relative", "sum"]
 # Working memory of one run where runs are recomputed, in numbers (not bytes): 64 MB in float32.
 RUN_NUMBERS = 1 << 24
 MAX_PADDING = 4  # padded edges for one real one
-
-
-class DotWeights(NamedTuple):
-    """Weights of the directional gate.
-
-    ``qk_dot``: ``radial`` (K = (lmax+1) * D) and ``weight`` [H, (lmax+1)*D], ``bias`` [H]; the rest is None.
-    ``qk_dot_scalar``: ``weight`` [H, H], ``bias`` [H], ``norm_weight``, ``norm_bias`` [H], ``out`` [H, H],
-    ``out_bias`` [H]; ``radial`` is None (the gate's radial factor is the second half of the main network).
-    """
-
-    radial: RadialWeights | None
-    weight: Tensor
-    bias: Tensor
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    out: Tensor | None = None
-    out_bias: Tensor | None = None
 
 
 def segment_max(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
@@ -141,90 +125,6 @@ def attention_weights(
     unnormalised = torch.exp(score - top.index_select(0, target)) * u
     total = segment_sum(unnormalised, target, num_nodes) + floor
     return unnormalised * head / total.index_select(0, target)
-
-
-def directional_gate(
-    spec: AttentionSpec, vec: Tensor, distance: Tensor, dot: Tensor, radial: Tensor, weights: DotWeights
-) -> Tensor:
-    r"""The gate g of ``qk_dot`` and ``qk_dot_scalar`` (docs/network.md, equations 6.5 to 6.7).
-
-    z[l, k] = sum_m Y^l_m D_i[l, m, k], with Y "integral"-normalised on the unit sphere (``qk_dot``) or solid and
-    "component"-normalised (``qk_dot_scalar``).
-    ``qk_dot``: g = W (z * radial) + b. ``qk_dot_scalar``: g = W2 SiLU(LN(W1 (z[:H] * radial) + b1)) + b2.
-
-    Args:
-        spec: what to compute.
-        vec: [E, 3], r_i - r_j, Å.
-        distance: [E], its length.
-        dot: [E, M, D], the receiver's projection.
-        radial: [E, (lmax+1) D] for ``qk_dot``, [E, H] for ``qk_dot_scalar``.
-        weights: of the gate.
-
-    Returns:
-        g, [E, H], no unit.
-    """
-    if spec.score == "qk_dot":
-        harmonics = solid_harmonics(vec / distance.unsqueeze(-1), spec.lmax) / math.sqrt(4 * math.pi)
-    else:
-        harmonics = solid_harmonics(vec, spec.lmax)
-    product = harmonics.to(dot.dtype).unsqueeze(-1) * dot
-    z = torch.cat([product[:, l * l : (l + 1) ** 2].sum(1) for l in range(spec.lmax + 1)], -1)
-    if spec.score == "qk_dot":
-        return F.linear(z * radial, weights.weight, weights.bias)
-    x = F.linear(z[:, : spec.num_heads] * radial, weights.weight, weights.bias)
-    x = F.silu(F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, 1e-5))
-    return F.linear(x, weights.out, weights.out_bias)
-
-
-def edge_weights(
-    spec: AttentionSpec,
-    vec: Tensor,
-    query: Tensor,
-    key: Tensor,
-    dot: Tensor | None,
-    target: Tensor,
-    num_nodes: int,
-    target_species: Tensor,
-    source_species: Tensor,
-    radial: RadialWeights,
-    dot_weights: DotWeights | None,
-    geometry: EdgeGeometry | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention weights of a set of edges that holds every edge of its receivers, and the edges' lengths.
-
-    Args:
-        spec: what to compute.
-        vec: [E, 3], r_i - r_j, Å.
-        query: [E, H, S], of the edges' receivers.
-        key: [E, H, S], of their senders.
-        dot: [E, M, D], the receivers' projections, or None.
-        target: [E], receivers.
-        num_nodes: how many there are.
-        target_species: [E], elements of the receivers.
-        source_species: [E], elements of the senders.
-        radial: weights of the radial network.
-        dot_weights: weights of the directional gate, or None.
-        geometry: of ``vec``, where it is known.
-
-    Returns:
-        w, [E, H], and the lengths, [E], Å.
-    """
-    heads = spec.num_heads
-    if geometry is None:
-        geometry = edge_geometry(vec, spec.cutoff, spec.num_basis, spec.envelope_exponent, spec.bell)
-    distance, basis, envelope = geometry
-    features = radial_network(basis, target_species, source_species, radial).squeeze(1)
-    if spec.score == "qk":
-        gate, head = features[:, :heads], features[:, heads:]
-    elif spec.score == "qk_dot":
-        assert dot_weights is not None and dot_weights.radial is not None
-        factor = radial_network(basis, target_species, source_species, dot_weights.radial).squeeze(1)
-        gate, head = directional_gate(spec, vec, distance, dot, factor, dot_weights), features
-    else:
-        gate = directional_gate(spec, vec, distance, dot, features[:, heads:], dot_weights)
-        head = features[:, :heads]
-    score = gate * (query * key).sum(-1) / math.sqrt(query.shape[-1])
-    return attention_weights(score, head, envelope, target, num_nodes, spec.norm), distance
 
 
 def inverse_distance(spec: AttentionSpec, distance: Tensor) -> Tensor:
@@ -333,6 +233,25 @@ class Pieces(NamedTuple):
         return self.like([torch.empty(0)] * len(self.flat()))
 
 
+def edge_weights(
+    spec: AttentionSpec, run: EdgeRun, given: Pieces, geometry: EdgeGeometry | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights w [E, H] of a run's edges, and their lengths [E], Å; arguments of :func:`attention_of_run`."""
+    query = given.query.index_select(0, run.target)
+    dot = None if given.dot is None else given.dot.index_select(0, run.target)
+    if geometry is None:
+        geometry = edge_geometry(given.vec, spec.cutoff, spec.num_basis, spec.envelope_exponent, spec.bell)
+    distance, basis, envelope = geometry
+
+    def network(weights: RadialWeights) -> Tensor:
+        return radial_network(basis, *run.elements, weights).squeeze(1)
+
+    on_edges = OnEdges(given.vec, distance, dot, network(given.radial), network)
+    gate, head = SCORES[spec.score].gate_and_head(spec, on_edges, given.dot_weights)
+    score = gate * (query * given.key).sum(-1) / math.sqrt(query.shape[-1])
+    return attention_weights(score, head, envelope, run.target, run.num_nodes, spec.norm), distance
+
+
 def attention_of_run(
     spec: AttentionSpec,
     form: Form,
@@ -342,21 +261,8 @@ def attention_of_run(
     geometry: EdgeGeometry | None = None,
 ) -> Tensor:
     """The attention of a run of receivers from what :func:`attention_plan` hands it; geometry: of its edges."""
-    target = run.target
-    weights, distance = edge_weights(
-        spec,
-        given.vec,
-        given.query.index_select(0, target),
-        given.key,
-        None if given.dot is None else given.dot.index_select(0, target),
-        target,
-        run.num_nodes,
-        *run.elements,
-        given.radial,
-        given.dot_weights,
-        geometry,
-    )
-    return aggregate(spec, form, weights, distance, given.vec, given.value, target, run.num_nodes, coupling)
+    weights, distance = edge_weights(spec, run, given, geometry)
+    return aggregate(spec, form, weights, distance, given.vec, given.value, run.target, run.num_nodes, coupling)
 
 
 def attention_plan(spec: AttentionSpec, form: Form, pieces: Pieces, edges: EdgeList, coupling: Tensor | None) -> Plan:
@@ -390,7 +296,7 @@ def check_nodes_and_edges(
     check_shape("value", value, f"N', {dims}, C", (senders, rows, value.shape[-1]))
     if value.shape[-1] % spec.num_heads:
         raise ValueError(f"value: {value.shape[-1]} channels are not a multiple of num_heads = {spec.num_heads}")
-    if spec.score != "qk":
+    if SCORES[spec.score].directional:
         if pieces.dot is None or pieces.dot_weights is None:
             raise ValueError(f"dot, dot_weights: score {spec.score!r} needs both, got None")
         check_shape("dot", pieces.dot, "N, (lmax+1)^2, D", (nodes, spec.num_rows, pieces.dot.shape[-1]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Score = Literal["qk", "qk_dot", "qk_dot_scalar"]
+from e2former_kernels.equivariant_attention.score import SCORES
+
 Norm = Literal["smooth", "molfm", "softplus", "sigmoid"]
 InverseDistance = Literal["v2", "v1_5"]
 
@@ -22,8 +23,7 @@ class AttentionSpec:
 
     lmax: highest degree of the node features, M = (lmax+1)^2 rows.
     num_heads: H; channel c of the value belongs to head ``c mod H``.
-    score: ``qk`` (gate from the radial network), ``qk_dot`` (gate from the receiver's features contracted with
-        normalised harmonics), ``qk_dot_scalar`` (the same with solid harmonics and a second MLP).
+    score: a name of :data:`e2former_kernels.equivariant_attention.score.SCORES`.
     norm: ``smooth``, ``molfm`` (the authors' softmax), ``softplus``, ``sigmoid``.
     order: of the message: 0 is the value itself, 1 its tensor product with the edge's direction, 2 that with the
         direction's harmonics of degrees 1 and 2.
@@ -40,7 +40,7 @@ class AttentionSpec:
     num_heads: int
     num_basis: int
     cutoff: float
-    score: Score = "qk"
+    score: str = "qk"
     norm: Norm = "smooth"
     order: int = 1
     inverse_distance: InverseDistance = "v1_5"
@@ -53,7 +53,7 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
-            ("score", self.score, get_args(Score)),
+            ("score", self.score, tuple(SCORES)),
             ("norm", self.norm, get_args(Norm)),
             ("order", self.order, (0, 1, 2)),
             ("inverse_distance", self.inverse_distance, get_args(InverseDistance)),
