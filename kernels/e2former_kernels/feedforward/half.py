@@ -16,7 +16,7 @@ from e2former_kernels.common.half import Rows, from_products, half_rows, half_we
 from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import kernels as kernel
-from e2former_kernels.feedforward.power import launch_power, launch_power_backward
+from e2former_kernels.feedforward.kernels import launch_power, launch_power_backward
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights
 from e2former_kernels.linear.op import apply_so3, so3_rows
 from e2former_kernels.norm.op import launch_norm_rows, launch_norm_rows_reverse

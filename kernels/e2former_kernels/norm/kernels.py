@@ -122,7 +122,7 @@ def norm_reverse_kernel(
 
 
 @triton.jit
-def norm_rows_reverse_kernel(
+def half_norm_reverse_kernel(
     grad, grad_factor, row_factors, more, more_factor, more_row_factors, beside, x, weight, out, M, C, L,
     EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, MORE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip

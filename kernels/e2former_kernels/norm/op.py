@@ -120,7 +120,7 @@ def launch_norm_rows_reverse(
     """
     if x.numel():
         further, factors = (grad, row_factors) if more is None else more
-        kernel.norm_rows_reverse_kernel[(x.shape[0],)](
+        kernel.half_norm_reverse_kernel[(x.shape[0],)](
             *grad, row_factors, *further, factors, x if beside is None else beside, x, weight.contiguous(), out,
             MORE=more is not None, BESIDE=beside is not None, **_constants(x, weight),
         )  # fmt: skip
