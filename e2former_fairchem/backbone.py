@@ -293,7 +293,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         Where there is a GPU nothing is compiled (kernels/benchmarks/results/md_compiled.json). Hessians differentiate
         twice, which neither a compiled backward pass nor the vmap over it supports: they run eagerly, row by row.
 
-        Blocks are not computed again in the backward pass, as fairchem's own default and its preset ``batch`` ask for
+        Blocks are not recomputed in the backward pass, as fairchem's own default and its preset ``batch`` ask for
         models that keep tensors of all edges: ours keep those of atoms (and on a CPU 64 MB of edges a layer at most),
         and the settings say afterwards what runs.
         """

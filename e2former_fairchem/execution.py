@@ -7,7 +7,7 @@
 | ``compiled`` | the same inside ``torch.compile`` | the kernels as operations of ``torch.library`` |
 | ``frozen`` | ``model.freeze()``, which fairchem's inference calls | and splines for radial networks, merged maps |
 | ``frozen_half`` | frozen, and TF32 is allowed | and rows of atoms in float16 with a factor |
-| ``replayed`` | frozen, small, the same atoms again and again | one of the last two from CUDA graphs (`captured`) |
+| ``replayed`` | frozen, small, the same atoms many times | one of the last two from CUDA graphs (`captured`) |
 
 ``dense`` convolutions run in PyTorch in all of them. An execution that is not taken has its reason in
 `Execution.why_not`; the first evaluation of each kind says both in the log.
@@ -60,7 +60,7 @@ class Execution:
         mode: what the operations with kernels need to know.
         frozen: what is made of the weights, where they are frozen.
         elements: the atomic numbers there are, where weights are frozen.
-        compute_again: of node features keep only what takes more than a norm and a matrix product to compute again.
+        recompute_features: of node features keep only what takes more than a norm and a matrix product to recompute.
         replays: repeated evaluations come from CUDA graphs.
         geometry: of the edges, computed once for all layers where the reference keeps edge tensors.
         edges: of the graph, with what calls of operations share.
@@ -76,7 +76,7 @@ class Execution:
     mode: Mode = EXACT
     frozen: Frozen | None = None
     elements: tuple[int, ...] | None = None
-    compute_again: bool = False
+    recompute_features: bool = False
     replays: bool = False
     geometry: EdgeGeometry | None = None
     edges: EdgeList | None = None
@@ -99,7 +99,7 @@ class Execution:
 
     def on_long_range(self, edges: EdgeList) -> Execution:
         """The same on the long-range graph, whose networks have no splines."""
-        return replace(self, elements=None, compute_again=False, geometry=None, edges=edges)
+        return replace(self, elements=None, recompute_features=False, geometry=None, edges=edges)
 
 
 REFERENCE = Execution()
@@ -161,8 +161,8 @@ def choose_execution(
         reason = "nobody called freeze()" if frozen_weights is None else "weights ask for gradients"
         return _said(Execution("kernels", **given, why_not={"frozen": reason}))
     frozen, elements = frozen_weights(weights)
-    again = not config.activation_checkpointing and graph.halo is None
-    given |= {"frozen": frozen, "elements": elements, "compute_again": again}
+    recompute = not config.activation_checkpointing and graph.halo is None
+    given |= {"frozen": frozen, "elements": elements, "recompute_features": recompute}
     no_half = _first(
         (mode.precision == "highest", "products in TF32 are not allowed"),
         (like.dtype != torch.float32, f"weights are {like.dtype}"),

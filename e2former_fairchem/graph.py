@@ -110,12 +110,12 @@ class Graph:
 
     @property
     def by_target(self) -> Transpose:
-        """CSR of the receivers, in the form `e2former_fairchem.segments` takes; it does not know ``vec``."""
+        """CSR of the receivers, as `e2former_fairchem.segments` takes it; it does not know ``vec``."""
         return partial(ascending, self.row_ptr)
 
     @property
     def by_source(self) -> Transpose:
-        """Transposed CSR, in the form `e2former_fairchem.segments` takes."""
+        """Transposed CSR, as `e2former_fairchem.segments` takes it."""
         return self.senders
 
     def edge_list(self, species: Tensor) -> EdgeList:

@@ -77,7 +77,7 @@ class E2FormerV2(nn.Module):
         return self
 
     def unfreeze(self) -> E2FormerV2:
-        """Forget what was made of the weights; they have the gradients again that they had before :meth:`freeze`."""
+        """Forget what was made of the weights; they have the gradients that they had before :meth:`freeze`."""
         if self._frozen is not None:
             self._frozen = None
             parameters = dict(self.named_parameters())
@@ -145,7 +145,7 @@ class E2FormerV2(nn.Module):
         same = self._frozen.check(parameters, present[:1])
         changed, *there = present.tolist()
         if changed or not same:
-            logger.info("weights have changed since freeze(): what was made of them is made again")
+            logger.info("weights have changed since freeze(): what was made of them is made anew")
             self._frozen = Frozen()
             self._frozen.check(parameters, present[:1])
         return self._frozen, tuple(number for number, is_there in enumerate(there, 1) if is_there)

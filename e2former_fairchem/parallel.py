@@ -106,7 +106,7 @@ class Halo:
     _transposed: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def _by_row(self) -> tuple[Tensor, Tensor]:
-        """Transposed CSR of ``send``, in the form `e2former_fairchem.segments` takes."""
+        """Transposed CSR of ``send``, as `e2former_fairchem.segments` takes it."""
         if not self._transposed:
             order = torch.argsort(self.send, stable=True)
             rows = torch.arange(self.own.numel() + 1, device=order.device)

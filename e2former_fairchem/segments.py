@@ -41,7 +41,7 @@ class Transposed:
         self._index, self._rows, self._order, self._pointer = index, rows, order, pointer
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Order and pointer, in the form `gather_rows` takes."""
+        """Order and pointer, as `gather_rows` takes it."""
         return self.order, self.pointer
 
     @property
@@ -64,7 +64,7 @@ class Transposed:
 
 
 def ascending(pointer: Tensor) -> tuple[None, Tensor]:
-    """The CSR of an index that ascends, in the form `gather_rows` takes."""
+    """The CSR of an index that ascends, as `gather_rows` takes it."""
     return None, pointer
 
 

@@ -174,15 +174,15 @@ class EquivariantAttention(nn.Module):
         graph: Graph,
         execution: Execution,
         images: ImageNodes | None,
-        h_again: Callable[[], Tensor] | None = None,
+        recompute_h: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """h: [N, (lmax+1)^2, C], normalised. images: for ``eaas``.
 
-        h_again: gives h once more, so that the backward pass need not keep what is made of it.
+        recompute_h: gives h once more, so that the backward pass need not keep what is made of it.
         Returns [N, (lmax+1)^2, C].
         """
         radial, table = self.radial_and_splines(execution)
-        query, key = self.query_key(h, execution, h_again)
+        query, key = self.query_key(h, execution, recompute_h)
         key, value = graph.fetch(key, self.value(h, execution))
         factored = execution.node_factored and self.spec.order == 1
         edges, half = execution.edges, execution.half
@@ -205,8 +205,8 @@ class EquivariantAttention(nn.Module):
         arguments = (self.spec, query, key, value, dot, graph.vec, edges, radial, dot_weights, self.coupling)
         if execution.kernels and form != "dense":
 
-            def again() -> Tensor:
-                value = self.value(h_again(), execution)
+            def recompute() -> Tensor:
+                value = self.value(recompute_h(), execution)
                 return sent(value) if factored else value
 
             rows = equivariant_attention(
@@ -215,7 +215,7 @@ class EquivariantAttention(nn.Module):
                 table=table,
                 half=half,
                 mode=execution.mode,
-                value_again=None if h_again is None else again,
+                recompute_value=None if recompute_h is None else recompute,
             )
         else:
             rows = equivariant_attention_reference(

@@ -61,8 +61,8 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """x + Attn(N1(x) + s). vec: the graph's edge vectors, [E, 3]."""
         h = self.norm1(x, system, execution=execution)
-        again = None
-        if execution.compute_again:
-            again = partial(self.norm1, x.detach(), system.detach(), execution=execution)
+        recompute = None
+        if execution.recompute_features:
+            recompute = partial(self.norm1, x.detach(), system.detach(), execution=execution)
         graph = graph if vec is graph.vec else graph.with_vec(vec)
-        return x + self.attention(h, graph, execution, images, again)
+        return x + self.attention(h, graph, execution, images, recompute)

@@ -22,7 +22,7 @@ def serves(block: TransformerBlock, execution: Execution) -> bool:
     """Whether :func:`half_attention` covers a block of an execution with float16 rows."""
     attention = block.attention
     return (
-        execution.compute_again
+        execution.recompute_features
         and execution.form == "relative"
         and attention.spec.order == 1
         and attention.dot is None

@@ -68,11 +68,11 @@ class QueryKey(nn.Module):
         return execution.made(self, "rows", lambda: row_weights(self.weights()))
 
     def forward(
-        self, h: Tensor, execution: Execution = REFERENCE, h_again: Callable[[], Tensor] | None = None
+        self, h: Tensor, execution: Execution = REFERENCE, recompute_h: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """h: [N, (lmax+1)^2, C]; h_again: gives it once more. Returns query and key, each [N, H, S]."""
+        """h: [N, (lmax+1)^2, C]; recompute_h: gives it once more. Returns query and key, each [N, H, S]."""
         if execution.kernels:
-            both = query_key(h, self.weights(), h_again, self.prepared(execution), execution.mode)
+            both = query_key(h, self.weights(), recompute_h, self.prepared(execution), execution.mode)
         else:
             both = query_key_reference(h, self.weights())
         # in memory queries and keys lie apart

@@ -94,7 +94,7 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
     """Values of `KEY=VALUE` by key, nested where a key has dots; numbers and lists as YAML writes them.
 
     Raises:
-        ValueError: not of this form.
+        ValueError: not so.
     """
     values = OmegaConf.create()
     for override in overrides:

@@ -1,6 +1,6 @@
 """Batches of few sizes, made in the loader's workers: checks, neighbours, targets and padding.
 
-What a training step needs of a batch is one block of memory, which goes to the GPU in one copy. Padding atoms form one
+What a training step needs of a batch is one block of memory, which goes to the GPU in one copy. Padding atoms are one
 more molecule, joined to themselves by the edges that are left, and masks keep them out of every loss. Their share of
 every gradient is zero.
 """

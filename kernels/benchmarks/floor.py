@@ -14,9 +14,9 @@ Per atom: contraction B = 2 nnz C (nnz coefficients that are not zero), query re
 forward            FLOPs E (R + Q + A) + N B
                    gathered E G
                    streamed 4 N (H S + P C) + E (12 + 16): query, result, edge vectors, indices
-forward_backward   gradients by query, key, value and edge vectors, weights frozen. Scores and weights are made again
+forward_backward   gradients by query, key, value and edge vectors, weights frozen. Scores and weights are recomputed
                    and the radial network is differentiated by the distance: FLOPs E (3 R + 4 Q + 3 A) + 2 N B.
-                   By receiver it reads value and key again, by sender the result's gradient and the query: gathered
+                   By receiver it reads value and key once more, by sender the result's gradient and the query: gathered
                    E (2 G + 4 (P C + H S)); streamed three times the forward's, and the gradients of key and value.
 second             the forward and backward pass, and the gradient of a functional of those gradients by all inputs and
                    the radial weights. Every product of the backward pass has a factor replaced by its tangent and is
@@ -101,7 +101,7 @@ def attention_work(shape: Shape, atoms: int, edges: int, kind: str) -> Work:
 def model_work(atoms: int, edges: int, layers: int = 4, shape: Shape | None = None) -> Work:
     """Energy and forces of the paper's network: NOTES.md counts 225 MFLOP an atom node-wise, and the attention here.
 
-    225: 90 forward, as much backward, and half of it computed again. Nodes are streamed about 15 times a layer.
+    225: 90 forward, as much backward, and half of it recomputed. Nodes are streamed about 15 times a layer.
     """
     shape = shape or PAPER_SHAPE
     one = attention_work(shape, atoms, edges, "forward_backward")

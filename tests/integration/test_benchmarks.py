@@ -60,7 +60,7 @@ def test_training(launch: Callable, repo: Path, elsewhere: Path, monkeypatch: py
     folder = elsewhere / "runs" / "benchmarks" / "training"
     (file,) = folder.rglob("training_benchmark_report.json")
     report = json.loads(file.read_text())
-    assert report["baseline_loss"] == pytest.approx(report["candidate_loss"], rel=1e-4), "one function in two forms"
+    assert report["baseline_loss"] == pytest.approx(report["candidate_loss"], rel=1e-4), "one function"
     assert report["candidate_loss"] != report["baseline_loss"], "which round differently"
     assert report["steps_per_second"] > 0 and report["baseline_steps_per_second"] > 0
     assert tempfile.tempdir == str(shared) and not list(shared.iterdir()) and not list(folder.rglob("work-*"))

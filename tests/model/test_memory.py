@@ -1,4 +1,4 @@
-"""No tensor of edge size is ever made by the recomputing forms: forward, backward and double backward."""
+"""No tensor of edge size is ever made where it recomputes: forward, backward and double backward."""
 
 from __future__ import annotations
 

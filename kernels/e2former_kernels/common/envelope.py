@@ -9,11 +9,11 @@ from e2former_kernels.common.tiles import tl, triton
 
 
 def polynomial_envelope(distance: Tensor, cutoff: float, exponent: int) -> Tensor:
-    r"""DimeNet's polynomial cutoff (arXiv:2003.03123) in factorised form (docs/network.md, equation 3.2).
+    r"""DimeNet's polynomial cutoff (arXiv:2003.03123) factorised (docs/network.md, equation 3.2).
 
     :math:`u = (1-\rho)^3 \sum_{k<p} \frac{(k+1)(k+2)}{2} \rho^k`, :math:`\rho = d / r_c`, zero for :math:`\rho \ge 1`.
     It equals :math:`1 - \frac{(p+1)(p+2)}{2}\rho^p + p(p+2)\rho^{p+1} - \frac{p(p+1)}{2}\rho^{p+2}`, which loses
-    all its digits near the cutoff; this form does not.
+    all its digits near the cutoff; the product does not.
 
     Args:
         distance: any shape, Å.

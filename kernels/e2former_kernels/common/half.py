@@ -149,7 +149,7 @@ def _rows_from_products_kernel(
 
 
 def rows_from_products(products: Tensor, factor: Tensor, groups: Tensor, bias: Tensor | None = None) -> Rows:
-    """:func:`from_products` as rows again, [N, M, C] with factors [N]. factor: [N], any stride."""
+    """:func:`from_products` as rows, [N, M, C] with factors [N]. factor: [N], any stride."""
     nodes, matrices, columns = products.shape
     out = new_rows(factor, *products.shape)
     if products.numel():

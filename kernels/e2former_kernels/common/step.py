@@ -15,10 +15,10 @@ from e2former_kernels.compat import current_graph_task_id, foreach_add_, will_en
 
 
 @contextlib.contextmanager
-def computed_again(tensor: Tensor, make: Callable[[], Tensor] | None) -> Iterator[None]:
+def recomputed(tensor: Tensor, make: Callable[[], Tensor] | None) -> Iterator[None]:
     """Autograd nodes made inside keep no copy of the tensor: they call ``make`` when they run.
 
-    tensor: contiguous. make: gives the same numbers again, from tensors that are kept anyway; None: the tensor is kept.
+    tensor: contiguous. make: gives the same numbers, from tensors that are kept anyway; None: the tensor is kept.
     The graph that the tensor belongs to is remembered, so derivatives of every order are those of the tensor itself.
     """
     if make is None or not tensor.requires_grad or not torch.is_grad_enabled():
@@ -271,15 +271,15 @@ def recomputed_second(step: Step, change: Change, tensors: list[Tensor], by: lis
 
 @torch.compiler.disable()
 def run_step(
-    step: Step, tensors: list[Tensor], one: Tensor | None = None, again: Callable[[], Tensor] | None = None
+    step: Step, tensors: list[Tensor], one: Tensor | None = None, recompute: Callable[[], Tensor] | None = None
 ) -> Tensor:
     """Value of ``step`` at ``tensors``, differentiable to any order in each of them.
 
-    again: gives ``one`` of them once more, see :func:`computed_again`; without it, it is kept.
+    recompute: gives ``one`` of them once more, see :func:`recomputed`; without it, it is kept.
     """
-    if again is None:
+    if recompute is None:
         return _Value.apply(step, *tensors)
-    with computed_again(one, again):
+    with recomputed(one, recompute):
         return _Value.apply(step, *tensors)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # files with a formula's PyTorch form and its Triton form side by side: nobody calls these
+except ModuleNotFoundError:  # files with a formula in PyTorch and in Triton side by side: nobody calls these
     triton, tl = SimpleNamespace(jit=lambda function: function), None
 
 __all__ = ["next_power", "row_tiles", "tl", "triton"]

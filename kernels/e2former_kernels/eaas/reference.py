@@ -6,7 +6,7 @@ product becomes a re-indexing (arXiv:2601.16622). So: rotate v, pick and scale r
 
 The result is bilinear in v and r and therefore smooth; the frame is not. It is undefined at r = 0, and any choice of
 it turns somewhere. Differentiating through the frame gives wrong forces there, so nothing is: the derivatives are
-written down from the bilinear form. The one with respect to v is the same re-indexing transposed, the one with
+written down from the bilinear map. The one with respect to v is the same re-indexing transposed, the one with
 respect to r is the contraction with the coefficients.
 """
 

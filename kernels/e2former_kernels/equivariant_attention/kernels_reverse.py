@@ -1,6 +1,6 @@
 """Triton kernels of the attention's first derivative, layout and names as in ``kernels_value.py``.
 
-Three passes over the edges: by receiver for the gradients by the weights, by receiver again for those by what the
+Three passes over the edges: by receiver for the gradients by the weights, by receiver once more for those by what the
 weights are made of (the softmax's mean must be known), and by sender for those by value and key.
 """
 

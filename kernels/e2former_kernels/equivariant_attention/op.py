@@ -161,7 +161,7 @@ def equivariant_attention(
     *,
     form: Form = "relative",
     table: RadialTable | None = None,
-    value_again: Callable[[], Tensor] | None = None,
+    recompute_value: Callable[[], Tensor] | None = None,
     half: bool = False,
     mode: Mode = EXACT,
 ) -> Tensor:
@@ -170,15 +170,15 @@ def equivariant_attention(
     Arguments as there (form ``relative`` or ``sum``). table: splines of the radial network
     (:func:`e2former_kernels.radial.table.build_radial_table`), for score ``qk`` and weights that need no
     gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
-    value_again: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.step`). half: the rows
-    of atoms that edges gather are float16 with a factor (``common/half.py``), for float32 inputs whose products may be
-    rounded as TF32 does and weights without gradient.
+    recompute_value: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.step`). half: the
+    rows of atoms that edges gather are float16 with a factor (``common/half.py``), for float32 inputs whose products
+    may be rounded as TF32 does and weights without gradient.
 
     Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input; value, first and second derivative have the same
     bits every time. Raises ValueError,
     TypeError or RuntimeError for arguments that do not fit or a device without Triton. Where ``mode`` is compiled,
-    ``value_again`` and ``half`` have no effect; see :mod:`e2former_kernels.common.registered`.
+    ``recompute_value`` and ``half`` have no effect; see :mod:`e2former_kernels.common.registered`.
     """
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
 
@@ -194,4 +194,4 @@ def equivariant_attention(
         settings = _settings(spec, pieces, edges, coupling, form, table)
         return _registered(there(pieces.every()), mode, index, settings)
     step = make_step(spec, pieces, edges, coupling, form, mode, table, half)
-    return run_step(step, [t for _, t in pieces.flat()], pieces.value, value_again)
+    return run_step(step, [t for _, t in pieces.flat()], pieces.value, recompute_value)

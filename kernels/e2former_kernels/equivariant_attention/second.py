@@ -212,7 +212,7 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
             )  # fmt: skip
         if by_vec is None and all(n <= _RADIAL for n in by):
             return
-        del scores, messages, by_weight, outer, features  # the last pass needs as much again
+        del scores, messages, by_weight, outer, features  # the last pass needs as much
         by_distance, by_distance_dot, by_harmonics = gate.backward(by_features, kept, weights, by_vec is not None)
         if by_vec is not None and number:
             geometry_kernel.geometry_second_kernel[(math.ceil(number / 128),)](

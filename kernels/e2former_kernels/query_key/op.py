@@ -259,17 +259,17 @@ _registered = register(
 def query_key(
     h: Tensor,
     weights: QueryKeyWeights,
-    h_again: Callable[[], Tensor] | None = None,
+    recompute_h: Callable[[], Tensor] | None = None,
     prepared: HalfWeights | RowWeights | None = None,
     mode: Mode = EXACT,
 ) -> Tensor:
     """The function of :func:`query_key_reference` with Triton kernels; differentiable to any order.
 
-    h_again: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.step`). prepared: of weights that
-    do not change and need no gradient, :func:`.half.half_weights` for value and gradient by h with float16 rows
+    recompute_h: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.step`). prepared: of weights
+    that do not change and need no gradient, :func:`.half.half_weights` for value and gradient by h with float16 rows
     (``half.py``), or :func:`row_weights`; float32 and made here when None. Both have no effect where ``mode``
     is compiled, for which see :mod:`e2former_kernels.common.registered`.
     """
     if mode.compiled:
         return _registered([h, *weights], mode)
-    return run_step(_step(h, weights, mode, prepared), [h, *weights], h, h_again)
+    return run_step(_step(h, weights, mode, prepared), [h, *weights], h, recompute_h)

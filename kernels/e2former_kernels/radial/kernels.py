@@ -99,7 +99,7 @@ def _project(v, normal, rstd, inside, H):
 
 @triton.jit
 def _layer(x, x_dot, gamma, beta, at, inside, H, EPS: tl.constexpr, NORM: tl.constexpr, TANGENT: tl.constexpr):
-    """a and a' (a again without TANGENT)."""
+    """a and a' (a twice without TANGENT)."""
     y = x
     y_dot = x_dot
     if NORM:

@@ -1,4 +1,4 @@
-"""With frozen weights, features that a norm and a product give again are not kept: same numbers, less memory."""
+"""With frozen weights, features that a norm and a product recompute are not kept: same numbers, less memory."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def evaluate() -> Callable[[E2FormerV2, bool], tuple[torch.Tensor, torch.Tensor]
     zeros = torch.zeros(ATOMS, dtype=torch.long)
     cell, pbc = torch.eye(3, dtype=torch.float64).unsqueeze(0), torch.zeros(1, 3, dtype=torch.bool)
 
-    def run(model: E2FormerV2, again: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(model: E2FormerV2, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
         graph = build_graph(pos, cell, pbc, zeros, torch.tensor([ATOMS]), 6.0)
         atoms = Atoms(torch.tensor([1, 6, 8, 1, 1]), zeros[:1], zeros[:1], zeros)
         execution = model._choose(graph, atoms.atomic_numbers)
-        assert execution.compute_again
-        execution = dataclasses.replace(execution, compute_again=again)
+        assert execution.recompute_features
+        execution = dataclasses.replace(execution, recompute_features=recompute)
         return model.evaluate(atoms, graph, pos=pos, execution=execution).square().sum(), pos
 
     return run
@@ -80,16 +80,16 @@ def evaluate() -> Callable[[E2FormerV2, bool], tuple[torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("score", ["qk", "qk_dot"])
 def test_same_derivatives_from_fewer_tensors(score: str, evaluate) -> None:
     found = {}
-    for again in (True, False):
+    for recompute in (True, False):
         model = network(score)
-        evaluate(model, again)  # tables of the radial networks
+        evaluate(model, recompute)  # tables of the radial networks
         with LiveFeatures() as live:
-            energy, pos = evaluate(model, again)
+            energy, pos = evaluate(model, recompute)
             gc.collect()  # some tensors are in cycles
             kept = len(live.alive)
         (forces,) = torch.autograd.grad(energy, pos, create_graph=True)
         (hessian,) = torch.autograd.grad(forces[0, 0], pos)
-        found[again] = kept, (energy, forces, hessian)
+        found[recompute] = kept, (energy, forces, hessian)
     # of each layer the value goes, and the normalised features where nothing else reads them (a directional gate does)
     assert found[True][0] <= found[False][0] - LAYERS * (2 if score == "qk" else 1)
     for mine, expected in zip(found[True][1], found[False][1], strict=True):
