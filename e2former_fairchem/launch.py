@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
 import warnings
@@ -13,13 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fairchem.core.common import distutils
-from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from e2former_fairchem.compat import fairchem_main
+from e2former_fairchem.mistakes import RUN_FILES, describe
 
-#: A clone's `configs` is a link to it.
-RUN_FILES = Path(__file__).parent / "run_files"
 #: Folders of choices, which are no runs.
 _GROUPS = {"dataset", "evaluation", "job", "model", "tasks"}
 
@@ -44,9 +40,19 @@ def find(name: str) -> Path:
     raise ValueError(f"expected a file or one of {', '.join(known)}, got {name}")
 
 
+#: What fairchem says as a warning of every prediction unit: its settings, and that it is no UMA.
+_NO_NEWS = ("with inference settings", "UMA Nitro cannot serve", "Now running with nitro=False")
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """fairchem says the settings of every prediction unit as a warning."""
-    return "with inference settings" not in record.getMessage()
+    return not any(words in record.getMessage() for words in _NO_NEWS)
+
+
+def without_notes(level: int | str) -> None:
+    """From now on, nothing below this level and none of fairchem's warnings that are no news."""
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.addFilter(_is_news)
 
 
 @contextmanager
@@ -57,8 +63,7 @@ def quietly() -> Iterator[None]:
     """
     root, level, environment = logging.getLogger(), logging.getLogger().level, os.environ.get("LOGLEVEL")
     os.environ.setdefault("LOGLEVEL", "WARNING")
-    root.setLevel(os.environ["LOGLEVEL"].upper())
-    root.addFilter(_is_news)
+    without_notes(os.environ["LOGLEVEL"].upper())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(torch|torchtnt|fairchem)\.")
@@ -74,19 +79,18 @@ def launch(config: Path, overrides: Sequence[str] = ()) -> None:
     """`fairchem -c CONFIG OVERRIDES` in this process; signals are handled as before afterwards.
 
     Raises:
-        ValueError: what Hydra and OmegaConf found wrong with the config, in one line.
+        ValueError: a mistake in the config or in what it names, in one line (`e2former_fairchem.mistakes`).
     """
     in_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if in_main else ()
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         fairchem_main(config, overrides)
-    except (HydraException, OmegaConfBaseException) as err:
-        cause: BaseException = err
-        while cause.__cause__ is not None and not isinstance(cause, ConfigCompositionException):
-            cause = cause.__cause__
-        said = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(cause).partition("Config search path")[0])
-        raise ValueError(" ".join(said.split())) from err
+    except Exception as err:
+        said = describe(err, config, overrides)
+        if said is None:
+            raise
+        raise ValueError(said) from err
     finally:
         if distutils.initialized():
             distutils.cleanup()

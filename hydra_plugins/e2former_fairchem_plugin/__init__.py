@@ -29,7 +29,7 @@ class E2FormerSearchPathPlugin(SearchPathPlugin):
         if "fairchem.core" not in sys.modules:
             return
         try:
-            import e2former_fairchem  # importing it registers the short names
+            from e2former_fairchem import mistakes  # importing the package registers the short names
             from e2former_fairchem.training.resolvers import register_resolvers
         except Exception as err:  # an environment's other fairchem runs must not die of this package
             warnings.warn(
@@ -41,7 +41,7 @@ class E2FormerSearchPathPlugin(SearchPathPlugin):
         main = next((e.path for e in search_path.get_path() if e.provider == "main"), None)
         folder = Path(main.removeprefix("file://")) if main and "pkg://" not in main else None
         register_resolvers(folder)
-        runs = Path(e2former_fairchem.__file__).parent / "run_files"
-        if folder is not None and folder.resolve().is_relative_to(runs.resolve()):
-            search_path.append(PROVIDER, f"file://{runs}")
+        mistakes.in_command(folder)
+        if folder is not None and folder.resolve().is_relative_to(mistakes.RUN_FILES.resolve()):
+            search_path.append(PROVIDER, f"file://{mistakes.RUN_FILES}")
         search_path.append(PROVIDER, CONFIG_PATH)
