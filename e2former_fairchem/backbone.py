@@ -394,7 +394,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         Raises:
             ValueError: edges come from fairchem's calculator, whose fixed radius this model's cutoff exceeds, or
                 ``strict_elements`` meets a checkpoint without a record of them.
-            RuntimeError: a second model among the workers of one graph-parallel group.
+            RuntimeError: another model among the workers of one graph-parallel group.
         """
         self._guard.prepare(self, data, settings)
         self._external_graph = bool(settings.external_graph_gen)

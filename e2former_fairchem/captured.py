@@ -3,7 +3,7 @@
 Steps of molecular dynamics and relaxations evaluate the same atoms many times, with a neighbour list that changes.
 A CUDA graph replays fixed kernels on fixed memory, so the list is padded to a capacity by edges of padding atoms, which
 make a system of their own: to the network it is one more molecule of the batch, and nothing reads its features. Forward
-and backward are one graph each. Derivatives that a replay cannot give (of second order, or of an evaluation whose
+and backward are one graph each. Derivatives that a replay cannot give (second ones, or of an evaluation whose
 activations have been overwritten by a later one) run without graphs, on the same padded list.
 """
 

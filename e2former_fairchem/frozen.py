@@ -95,7 +95,7 @@ class Frozen:
 class _Splines:
     """Splines of one module's radial networks, for the elements at hand.
 
-    They are made when the same elements come a second time in a row (dynamics and relaxations; a sweep over single
+    They are made when the same elements come twice in a row (dynamics and relaxations; a sweep over single
     molecules with ever new elements would make them for nothing), for them and those there were before where both stay
     within the size limit. Where no table fits, the networks are evaluated, and the log says so.
     """

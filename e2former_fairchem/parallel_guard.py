@@ -71,7 +71,7 @@ class ParallelGuard:
         self.serial = False  # prepared outside of any group
 
     def prepare(self, model: Any, data: AtomicData, settings: InferenceSettings) -> None:
-        """At a unit's first prediction. Raise RuntimeError for a second unit among the workers of one group."""
+        """At a unit's first prediction. Raise RuntimeError for another unit among the workers of one group."""
         self.serial = not active()
         if not _present():
             return

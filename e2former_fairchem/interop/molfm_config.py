@@ -88,8 +88,8 @@ def _orders(attn_type: str, num_layers: int) -> list[int]:
     unknown = [part for part in parts if part not in _ORDERS]
     if unknown or len(parts) > 2:
         raise ValueError(f"attn_type: expected {' or '.join(_ORDERS)}, or two of them joined by '+', got {attn_type!r}")
-    first, second = _ORDERS[parts[0]], _ORDERS[parts[-1]]
-    return [first if n < num_layers // 2 else second for n in range(num_layers)]
+    front, rear = _ORDERS[parts[0]], _ORDERS[parts[-1]]
+    return [front if n < num_layers // 2 else rear for n in range(num_layers)]
 
 
 def parse_molfm_config(config: Mapping[str, Any], release: str) -> MolFMConfig:

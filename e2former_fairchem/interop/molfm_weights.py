@@ -52,14 +52,14 @@ class _Reader:
 def _radial(reader: _Reader, key: str, sizes: tuple[int, int, int], layer_norm: bool = True) -> dict[str, Tensor]:
     """One RadialProfile with (input, hidden, output) widths -> a group of ``RadialMLP``."""
     inputs, hidden, outputs = sizes
-    first, second, third = (0, 3, 6) if layer_norm else (0, 2, 4)
+    front, middle, last = (0, 3, 6) if layer_norm else (0, 2, 4)
     out = {
-        "weight0": reader.take(f"{key}.net.{first}.weight", hidden, inputs),
-        "bias0": reader.take(f"{key}.net.{first}.bias", hidden),
-        "weight1": reader.take(f"{key}.net.{second}.weight", hidden, hidden),
-        "bias1": reader.take(f"{key}.net.{second}.bias", hidden),
-        "weight2": reader.take(f"{key}.net.{third}.weight", outputs, hidden),
-        "bias2": reader.take(f"{key}.net.{third}.bias", outputs),
+        "weight0": reader.take(f"{key}.net.{front}.weight", hidden, inputs),
+        "bias0": reader.take(f"{key}.net.{front}.bias", hidden),
+        "weight1": reader.take(f"{key}.net.{middle}.weight", hidden, hidden),
+        "bias1": reader.take(f"{key}.net.{middle}.bias", hidden),
+        "weight2": reader.take(f"{key}.net.{last}.weight", outputs, hidden),
+        "bias2": reader.take(f"{key}.net.{last}.bias", outputs),
     }
     if layer_norm:
         for name, position in (("norm0", 1), ("norm1", 4)):
@@ -98,8 +98,8 @@ def _query_key(reader: _Reader, key: str, config: E2FormerV2Config) -> dict[str,
     for side in ("query_linear", "key_linear"):
         path = f"{key}.{side}"
         for name, tensor in (
-            ("first", reader.take(f"{path}.weight", degrees, width, channels)),
-            ("second", reader.take(f"{path}.weight2", degrees, width, channels)),
+            ("factor0", reader.take(f"{path}.weight", degrees, width, channels)),
+            ("factor1", reader.take(f"{path}.weight2", degrees, width, channels)),
             ("bias", reader.take(f"{path}.bias", 1, 1, width)),
             ("hidden_weight", reader.take(f"{path}.final_linear.0.weight", width, degrees * width)),
             ("hidden_bias", reader.take(f"{path}.final_linear.0.bias", width)),
@@ -109,8 +109,8 @@ def _query_key(reader: _Reader, key: str, config: E2FormerV2Config) -> dict[str,
             ("out_bias", reader.take(f"{path}.final_linear.3.bias", 2 * width)),
         ):
             parts.setdefault(name, []).append(tensor)
-    out = {name: torch.stack(parts[name]) for name in parts if name not in ("first", "second", "bias")}
-    out["weight"] = torch.cat(parts["first"] + parts["second"], 1)
+    out = {name: torch.stack(parts[name]) for name in parts if name not in ("factor0", "factor1", "bias")}
+    out["weight"] = torch.cat(parts["factor0"] + parts["factor1"], 1)
     out["bias"] = torch.cat([tensor.flatten() for tensor in parts["bias"]])
     return out
 

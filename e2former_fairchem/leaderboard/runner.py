@@ -3,8 +3,8 @@
 Workers are the ranks of one local run or the tasks of a SLURM array; together they are numbered 0..n-1, and structure i
 belongs to worker i modulo n. A later run may have another number of workers: all journals of the folder count.
 
-The worker that finishes last merges, so that a merge needs neither a second launch nor all workers at the same time.
-(fairchem 2.24's own second launch, for a `reducer:` at the top of a config, dies where a local run has several ranks:
+The worker that finishes last merges, so that a merge needs neither another launch nor all workers at the same time.
+(fairchem 2.24's own further launch, for a `reducer:` at the top of a config, dies where a local run has several ranks:
 torch's launcher turns the enumeration `RunType.REDUCE` into a plain string on the way.)
 """
 

@@ -93,7 +93,7 @@ def run(
 
 
 def summarize(record: Record, atoms: int, ensemble: str) -> dict[str, Any]:
-    """Numbers of a run, from its log: means of the second half, speed, and for `nve` the drift of the total energy."""
+    """Numbers of a run, from its log: means of its latter part, speed, and for `nve` the drift of the total energy."""
     columns = read_log(record.folder)
     half = columns["time"] >= columns["time"][-1] / 2
     found: dict[str, Any] = {

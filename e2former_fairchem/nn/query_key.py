@@ -31,7 +31,7 @@ class QueryKey(nn.Module):
         width = num_heads * head_dim // 2
         self.width = width
         bound = 1 / math.sqrt(channels)
-        # [degree, (first factor of query, of key, second factor of query, of key), channels]
+        # [degree, (factor 0 of query, of key, factor 1 of query, of key), channels]
         self.weight = nn.Parameter(torch.empty(lmax + 1, 4 * width, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(2 * width))
         bound = math.sqrt(6 / ((lmax + 1) * width))

@@ -64,8 +64,8 @@ def splitting_bond(atoms: Atoms) -> tuple[int, int, np.ndarray] | None:
     where there is more than one molecule.
     """
     number = len(atoms)
-    first, second = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=1.25), self_interaction=False)
-    bonds = [(int(i), int(j)) for i, j in zip(first, second, strict=True) if i < j]
+    one, other = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=1.25), self_interaction=False)
+    bonds = [(int(i), int(j)) for i, j in zip(one, other, strict=True) if i < j]
 
     def fragments(pairs: list[tuple[int, int]]) -> tuple[int, np.ndarray]:
         i, j = np.array(pairs, dtype=int).reshape(-1, 2).T

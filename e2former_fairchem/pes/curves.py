@@ -60,7 +60,7 @@ def find_jumps(
         evaluate: function of points [n] that returns values [n, ...].
         grid: uniform, at least 9 points.
         values: of the function on the grid.
-        limit: jumps up to this size need no second look; None: only the worst place gets one.
+        limit: jumps up to this size need no closer look; None: only the worst place gets one.
         zooms: number of refinements.
         factor: of each.
         candidates: number of places that are refined, the worst first.
@@ -118,6 +118,6 @@ def in_ev(value: float | None) -> float | None:
 
 
 def integrate(values: np.ndarray, step: float) -> np.ndarray:
-    """Integral from the first point to every second one by Simpson's rule; values [2n + 1] -> [n + 1]."""
+    """Integral from the first point to every other one by Simpson's rule; values [2n + 1] -> [n + 1]."""
     pieces = step / 3 * (values[:-2:2] + 4 * values[1:-1:2] + values[2::2])
     return np.concatenate([[0.0], np.cumsum(pieces)])

@@ -55,10 +55,10 @@ def _methyloxirane() -> Atoms:
 
 def _ammonia_crystal() -> Atoms:
     """Two ammonia molecules in a cell smaller than the cutoff, 8 atoms, about 70 neighbours within 6 Å."""
-    first, second = molecule("NH3"), molecule("NH3")
-    second.rotate(180, "x")
-    second.translate([2.3, 2.4, 0.5])
-    both = first + second
+    one, other = molecule("NH3"), molecule("NH3")
+    other.rotate(180, "x")
+    other.translate([2.3, 2.4, 0.5])
+    both = one + other
     both.set_cell([4.6, 4.8, 4.2])
     both.pbc = True
     both.set_initial_magnetic_moments(None)

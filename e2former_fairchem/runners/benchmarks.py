@@ -191,13 +191,13 @@ class TrainingBenchmark(TrainingBenchmarkRunner):
             finally:
                 tempfile.tempdir = before
         print(f"{'':<24} {'float32':>12} {'candidate':>12}")
-        for name, first, second in (
+        for name, of_baseline, of_candidate in (
             ("steps a second", "baseline_steps_per_second", "steps_per_second"),
             ("peak memory, MiB", "baseline_peak_memory_mb", "peak_memory_mb"),
             ("loss of the first step", "baseline_loss", "candidate_loss"),
             ("gradient's norm", "baseline_grad_norm", "candidate_grad_norm"),
             ("loss of the last step", "baseline_final_loss", "candidate_final_loss"),
         ):
-            print(f"{name:<24} {report[first]:>12.5g} {report[second]:>12.5g}")
+            print(f"{name:<24} {report[of_baseline]:>12.5g} {report[of_candidate]:>12.5g}")
         print(f"results: {folder / 'training_benchmark_report.json'}", flush=True)
         return report

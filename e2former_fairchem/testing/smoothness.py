@@ -46,7 +46,7 @@ class SmoothCutoffTests(PotentialTests):
         return prediction.energy, prediction.forces.view(len(distances), -1, 3)
 
     def test_limit_of_the_jump(self) -> None:
-        """E(+h) - E(-h) less the slope beside it: a smooth change cancels to second order, a jump stays."""
+        """E(+h) - E(-h) less the slope beside it: a smooth change cancels up to the square of h, a jump stays."""
         host, step = random_molecule(), 1e-6
         energies, forces = self._scan(host, np.linspace(2.0, self.cutoff + 1.0, 40))
         spread, force_scale = float(energies.std()), float(forces.abs().max())

@@ -60,7 +60,7 @@ def end_on_signal() -> None:
 class StopRequest:
     """A signal that is kept until the run can stop.
 
-    The first signal is noted; a second one ends the process at once, unless a checkpoint is being written.
+    The first signal is noted; the next one ends the process at once, unless a checkpoint is being written.
 
     Attributes:
         busy: a checkpoint is being written; signals are noted and nothing else.

@@ -4,7 +4,7 @@
     python kernels/benchmarks/compile_kernels.py /tmp/kernels [--each 2] [--arch 90]
 
 Triton's interpreter takes Python that its compiler refuses. The first command, a pytest plugin, writes down with which
-types and constants the interpreted kernels were launched; the second compiles them to machine code, ``each`` of every
+types and constants the interpreted kernels were launched; the other compiles them to machine code, ``each`` of every
 kernel's launches, and names those that fail. float64, which only tests use, is compiled as float32.
 """
 

@@ -27,7 +27,7 @@ def evaluate(model: Network, atoms: int, args) -> dict:
     start = time.perf_counter()
     system = System(atoms, args.neighbours or None, args.device)
     seconds = time.perf_counter() - start
-    # two warm-up calls: the second makes the tables of the radial networks
+    # two warm-up calls: the latter makes the tables of the radial networks
     row = measure(lambda: model.energy_forces(system), args.repeats, 2)
     if "total_GiB" in row:
         row["us_per_atom"] = 1e3 * row["ms"] / system.atoms

@@ -118,15 +118,15 @@ def add_slopes(gx, gy, gz, gr, g, p, py, pr, c, cx, cz):
 
 
 @triton.jit
-def second_degree(x, y, z):
+def degree_two(x, y, z):
     """Harmonics of degree 2 of a direction over the root of 5 (component normalisation): their norm is 1."""
     root: tl.constexpr = 1.7320508075688772
     return root * x * z, root * x * y, y * y - 0.5 * (x * x + z * z), root * y * z, 0.5 * root * (z * z - x * x)
 
 
 @triton.jit
-def second_degree_dot(x, y, z, a, b, c):
-    """Change of :func:`second_degree` along (a, b, c)."""
+def degree_two_dot(x, y, z, a, b, c):
+    """Change of :func:`degree_two` along (a, b, c)."""
     root: tl.constexpr = 1.7320508075688772
     return (
         root * (a * z + x * c),
@@ -138,8 +138,8 @@ def second_degree_dot(x, y, z, a, b, c):
 
 
 @triton.jit
-def second_degree_back(g0, g1, g2, g3, g4, x, y, z):
-    """Gradient by the direction of <g, second_degree>, linear in it."""
+def degree_two_back(g0, g1, g2, g3, g4, x, y, z):
+    """Gradient by the direction of <g, degree_two>, linear in it."""
     root: tl.constexpr = 1.7320508075688772
     gx = root * (g0 * z + g1 * y - g4 * x) - g2 * x
     gy = root * (g1 * x + g3 * z) + 2.0 * g2 * y

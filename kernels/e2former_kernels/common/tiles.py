@@ -24,7 +24,7 @@ def next_power(n: int) -> int:
 def row_tiles(rows: int, heads: int, accumulators: int, widest: int = 32, registers: int = 72) -> dict[str, int]:
     """Constants of a kernel with ``accumulators`` tiles of [rows, heads] numbers, at most ``registers`` a thread.
 
-    RA, RB: the rows in two parts whose sizes are powers of two (RB 0: no second part). Eighteen rows (lmax 2, two
+    RA, RB: the rows in two parts whose sizes are powers of two (RB 0: one part). Eighteen rows (lmax 2, two
     channels per head) are 16 + 2 rather than one tile of 32. BH: heads, up to ``widest``. num_warps.
     """
     rows_a = next_power(rows + 1) // 2

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from e2former_kernels.common.envelope import envelope_bend, envelope_constants, envelope_of
 from e2former_kernels.common.harmonics import (
+    degree_two,
+    degree_two_back,
+    degree_two_dot,
     load_vector,
-    second_degree,
-    second_degree_back,
-    second_degree_dot,
     store_vector,
 )
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
@@ -80,7 +80,7 @@ def geometry_kernel(
     inv, _ = inverse_of(d, V2)
     if B > 1:
         x, y, z = x * inv, y * inv, z * inv
-        store_scale(scale, e, inside, x, y, z, second_degree(x, y, z), B)
+        store_scale(scale, e, inside, x, y, z, degree_two(x, y, z), B)
     else:
         if ORDER == 0:
             inv = 0.0 * inv + 1.0
@@ -128,7 +128,7 @@ def geometry_backward_kernel(
             further = ()
             for k in tl.static_range(3, 8):
                 further = further + (_total(grad_parts + k * plane, e, stride, inside, S),)
-            ax, ay, az = second_degree_back(
+            ax, ay, az = degree_two_back(
                 further[0], further[1], further[2], further[3], further[4], x * inv, y * inv, z * inv
             )
             gx += ax
@@ -180,8 +180,8 @@ def geometry_tangent_kernel(
     if B > 1:
         cx, cy, cz = cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot
         x, y, z = x * inv, y * inv, z * inv
-        store_scale(scale, e, inside, x, y, z, second_degree(x, y, z), B)
-        store_scale(scale_dot, e, inside, cx, cy, cz, second_degree_dot(x, y, z, cx, cy, cz), B)
+        store_scale(scale, e, inside, x, y, z, degree_two(x, y, z), B)
+        store_scale(scale_dot, e, inside, cx, cy, cz, degree_two_dot(x, y, z, cx, cy, cz), B)
     else:
         if ORDER == 0:
             inv = 0.0 * inv + 1.0
@@ -239,14 +239,14 @@ def geometry_second_kernel(
             gs0, gs1, gs2, hs0, hs1, hs2 = s[0], s[1], s[2], s[B], s[B + 1], s[B + 2]
             if B == 8:  # and through harmonics of s, quadratic in it
                 inv_dot = slope * d_dot
-                a, b, c = second_degree_back(s[3], s[4], s[5], s[6], s[7], x * inv, y * inv, z * inv)
+                a, b, c = degree_two_back(s[3], s[4], s[5], s[6], s[7], x * inv, y * inv, z * inv)
                 gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
-                a, b, c = second_degree_back(
+                a, b, c = degree_two_back(
                     s[11], s[12], s[13], s[14], s[15],
                     cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot,
                 )  # fmt: skip
                 gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
-                a, b, c = second_degree_back(s[11], s[12], s[13], s[14], s[15], x * inv, y * inv, z * inv)
+                a, b, c = degree_two_back(s[11], s[12], s[13], s[14], s[15], x * inv, y * inv, z * inv)
                 hs0, hs1, hs2 = hs0 + a, hs1 + b, hs2 + c
             along = gs0 * x + gs1 * y + gs2 * z
             along_dot = hs0 * x + hs1 * y + hs2 * z

@@ -30,7 +30,7 @@ class DotWeights(NamedTuple):
 
     ``qk_dot``: ``radial`` (K = (lmax+1) * D) and ``weight`` [H, (lmax+1)*D], ``bias`` [H]; the rest is None.
     ``qk_dot_scalar``: ``weight`` [H, H], ``bias`` [H], ``norm_weight``, ``norm_bias`` [H], ``out`` [H, H],
-    ``out_bias`` [H]; ``radial`` is None (the gate's radial factor is the second half of the main network).
+    ``out_bias`` [H]; ``radial`` is None (the gate's radial factor is the rear part of the main network's result).
     """
 
     radial: RadialWeights | None

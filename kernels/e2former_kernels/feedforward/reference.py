@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
 from e2former_kernels.norm.reference import equivariant_rms_norm_reference
 
-# e3nn's ``normalize2mom`` estimates these second-moment constants from a fixed random sample. The authors' weights
+# e3nn's ``normalize2mom`` estimates these constants, of squares, from a fixed random sample. The authors' weights
 # were trained with the estimates, so the estimates, not the integrals, are the function.
 SILU_SCALE = 1.6791767923989418
 SIGMOID_SCALE = 1.8467055342154763

@@ -126,7 +126,7 @@ def half_norm_reverse_kernel(
     grad, grad_factor, row_factors, more, more_factor, more_row_factors, beside, x, weight, out, M, C, L,
     EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, MORE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by x from that by the norm, grad[n, m, c] grad_factor[n] row_factors[m], with MORE a second such term.
+    """Gradient by x from that by the norm, grad[n, m, c] grad_factor[n] row_factors[m], with MORE another such term.
 
     BESIDE: added to ``beside``.
     """

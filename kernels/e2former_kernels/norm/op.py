@@ -116,7 +116,7 @@ def launch_norm_rows_reverse(
 ) -> Tensor:
     """Gradient by x of <grad, norm>, plus ``beside``, into out; all [N, M, C], contiguous. row_factors: [M].
 
-    more: a second term of grad, with its row_factors.
+    more: another term of grad, with its row_factors.
     """
     if x.numel():
         further, factors = (grad, row_factors) if more is None else more

@@ -34,7 +34,7 @@ TILE_NUMBERS = 1024  # numbers of one tile of the hidden layer's kernels
 class HalfWeights(NamedTuple):
     """Weights as the products take them. rows: [M, 4 G, C]; degrees: [L+1], their factors; row_factors: [M], the same.
 
-    largest: [2], products of a node are at most the first times its factor plus the second. hidden, out: [2, ...] with
+    largest: [2], products of a node are at most entry 0 times its factor plus entry 1. hidden, out: [2, ...] with
     factors [2].
     """
 

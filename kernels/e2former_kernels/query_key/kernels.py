@@ -106,7 +106,7 @@ def _degree_sum(both, g, inside, b, stride, G, factor, L: tl.constexpr):
 def half_invariants_kernel(both, bias, out, out_factor, rows, degrees, N, G, D: tl.constexpr, BG: tl.constexpr):
     """s[n, l, g] of one node as in invariants_kernel, as rows out [2, N, D, W] (query, key), and factors [2, N].
 
-    Sums are made twice, to know the largest before any is stored: the second time P comes from a cache.
+    Sums are made twice, to know the largest before any is stored: then P comes from a cache.
     """
     n = tl.program_id(0).to(tl.int64)
     nodes = N.to(tl.int64)

@@ -16,7 +16,7 @@ LAYER_NORM_EPS = 1e-5
 class QueryKeyWeights(NamedTuple):
     """Weights of both maps side by side, index 0: query, 1: key. Widths: G inner, O = heads times head width."""
 
-    weight: Tensor  # [L+1, 4 G, C]: first factor of query, of key, second factor of query, of key
+    weight: Tensor  # [L+1, 4 G, C]: factor 0 of query, of key, factor 1 of query, of key
     bias: Tensor  # [2 G], of the first factors
     hidden_weight: Tensor  # [2, G, (L+1) G]
     hidden_bias: Tensor  # [2, G]

@@ -66,9 +66,9 @@ class Kept(NamedTuple):
     distance_dot: Tensor | None  # [E]
     target_species: Tensor
     source_species: Tensor
-    middle: Tensor  # [G, T, E, h], products of the second layer
+    middle: Tensor  # [G, T, E, h], products of the middle layer
     first: Tensor | None  # [G, T, E, h], results of the first layer; None where nothing is kept for weights
-    last: Tensor | None  # [G, T, E, h], results of the second layer (nothing without the last linear layer)
+    last: Tensor | None  # [G, T, E, h], results of the middle layer (nothing without the last linear layer)
 
 
 class RadialNetwork:
