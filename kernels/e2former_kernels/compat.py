@@ -17,9 +17,7 @@ __all__ = [
     "PRIVATE_NAMES",
     "TESTED_TORCH",
     "PrivateName",
-    "current_graph_task_id",
     "end_workers",
-    "foreach_add_",
     "foreach_copy_",
     "is_fake",
     "missing",
@@ -64,11 +62,6 @@ PRIVATE_NAMES = (
         "`needs_input_grad` is true for every weight that requires gradients, also while forces alone are asked for",
         "choosing the derivatives to compute (common/step.py, registered.py)",
     ),
-    PrivateName(
-        "torch:_C._current_graph_task_id",
-        "tells one backward pass from another, so that a first derivative takes up what the second of its pass left",
-        "training on forces (common/step.py)",
-    ),
     *(
         PrivateName(
             f"torch:_C.{name}",
@@ -91,14 +84,9 @@ PRIVATE_NAMES = (
         ("x",),
     ),
     PrivateName(
-        "torch:_foreach_add_",
-        "one launch for a list of tensors; torch's optimisers use it, no public name does the same",
-        "training on forces (common/step.py, radial/network.py)",
-    ),
-    PrivateName(
         "torch:_foreach_copy_",
-        "as _foreach_add_, from one list to another",
-        "replay of CUDA graphs (e2former_fairchem/captured.py)",
+        "one launch copies a list of tensors; torch's optimisers use it, no public name does the same",
+        "replay of CUDA graphs (e2former_fairchem/captured.py, training/replay.py)",
     ),
     PrivateName(
         "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter._shutdown_workers",
@@ -124,9 +112,7 @@ def missing() -> list[PrivateName]:
 _NAMES = {name.path: name for name in PRIVATE_NAMES}
 
 will_engine_execute_node = _NAMES["torch:_C._will_engine_execute_node"].get()
-current_graph_task_id = _NAMES["torch:_C._current_graph_task_id"].get()
 is_fake = _NAMES["torch._subclasses.fake_tensor:is_fake"].get()
-foreach_add_ = _NAMES["torch:_foreach_add_"].get()
 foreach_copy_ = _NAMES["torch:_foreach_copy_"].get()
 
 

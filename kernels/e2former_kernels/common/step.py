@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.runs import TARGET, WHOLE, Plan, node_runs, plan_of
-from e2former_kernels.compat import current_graph_task_id, foreach_add_, will_engine_execute_node
+from e2former_kernels.compat import will_engine_execute_node
 
 
 @contextlib.contextmanager
@@ -79,18 +79,9 @@ class Step:
         """The second derivative with fused kernels, without a graph; None where they do not cover ``change.wanted``.
 
         With L = sum over ``wanted`` of <cotangent, gradient of that tensor>, dL by the inputs numbered in ``by``, where
-        0 is ``grad`` and 1 + n is tensor n. None among the results stands for zeros; the others are tensors of their
-        own, to which more may be added.
+        0 is ``grad`` and 1 + n is tensor n. None among the results stands for zeros.
         """
         return None
-
-    def both(self, grad: Tensor, tensors: list[Tensor], wanted: list[int], change: Change) -> list[Tensor]:
-        """Gradients of <grad, value> and of ``change``, added up, in one pass instead of two."""
-        raise NotImplementedError
-
-    def leaves(self, change: Change) -> bool:
-        """Whether :meth:`both` covers ``change``."""
-        return False
 
 
 class NodeStep(Step):
@@ -109,57 +100,6 @@ class NodeStep(Step):
         """The reference on runs of nodes."""
         arguments = [(TARGET if n < self.nodes else WHOLE, t) for n, t in enumerate(tensors)]
         return plan_of(lambda run, *given: self.reference(*given), node_runs(tensors[0].shape[0]), arguments)
-
-
-class _Left:
-    """What the second derivative leaves to the first derivative of the same operation and backward pass.
-
-    Training on forces takes both, of the same inputs. The first comes later. It does the work of both (``change``), or
-    adds its gradients to those of the second in one launch, where the engine would add tensor by tensor.
-    """
-
-    def __init__(self) -> None:
-        self._gradients: dict[int, Tensor] = {}
-        self._change: Change | None = None
-        self._of_pass = self._first_of_pass = -1  # the engine's passes that left them, and that took the first
-
-    def wait(self, value) -> bool:
-        """Whether the first derivative, of the autograd node ``value``, is still to come in this pass."""
-        this = current_graph_task_id()
-        return this != -1 and self._first_of_pass != this and will_engine_execute_node(value)
-
-    def leave(self, gradients: dict[int, Tensor]) -> None:
-        """Leave gradients by the position of the input; their memory is used up."""
-        self._enter()
-        self._gradients = self.add(gradients)
-
-    def leave_change(self, change: Change) -> bool:
-        """Leave all of a second derivative but its gradient by ``change.grad``; False where one is there already."""
-        self._enter()
-        if self._change is not None:
-            return False
-        self._change = change
-        return True
-
-    def take(self) -> Change | None:
-        """Begin the first derivative."""
-        self._enter()
-        self._first_of_pass = self._of_pass
-        change, self._change = self._change, None
-        return change
-
-    def _enter(self) -> None:
-        this = current_graph_task_id()
-        if self._of_pass != this:  # what a pass that failed has left is gone
-            self._gradients, self._change, self._of_pass = {}, None, this
-
-    def add(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Sums of these gradients and those that were left, which are forgotten."""
-        left, self._gradients = self._gradients, {}
-        both = [n for n in left if n in gradients]
-        if both:
-            foreach_add_([left[n] for n in both], [gradients[n] for n in both])
-        return gradients | left
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -195,7 +135,7 @@ def _placed(found: dict[int, Tensor], first: int, number: int) -> tuple[Tensor |
 class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step: Step, *tensors: Tensor) -> Tensor:
-        ctx.step, ctx.left, (first, *rest) = step, _Left(), tensors
+        ctx.step, (first, *rest) = step, tensors
         if step.linear and not any(ctx.needs_input_grad[2:]):  # its shape is all that derivatives ask for
             first = first.new_empty(()).expand(first.shape)
         ctx.save_for_backward(first, *rest)
@@ -209,24 +149,19 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled():
             if wanted == [0] and ctx.step.linear:
                 tensors = (tensors[0].detach(), *tensors[1:])
-            found = _Gradient.apply(ctx.step, wanted, ctx, grad, *tensors) if wanted else ()
-            return _placed(dict(zip(wanted, found, strict=True)), 1, len(tensors))
-        change, found = ctx.left.take(), []
-        if wanted:
+            found = _Gradient.apply(ctx.step, wanted, grad, *tensors) if wanted else ()
+        else:
             with _no_autocast(grad.device):
-                if change is None:
-                    found = ctx.step.backward(grad, list(tensors), wanted)
-                else:
-                    found = ctx.step.both(grad, list(tensors), wanted, change)
-        return _placed(ctx.left.add(dict(zip(wanted, found, strict=True))), 1, len(tensors))
+                found = ctx.step.backward(grad, list(tensors), wanted) if wanted else ()
+        return _placed(dict(zip(wanted, found, strict=True)), 1, len(tensors))
 
 
 class _Gradient(torch.autograd.Function):
     """The first derivative."""
 
     @staticmethod
-    def forward(ctx, step: Step, wanted: list[int], value, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.step, ctx.wanted, ctx.value = step, wanted, value
+    def forward(ctx, step: Step, wanted: list[int], grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.step, ctx.wanted = step, wanted
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, *tensors)
         with _no_autocast(grad.device):
@@ -235,30 +170,15 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents: Tensor | None):
         grad, *tensors = ctx.saved_tensors
-        by = wanted_inputs(ctx, 3)
+        by = wanted_inputs(ctx, 2)
         if not by or all(c is None for c in cotangents):
-            return (None,) * (4 + len(tensors))
+            return (None,) * (3 + len(tensors))
         change = Change(list(cotangents), grad, ctx.wanted)
         with _no_autocast(grad.device):
-            found = None if torch.is_grad_enabled() else _second(ctx, change, tensors, by)
+            found = None if torch.is_grad_enabled() else ctx.step.second(change, tensors, by)
             if found is None:
-                found = dict(zip(by, recomputed_second(ctx.step, change, tensors, by), strict=True))
-        return _placed(found, 3, 1 + len(tensors))
-
-
-def _second(ctx, change: Change, tensors: list[Tensor], by: list[int]) -> dict[int, Tensor] | None:
-    """What ``Step.second`` returns, by position, less what is left to the first derivative."""
-    step, left = ctx.step, ctx.value.left
-    later = [n for n in by if n] if left.wait(ctx.value) else []
-    if later and step.leaves(change) and left.leave_change(change):
-        by, later = [n for n in by if not n], []
-    found = step.second(change, tensors, by) if by else []
-    if found is None:
-        return None
-    found = {n: g for n, g in zip(by, found, strict=True) if g is not None}
-    if later:
-        left.leave({n - 1: found.pop(n) for n in later if n in found})
-    return found
+                found = recomputed_second(ctx.step, change, tensors, by)
+        return _placed(dict(zip(by, found, strict=True)), 2, 1 + len(tensors))
 
 
 def recomputed_second(step: Step, change: Change, tensors: list[Tensor], by: list[int]) -> Sequence[Tensor]:

@@ -141,8 +141,7 @@ class _Norm(NodeStep):
         x, *shift, weight, bias = tensors
         return launch_norm(x.contiguous(), weight, bias, *(shift or [None]))
 
-    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int], *change: Tensor) -> list[Tensor | None]:
-        """Gradients of <grad, value>, and of <change[1], change of the value along change[0]> if it is given."""
+    def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor | None]:
         weight = self.nodes
         found: dict[int, Tensor | None] = {}
         if weight == 2:
@@ -150,8 +149,8 @@ class _Norm(NodeStep):
         if weight + 1 in wanted:
             found[weight + 1] = grad[:, 0].sum(0)
         if 0 in wanted or weight in wanted:
-            x, *given = (t.contiguous() for t in (tensors[0], grad, *change))
-            found[0], found[weight] = launch_norm_reverse(x, tensors[weight], *given, by_weight=weight in wanted)
+            given = tensors[0].contiguous(), tensors[weight], grad.contiguous()
+            found[0], found[weight] = launch_norm_reverse(*given, by_weight=weight in wanted)
         return [found[n] for n in wanted]
 
     def second(self, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor | None] | None:
@@ -172,12 +171,6 @@ class _Norm(NodeStep):
                     x, tensors[weight], None, x_dot, change.grad.contiguous(), 1 + weight in by
                 )
         return [found.get(n) for n in by]
-
-    def leaves(self, change: Change) -> bool:
-        return change.cotangents[0] is not None and change.wanted in ([0], [0, 1][: self.nodes])
-
-    def both(self, grad: Tensor, tensors: list[Tensor], wanted: list[int], change: Change) -> list[Tensor]:
-        return self.backward(grad.contiguous(), tensors, wanted, change.cotangents[0], change.grad)
 
 
 def _step(x: Tensor, *rest: Tensor) -> _Norm:

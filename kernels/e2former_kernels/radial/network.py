@@ -19,7 +19,6 @@ from torch import Tensor
 
 from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.compat import foreach_add_
 from e2former_kernels.radial import kernels as kernel
 from e2former_kernels.radial.reference import RadialWeights
 
@@ -290,5 +289,7 @@ def add_gradients(total: RadialWeights | None, more: RadialWeights | None) -> Ra
     """Sum of the gradients of two runs; that of ``total`` is used up."""
     if total is None or more is None:
         return more if total is None else total
-    foreach_add_([t for t in total if t is not None], [t for t in more if t is not None])
+    for a, b in zip(total, more, strict=True):
+        if a is not None:
+            a += b
     return total
