@@ -1,4 +1,4 @@
-"""Steps: passes that take first and second derivatives, and sums that belong to neither."""
+"""Steps: passes that take first and second derivatives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from e2former_kernels.common.backend import Mode, triton_installed
-from e2former_kernels.common.sums import column_sums
 from e2former_kernels.linear import grouped_linear, so3_linear
 from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 
@@ -63,12 +62,3 @@ def test_passes_of_both_derivatives_add_up(make, case, bent: bool) -> None:
         for g, e in zip(gradients(*a), expected, strict=True):
             torch.testing.assert_close(g, e)
     assert all(torch.equal(a, b) for a, b in zip(together, gradients(*ours), strict=True))
-
-
-@interpreted
-@pytest.mark.parametrize("number", [1, 2, 5])
-def test_column_sums(make, number: int) -> None:
-    shapes = [(40, 3), (2100, 5), (1, 130), (7, 128), (17, 1)][:number]
-    matrices = [make(rows, 3, width).detach()[:, 1] for rows, width in shapes]
-    for found, x in zip(column_sums(*matrices), matrices, strict=True):
-        torch.testing.assert_close(found, x.sum(0))
