@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
-def degree_sums_kernel(x, out, K, BLOCK: tl.constexpr):
-    """out[l, k] = sum over m of degree l of x[m, k]."""
-    l = tl.program_id(0)
-    k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=out.dtype.element_ty)
-    for m in range(l * l, (l + 1) * (l + 1)):
-        total += tl.load(x + m * K + k, mask=k < K, other=0.0)
-    tl.store(out + l * K + k, total, mask=k < K)
+@functools.lru_cache(maxsize=8)
+def _degree_pointer(degrees: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(degrees + 1, device=device).square()
 
 
 def degree_sums(x: Tensor) -> Tensor:
     """x: [(L+1)^2, ...] -> [L+1, ...]. No gradient."""
-    degrees = round(x.shape[0] ** 0.5)
-    if not x.numel():
-        return torch.stack([x[l * l : (l + 1) ** 2].sum(0) for l in range(degrees)])
-    x = x.contiguous()
-    out, numbers = x.new_empty(degrees, *x.shape[1:]), x[0].numel()
-    degree_sums_kernel[degrees, math.ceil(numbers / 1024)](x, out, numbers, BLOCK=1024)
-    return out
+    pointer = _degree_pointer(math.isqrt(x.shape[0]), x.device)
+    return torch.segment_reduce(x.contiguous(), "sum", offsets=pointer, axis=0, initial=0)
 
 
 class RunSums(dict[str, Tensor]):
