@@ -66,18 +66,6 @@ def harmonic_dot_kernel(features, grad, row_ptr, out, M, L, K, BM: tl.constexpr,
         tl.store(out + e * M + m, tl.sum(a * g, axis=1), mask=m < M)
 
 
-@triton.jit
-def _segment_sum_kernel(values, row_ptr, out, width, BLOCK: tl.constexpr):
-    """out[i, :] = sum over the edges e of receiver i of values[e, :]. One program: one receiver, BLOCK columns."""
-    i = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < width
-    total = tl.zeros([BLOCK], dtype=out.dtype.element_ty)
-    for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
-        total += tl.load(values + e * width + c, mask=inside, other=0.0)
-    tl.store(out + i * width + c, total, mask=inside)
-
-
 def _warps(numbers: int) -> int:
     return 4 if numbers >= 2048 else 2
 
@@ -120,12 +108,7 @@ def harmonic_dot(features: Tensor, grad: Tensor, row_ptr: Tensor) -> Tensor:
 
 def segment_sum(values: Tensor, row_ptr: Tensor) -> Tensor:
     """Sum of rows per receiver, in a fixed order. values: [E, H]. Returns [N, H]."""
-    nodes, width = row_ptr.numel() - 1, values.shape[1]
-    out = values.new_zeros(nodes, width)
-    if out.numel() and values.numel():
-        block = min(next_power(width), 128)
-        _segment_sum_kernel[nodes, math.ceil(width / block)](values, row_ptr, out, width, BLOCK=block, num_warps=1)
-    return out
+    return torch.segment_reduce(values, "sum", offsets=row_ptr, axis=0, initial=0)
 
 
 def joined(sums: Tensor, total: Tensor) -> Tensor:
