@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from e2former_fairchem.neighbors import Candidates, OpenPairs, choose_builder, find_neighbors, open_pairs, read_systems
-from e2former_fairchem.segments import Transpose, Transposed, ascending, gather_rows, row_differences, row_pointer
+from e2former_fairchem.segments import Transpose, Transposed, ascending, gather_rows, row_pointer
 from e2former_kernels.common.runs import EdgeList
 
 if TYPE_CHECKING:
@@ -216,12 +216,8 @@ def build_graph(
                 graph = _from_candidates(
                     candidates, given, pos64, cell64, batch, natoms, cutoff, partition=partition, **limits
                 )
-        if graph.halo is None:
-            vec = row_differences(wide, graph.target, graph.source, graph.by_target, graph.by_source)
-        else:
-            wide = graph.present(wide)
-            receivers = gather_rows(wide[: graph.num_nodes], graph.target, graph.by_target)
-            vec = receivers - gather_rows(wide, graph.source, graph.by_source)
+        receivers = gather_rows(graph.own(wide), graph.target, graph.by_target)
+        vec = receivers - gather_rows(graph.present(wide), graph.source, graph.by_source)
         if graph.offset is not None:
             shift = _shifts(cell.double(), batch, natoms, graph)
             vec = vec - shift

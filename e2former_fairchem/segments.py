@@ -5,8 +5,6 @@ The two maps are adjoint to each other, so each is the other's derivative:
     gather:  y[e] = x[index[e]]                    x [R, ...] -> y [E, ...]
     sum:     x[r] = sum over e with index[e] = r   y [E, ...] -> x [R, ...]
 
-and so are the difference of two gathers and that of two sums (`row_differences`).
-
 Every sum is taken by one thread or one block, in a fixed order, so that the same input gives the same bits. ``index``
 is either ascending, or a transposed CSR (order, pointer) says how to sort it.
 
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Transposed", "ascending", "csr_of", "gather_rows", "row_differences", "row_pointer", "segment_sum"]
+__all__ = ["Transposed", "ascending", "csr_of", "gather_rows", "row_pointer", "segment_sum"]
 
 Transpose = Callable[[], tuple[Tensor | None, Tensor]]
 
@@ -112,24 +110,6 @@ def segment_sum(values: Tensor, index: Tensor, transpose: Transpose) -> Tensor:
     return _Sum.apply(values, index, transpose)
 
 
-def row_differences(
-    values: Tensor, plus: Tensor, minus: Tensor, transpose_plus: Transpose, transpose_minus: Transpose
-) -> Tensor:
-    """``values[plus] - values[minus]``, with a deterministic gradient.
-
-    Args:
-        values: [R, ...] floating point.
-        plus: [E] int64 in [0, R).
-        minus: [E] int64 in [0, R).
-        transpose_plus: of plus, as for `gather_rows`.
-        transpose_minus: of minus.
-
-    Returns:
-        [E, ...].
-    """
-    return _Difference.apply(values, plus, minus, transpose_plus, transpose_minus)
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, transpose: Transpose) -> Tensor:
@@ -155,33 +135,6 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
         return _Gather.apply(grad, index, ctx.transpose), None, None
-
-
-class _Difference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, plus: Tensor, minus: Tensor, by_plus: Transpose, by_minus: Transpose):
-        ctx.save_for_backward(plus, minus)
-        ctx.transposes = by_plus, by_minus
-        return values.index_select(0, plus).sub_(values.index_select(0, minus))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _SumDifference.apply(grad, *ctx.saved_tensors, *ctx.transposes), None, None, None, None
-
-
-class _SumDifference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, plus: Tensor, minus: Tensor, by_plus: Transpose, by_minus: Transpose):
-        ctx.save_for_backward(plus, minus)
-        ctx.transposes = by_plus, by_minus
-        (order, pointer), (order_minus, pointer_minus) = by_plus(), by_minus()
-        added = values if order is None else values.index_select(0, order)
-        taken = values if order_minus is None else values.index_select(0, order_minus)
-        return _reduce(added, pointer) - _reduce(taken, pointer_minus)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _Difference.apply(grad, *ctx.saved_tensors, *ctx.transposes), None, None, None, None
 
 
 def _reduce(values: Tensor, pointer: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from e2former_fairchem.graph import Graph, build_graph
-from e2former_fairchem.segments import Transposed, gather_rows, row_differences
+from e2former_fairchem.segments import Transposed, gather_rows
 from e2former_fairchem.spatial_order import spatial_order
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.validation import check_batch
@@ -275,7 +275,8 @@ def padded_graph(given: Mapping[str, Tensor], pos: Tensor, cell: Tensor, cutoff:
         one_run=_MOST_RUNS if one_run else 0,
     )
     with torch.autocast(pos.device.type, enabled=False):
-        apart = row_differences(pos.double(), graph.target, graph.source, graph.by_target, graph.by_source)
+        wide = pos.double()
+        apart = gather_rows(wide, graph.target, graph.by_target) - gather_rows(wide, graph.source, graph.by_source)
         if "offset" in given:
             first_atom = torch.cat([given["natoms"].new_zeros(1), given["natoms"].cumsum(0)])
             edges_of_systems = graph.row_ptr[first_atom]
