@@ -153,9 +153,7 @@ class FusedAttention(Step):
 
     def transposed(self) -> Tensor | None:
         """The coupling's transpose."""
-        if self.coupling is not None and "transposed" not in self.cache:
-            self.cache["transposed"] = self.coupling.t().contiguous()
-        return self.cache.get("transposed")
+        return None if self.coupling is None else self.coupling.t().contiguous()
 
     def _edges(self, run: EdgeRun, vec: Tensor, table: RadialTable | None) -> Edges:
         vec, source, species = vec[run.edges].contiguous(), run.source, run.species

@@ -44,10 +44,10 @@ def norm_kernel(
 
 @triton.jit
 def norm_tangent_kernel(
-    x, x_dot, weight, bias, shift, out, out_dot, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    VALUE: tl.constexpr, SHIFT: tl.constexpr,
+    x, x_dot, weight, bias, out, out_dot, M, C, L, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    VALUE: tl.constexpr,
 ):  # fmt: skip
-    """The norm's change along x_dot, and with VALUE the norm itself. SHIFT: [N, C], added to row 0 of the change."""
+    """The norm's change along x_dot, and with VALUE the norm itself."""
     n = tl.program_id(0).to(tl.int64)
     m, c = tl.arange(0, BM), tl.arange(0, BC)
     inside = (m[:, None] < M) & (c[None, :] < C)
@@ -59,10 +59,7 @@ def norm_tangent_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(v * v * balance[:, None]) + EPS)
     slope = -scale * scale * scale * tl.sum(v * w * balance[:, None])
     gamma = tl.load(weight + degree[:, None] * C + c[None, :], mask=inside, other=0.0)
-    y = (w * scale + v * slope) * gamma
-    if SHIFT:
-        y += tl.where(m[:, None] == 0, tl.load(shift + n * C + c, mask=c < C, other=0.0)[None, :], 0.0)
-    tl.store(out_dot + n * M * C + at, y, mask=inside)
+    tl.store(out_dot + n * M * C + at, (w * scale + v * slope) * gamma, mask=inside)
     if VALUE:
         beta = tl.load(bias + c, mask=c < C, other=0.0)
         y = v * scale * gamma + tl.where(m[:, None] == 0, beta[None, :], 0.0)

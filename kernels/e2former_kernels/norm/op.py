@@ -44,20 +44,14 @@ def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, r
     return out
 
 
-def launch_norm_tangent(
-    x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The norm (where ``bias`` is given) and its change along x_dot, plus ``shift`` [N, C] in row 0 of the change.
-
-    x, x_dot: [N, M, C], contiguous.
-    """
+def launch_norm_tangent(x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm (where ``bias`` is given) and its change along x_dot. x, x_dot: [N, M, C], contiguous."""
     out_dot = torch.empty_like(x)
     out = out_dot if bias is None else torch.empty_like(x)
     if x.numel():
         kernel.norm_tangent_kernel[(x.shape[0],)](
-            x, x_dot, weight.contiguous(), weight if bias is None else bias.contiguous(),
-            x if shift is None else shift.contiguous(), out, out_dot, VALUE=bias is not None,
-            SHIFT=shift is not None, **_constants(x, weight),
+            x, x_dot, weight.contiguous(), weight if bias is None else bias.contiguous(), out, out_dot,
+            VALUE=bias is not None, **_constants(x, weight),
         )  # fmt: skip
     return out, out_dot
 
@@ -165,7 +159,9 @@ class _Norm(NodeStep):
         else:
             x_dot = x_dot.contiguous()
             if 0 in by:
-                _, found[0] = launch_norm_tangent(x, x_dot, tensors[weight], None, shift)
+                _, found[0] = launch_norm_tangent(x, x_dot, tensors[weight], None)
+                if shift is not None:
+                    found[0][:, 0] += shift
             if 1 in by or 1 + weight in by:
                 found[1], found[1 + weight] = launch_norm_reverse(
                     x, tensors[weight], None, x_dot, change.grad.contiguous(), 1 + weight in by
