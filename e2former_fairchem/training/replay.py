@@ -212,6 +212,7 @@ class Replays:
         if self.gradients is None:
             self._make_room(gradients)
         pairs = [(mine, g) for mine, g in zip(self.gradients, gradients, strict=True) if g is not None]
+        # not one by one: 150 copies of a microsecond are felt in a step of 4 ms, replayed too
         foreach_copy_(*map(list, zip(*pairs, strict=True)))
         return {name: loss.detach() for name, loss in losses.items()}
 

@@ -1,4 +1,7 @@
-"""Weighted harmonics of edge vectors: value, reverse, tangent, and reverse of value and tangent."""
+"""Weighted harmonics of edge vectors: value, reverse, tangent, and reverse of value and tangent.
+
+Kernels, as autograd of :func:`solid_harmonics` would keep some hundred numbers of every edge.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ class _Embedding(Step):
     table: RadialTable | None
     runs: list[EdgeRun]
     training_runs: Callable[[], list[EdgeRun]]
-    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
+    # what the passes of a training step share: the first layers' table, a product in float64
+    cache: dict = field(default_factory=dict, compare=False)
 
     def weights(self, tensors: list[Tensor]) -> RadialWeights:
         rest = iter(tensors)

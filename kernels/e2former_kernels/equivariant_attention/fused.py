@@ -141,7 +141,7 @@ class FusedAttention(Step):
         return RadialNetwork(self.radial, self.spec.cutoff)
 
     def _networks(self) -> RadialNetwork | GateNetworks:
-        """The radial networks, the same for all passes where no table stands."""
+        """The radial networks, the same for all passes where no table stands: their table is a product in float64."""
         networks = self.cache.get("networks") or self._make_networks()
         if self.table is None:
             self.cache["networks"] = networks

@@ -27,12 +27,11 @@ from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.table import RadialTable, check_table
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
-# everything fits in one run (1.3 GB in float32, which a CUDA graph can replay) and where it does not (1.1 GB), in
-# training (1.3 GB, fewer launches), and of its second derivatives and weight gradients (2.7 GB; 1.6 GB where there is
-# no directional gate and everything does not fit in one run).
+# everything fits in one run (1.3 GB in float32, which a CUDA graph can replay), as always in training, and where it
+# does not (1.1 GB), and of second derivatives and weight gradients (2.7 GB; 1.6 GB where there is no directional gate
+# and everything does not fit in one run).
 SINGLE_NUMBERS = 5 << 26
 FUSED_NUMBERS = 1 << 28
-TRAINING_NUMBERS = 5 << 26
 GATE_NUMBERS = 5 << 27
 SECOND_NUMBERS = 3 << 27
 #: Scores with kernels.
@@ -87,7 +86,7 @@ def make_step(
     numbers = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // share
     if table is None:
         numbers += 4 * spec.num_heads + 3 * hidden
-    budget = (TRAINING_NUMBERS,) if mode.trained else (FUSED_NUMBERS, SINGLE_NUMBERS)
+    budget = SINGLE_NUMBERS if mode.trained else FUSED_NUMBERS
     # two numbers, a value and its change, of the radial network's layers, features, scores, weights and gradients
     second = 6 * hidden + 14 * spec.num_heads + 32, SECOND_NUMBERS
     if score.directional:  # and of each network's first, middle and last layer, of harmonics, and of the gate's input
@@ -100,7 +99,7 @@ def make_step(
         spec=spec,
         form=form,
         edges=edges,
-        runs=edges.runs(numbers, *budget),
+        runs=edges.runs(numbers, budget, SINGLE_NUMBERS),
         training_runs=partial(edges.runs, second[0] + directions * per_row // 32, second[1], GATE_NUMBERS),
         coupling=coupling.flatten(1).contiguous() if relative else None,
         table=table,

@@ -4,9 +4,9 @@ The first derivative's results are J^T grad, with J the derivative of the output
 L = <c, J^T grad> = <grad, J c>, where J c, the output's change along the cotangents c, is also the gradient of L by
 grad. One pass gives value and change of everything (``_dot``: the change), one reverse pass the gradients of both.
 
-Runs are longer than those of the first derivative (``op.SECOND_NUMBERS``), for fewer launches: some 2,800 numbers of
-working memory for an edge of a network with 128 heads and a radial network 128 wide; more with a directional gate
-(``gate.py``).
+Runs are longer than those of the first derivative (``op.SECOND_NUMBERS``), as a CUDA graph is of one: some 2,800
+numbers of working memory for an edge of a network with 128 heads and a radial network 128 wide; more with a
+directional gate (``gate.py``).
 """
 
 from __future__ import annotations

@@ -164,7 +164,8 @@ class _FeedForward(NodeStep):
     residual: bool
     trained: bool
     prepared: HalfWeights | Weights | None  # of frozen weights, kept by the caller
-    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
+    # what the passes of a training step share: weights for every row, three times as many numbers as they have
+    cache: dict = field(default_factory=dict, compare=False)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return gated_feedforward_reference(*tensors, residual=self.residual)

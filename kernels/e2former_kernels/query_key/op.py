@@ -178,7 +178,8 @@ def _apart(grad: Tensor) -> Tensor:
 class _QueryKey(NodeStep):
     trained: bool
     prepared: HalfWeights | RowWeights | None = None  # of frozen weights, kept by the caller
-    cache: dict = field(default_factory=dict, compare=False)  # what the passes of a training step share
+    # what the passes of a training step share: a weight for every row is 19 MB with the paper's width
+    cache: dict = field(default_factory=dict, compare=False)
 
     def reference(self, h: Tensor, *weights: Tensor) -> Tensor:
         return query_key_reference(h, QueryKeyWeights(*weights))
