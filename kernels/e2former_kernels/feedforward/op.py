@@ -96,13 +96,12 @@ def _first_derivative(
         if sums is not None:
             sums.add_product("power_weight", by_normal[:, 0].t(), power)
     beside = grad if residual else None
-    _, parts = launch_norm_reverse(
-        x, weights.norm_weight, by_normal, None, None, sums is not None, by_x, parts=True, beside=beside
+    _, by_weight = launch_norm_reverse(
+        x, weights.norm_weight, by_normal, None, None, sums is not None, by_x, beside=beside
     )
     if sums is not None:
-        sums.add_columns(
-            norm_weight=parts.flatten(1), bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0]
-        )
+        sums.add("norm_weight", by_weight)
+        sums.add_columns(bias2=grad[:, 0], gate_bias=gates, bias1=part[:, 0], norm_bias=by_normal[:, 0])
 
 
 def _second_derivative(
@@ -143,19 +142,16 @@ def _second_derivative(
         if sums is not None:
             sums.add_product("power_weight", by_normal[:, 0].t(), power)
             sums.add_product("power_weight", by_normal_dot[:, 0].t(), power_dot)
-    _, parts = launch_norm_reverse(
-        x, weights.norm_weight, by_normal, x_dot, by_normal_dot, sums is not None, by_x, parts=True
-    )
+    _, by_weight = launch_norm_reverse(x, weights.norm_weight, by_normal, x_dot, by_normal_dot, sums is not None, by_x)
     if sums is not None:
-        sums.add_columns(norm_weight=parts.flatten(1), gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
+        sums.add("norm_weight", by_weight)
+        sums.add_columns(gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
 
 
 def _of_weights(sums: RunSums) -> Weights:
     found: dict[str, Tensor] = dict(sums)
     if found:
-        channels = found["weight1"].shape[-1]
-        found["norm_weight"] = found["norm_weight"].view(-1, channels)
-        found |= {name: degree_sums(found[name]) for name in ("weight1", "weight2", "norm_weight")}
+        found |= {name: degree_sums(found[name]) for name in ("weight1", "weight2")}
     return Weights(*(found.get(name) for name in Weights._fields))
 
 

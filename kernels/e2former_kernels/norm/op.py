@@ -64,13 +64,11 @@ def launch_norm_reverse(
     grad_dot: Tensor | None = None,
     by_weight: bool = False,
     out: Tensor | None = None,
-    parts: bool = False,
     beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of <grad, norm> + <grad_dot, change of the norm along x_dot> by x [N, M, C], and by the weight [L, C].
 
-    All contiguous; ``grad`` or the pair may be missing. parts: partial sums of the latter instead, [programs, M, C].
-    beside: [N, M, C], added to the former.
+    All contiguous; ``grad`` or the pair may be missing. beside: [N, M, C], added to the former.
     """
     nodes = x.shape[0]
     out = torch.empty_like(x) if out is None else out
@@ -87,9 +85,7 @@ def launch_norm_reverse(
             each=each, VALUE=grad is not None, TANGENT=grad_dot is not None, WEIGHTS=by_weight,
             BESIDE=beside is not None, **constants,
         )  # fmt: skip
-    if not by_weight or parts:
-        return out, sums if by_weight else None
-    return out, degree_sums(sums.sum(0))
+    return out, degree_sums(sums.sum(0)) if by_weight else None
 
 
 def launch_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Rows:
