@@ -96,7 +96,7 @@ class StepTimes(Callback):
 
     def __init__(self, warmup: int, steps: int, file: str) -> None:
         self.warmup, self.steps, self.file = warmup, steps, Path(file)
-        self.count = self.atoms = 0
+        self.count = 0
         self.windows: list[float] = []
         self.profile = None
 
@@ -164,7 +164,9 @@ def train(case: str, replay: str, data: Path, options: argparse.Namespace) -> di
     finally:
         if distutils.initialized():
             distutils.cleanup()
-    return json.loads(file.read_text())
+    record = json.loads(file.read_text())
+    steps, atoms = 1e3 / record["step_ms"], batch * options.ranks * options.atoms[kind]
+    return {"steps_per_second": steps, "atoms_per_second": atoms * steps} | record
 
 
 def main() -> None:
@@ -189,8 +191,11 @@ def main() -> None:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
+        options.atoms = {}  # of a structure, on average
         for kind in ("molecules", "waters"):
-            write_folder(structures(kind, options.structures), data / kind)
+            frames = structures(kind, options.structures)
+            options.atoms[kind] = statistics.mean(map(len, frames))
+            write_folder(frames, data / kind)
         write_folder(structures("molecules", 8, seed=1), data / "val")
         for case in options.cases or CASES:
             for replay in ("off",) if case.startswith("escn") else options.replay:

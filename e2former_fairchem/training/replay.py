@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -243,18 +244,29 @@ class Replays:
 
 
 class Captures:
-    """Makes captures that share their working memory."""
+    """Makes captures that share their working memory; the log has what each one took.
+
+    Attributes:
+        bytes: of the GPU's memory that captures have taken beside what steps without graphs take.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self.bytes = 0
 
     def __call__(self, batch: PaddedBatch, device: torch.device, compute: Compute) -> _Capture:
         """Capture a size; raises RuntimeError where that fails."""
+        torch.cuda.empty_cache()
+        begin, before = time.perf_counter(), torch.cuda.memory_reserved(device)
         try:
-            return _Capture(batch, device, compute, self._pool)
+            capture = _Capture(batch, device, compute, self._pool)
         except RuntimeError:
             self._pool = torch.cuda.graph_pool_handle()  # torch holds the other to be in use
             raise
+        self.bytes += torch.cuda.memory_reserved(device) - before
+        taken = time.perf_counter() - begin, self.bytes / 2**20
+        logging.info("training steps of a size captured in %.1f s; with those before it holds %.0f MiB", *taken)
+        return capture
 
 
 class _Capture:
