@@ -69,8 +69,9 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     and ``atomic_numbers`` are those of this worker's atoms, as in fairchem's models; ``own_atoms`` says which they are.
 
     The buffer ``elements_seen`` [max_num_elements + 1] is 1 for the atomic numbers of the batches that the weights were
-    trained on, by any worker. Its entry 0 is 0, and all others 1, until training begins; all are 1 where nothing is
-    known, as in checkpoints without the buffer.
+    trained on, by any worker, and 2 for those that only an earlier training saw, from whose weights this one started.
+    Its entry 0 is 0, and all others 1, until training begins; all are 1 where nothing is known, as in checkpoints
+    without the buffer.
 
     Args:
         max_neighbors: keep only the nearest so many neighbours (the authors: 32); None, the default, keeps every atom
@@ -146,9 +147,14 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
 
     @property
     def elements(self) -> tuple[str, ...] | None:
-        """Symbols of the elements that training has seen; None where nothing is known of it, or it has not begun."""
+        """Symbols of the elements that training has seen, an earlier one included; None where nothing is known."""
         seen = self.elements_seen.tolist()
         return None if all(seen) or not seen[0] else tuple(symbol(z) for z, there in enumerate(seen) if z and there)
+
+    def begin_anew(self) -> None:
+        """Weights that were trained go into another training: what has been seen was seen before."""
+        if self.elements is not None:
+            self.elements_seen[1:].mul_(2).clamp_(max=2)
 
     def forget_elements(self) -> None:
         """Keep no record of the elements seen, in the state dict neither: nothing is known of them."""
@@ -240,7 +246,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         seen = self.elements_seen
         seen.mul_(seen[0].clone())  # before training began, no element was held to be unseen
         seen[:1].fill_(1)
-        torch.maximum(seen, there.clamp(max=1), out=seen)
+        seen.masked_fill_(there > 0, 1)
 
     def _partition(self, data: AtomicData) -> Partition:
         """This worker's part of the atoms, of a batch that is whole and the same for all workers."""

@@ -141,8 +141,9 @@ def check_batch(
     Args:
         data: the batch.
         max_num_elements: largest atomic number.
-        seen: [max_num_elements + 1] int64, 0 for atomic numbers that training never saw; None does not ask.
-        strict: refuse those.
+        seen: [max_num_elements + 1] int64, 0 for atomic numbers that training never saw, 2 for those that only an
+            earlier training saw; None does not ask.
+        strict: refuse both.
 
     Raises:
         ValueError: names the first offending atoms or structures.
@@ -172,7 +173,7 @@ def check_batch(
     if not all(map(math.isfinite, real_ends)):
         _raise_not_finite(data)
     _check_precision(data, max(-real_ends[0], real_ends[1]))
-    if seen is not None and ends[6] == 0:
+    if seen is not None and (ends[6] == 0 or ends[7] == 2):
         _unseen(data, seen, strict)
     if low_spin == 0:
         log_once(
@@ -183,20 +184,32 @@ def check_batch(
 
 
 def _unseen(data: AtomicData, seen: Tensor, strict: bool) -> None:
-    """Name the elements of a batch that training never saw."""
-    wrong = seen[data["atomic_numbers"].long()] == 0
-    names = ", ".join(map(symbol, data["atomic_numbers"][wrong].unique().tolist()))
+    """Name the elements of a batch that the last training never saw."""
+    known = seen[data["atomic_numbers"].long()]
+
+    def named(value: int) -> str:
+        return ", ".join(map(symbol, data["atomic_numbers"][known == value].unique().tolist()))
+
+    never, before = named(0), named(2)
     if not strict:
-        log_once(
-            f"e2former_v2: training never saw {names}: predictions for structures with these elements mean nothing. "
-            "The backbone's key strict_elements: true refuses them."
-        )
+        if never:
+            log_once(
+                f"e2former_v2: training never saw {never}: predictions for structures with these elements mean "
+                "nothing. The backbone's key strict_elements: true refuses them."
+            )
+        if before:
+            log_once(
+                f"e2former_v2: only an earlier training saw {before}: forces on structures with these elements rest on "
+                "it, and their energies are of its level of theory. The backbone's key strict_elements: true refuses "
+                "them."
+            )
         return
-    atoms = wrong.nonzero().squeeze(1).tolist()
-    known = ", ".join(map(symbol, seen[1:].nonzero().squeeze(1).add(1).tolist()))
+    atoms = (known != 1).nonzero().squeeze(1).tolist()
+    expected = ", ".join(map(symbol, (seen[1:] == 1).nonzero().squeeze(1).add(1).tolist()))
+    got = ", ".join(filter(None, [never, f"{before} of an earlier training" if before else ""]))
     where = ", ".join(f"{name} is {symbol(int(data['atomic_numbers'][atom]))}" for atom, name in _names(data, atoms))
     raise ValueError(
-        f"atomic_numbers: expected elements that training has seen (strict_elements), {known}, got {names}: {where}; "
+        f"atomic_numbers: expected elements that training has seen (strict_elements), {expected}, got {got}: {where}; "
         f"{len(atoms)} atoms in all"
     )
 

@@ -45,7 +45,8 @@ def shift_references(frames: Sequence[Frame], predicted: Sequence[float], of_che
     """References for a network that is trained already: those of the checkpoint, moved to another level of theory.
 
     The least-squares change of the references that takes the predicted total energies (eV) to the given ones, apart
-    from what charges and spins add. The network's own part then starts where it was good.
+    from what charges and spins add. The network's own part then starts where it was good. Elements that the frames do
+    not have keep the checkpoint's.
     Returns the table as `fit_references` does.
     """
     change = fit_element_references(
@@ -53,7 +54,7 @@ def shift_references(frames: Sequence[Frame], predicted: Sequence[float], of_che
         [frame.energy - energy for frame, energy in zip(frames, predicted, strict=True)],
         [(frame.atoms.info["charge"], frame.atoms.info["spin"]) for frame in frames],
     ).table
-    return np.where(np.isfinite(change), np.nan_to_num(of_checkpoint) + change, math.nan)
+    return np.where(np.isfinite(change), np.nan_to_num(of_checkpoint) + change, of_checkpoint)
 
 
 def residuals(frames: Sequence[Frame], table: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,7 +246,9 @@ class _Prepared:
             backbone = {"direct_forces": False, "regress_forces": True, "regress_stress": self.with_stress}
             backbone |= {"dataset_mapping": {"omol": "omol"}}
         left = residuals(self.training, table)
-        _say_references(table, undetermined, left, sorted(isolated_atoms(self.training)), checkpoint is not None)
+        found = {z for frame in self.training for z in frame.atoms.numbers.tolist()}
+        own = {z: table[z] for z in sorted(found)}
+        _say_references(own, undetermined, left, sorted(isolated_atoms(self.training)), checkpoint is not None)
         values |= run_file.choose(chosen, len(self.training), atoms, checkpoint is not None, given)
         values["energy_coef"], values["force_coef"] = 10, 10
         if atoms > run_file.IN_MEMORY_ATOMS:
@@ -260,6 +262,10 @@ class _Prepared:
         values["card"] = {"data": sorted({Path(frame.file).name for frame in self.training})}
         if checkpoint is not None:
             values["card"]["started_from"] = Path(checkpoint).name
+        if not (given.get("card") or {}).get("level_of_theory"):
+            print(
+                "no level of theory is given: card.level_of_theory=NAME writes it on the potential's card", flush=True
+            )
         content = {
             "defaults": [*defaults, {"heads": "e2former_v2_conserving"}, "_self_"],
             "job": {"run_dir": str(self.folder), "seed": self.seed},
@@ -271,7 +277,7 @@ class _Prepared:
         }
         if backbone:
             content["backbone"] = backbone
-        per_z = {str(z): round(float(v), 6) for z, v in enumerate(table) if z and math.isfinite(v)}
+        per_z = {str(z): round(float(v), 6) for z, v in enumerate(table) if z in found or (v and math.isfinite(v))}
         content = run_file.with_overrides(content, given)
         return content, {"element_references": per_z, "unit": "eV", "structures": len(self.training)}
 
@@ -371,15 +377,15 @@ def _symbols(numbers: set[int] | Sequence[int]) -> str:
 
 
 def _say_references(
-    table: np.ndarray, undetermined: Sequence[str], left: np.ndarray, isolated: Sequence[int], moved: bool
+    table: Mapping[int, float], undetermined: Sequence[str], left: np.ndarray, isolated: Sequence[int], moved: bool
 ) -> None:
-    listed = ", ".join(f"{chemical_symbols[z]} {v:.3f}" for z, v in enumerate(table) if z and math.isfinite(v))
+    listed = ", ".join(f"{chemical_symbols[z]} {v:.3f}" for z, v in table.items())
     how = "fitted"
     if moved:
         how = "the checkpoint's, moved to these energies"
     elif isolated:
         how = f"of isolated atoms for {_symbols(isolated)}" + (
-            "" if len(isolated) == np.isfinite(table[1:]).sum() else ", fitted for the others"
+            "" if len(isolated) == len(table) else ", fitted for the others"
         )
     print(f"element references ({how}): {listed} eV", flush=True)
     if undetermined:

@@ -284,6 +284,7 @@ class Checkpoints(TrainCheckpointCallback):
         card = {"structures": structures, "steps": unit.train_progress.num_steps_completed}
         if isinstance(unit, TrainEvalUnit):
             card |= unit.card
+            card |= {"trained_before": unit.trained_before} if unit.trained_before else {}
             card["states"] = [list(state) for state in sorted(set().union(*gather(unit.states_seen)))]
         return card | {"validation": self._errors, "versions": with_versions}
 

@@ -8,8 +8,10 @@ data                      what it was trained on, in words or names of files
 level_of_theory           of the labels
 licence                   of the weights
 started_from              the checkpoint that was fine-tuned
+trained_before            trainings that came before the one that the other entries are of, the first one first:
+                          ``name`` of the checkpoint, ``elements``, and entries of its card
 structures, steps         of the training set; of the optimiser
-states                    pairs of charge and multiplicity in training batches
+states                    pairs of charge and multiplicity in batches of the last training
 validation                errors by data set: energy (eV/atom), forces (eV/Å), stress (eV/Å^3)
 versions                  of packages
 ========================= ======================================================================
@@ -17,7 +19,7 @@ versions                  of packages
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ GIVEN = ("data", "level_of_theory", "licence", "started_from")
 METRICS = {"energy": "per_atom_mae", "forces": "mae", "stress": "mae"}
 _UNITS = {"energy": (1000.0, "meV/atom"), "forces": (1000.0, "meV/Å"), "stress": (1000.0, "meV/Å^3")}
 _SEEN = "backbone.elements_seen"
+#: Entries of a card that the cards of checkpoints keep that are trained on from it.
+_KEPT = ("level_of_theory", "data", "structures", "states", "licence")
 
 
 def check_given(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -73,6 +77,29 @@ def read_card(checkpoint: MLIPInferenceCheckpoint) -> dict[str, Any]:
     return getattr(checkpoint, "card", {})
 
 
+def trainings(checkpoint: MLIPInferenceCheckpoint, name: str) -> list[dict[str, Any]]:
+    """A checkpoint's ``trained_before``, with its own training (of this name) behind."""
+    card, seen = read_card(checkpoint), _elements(checkpoint)
+    last = {"name": name} | {key: card[key] for key in _KEPT if key in card}
+    if seen is not None:
+        last["elements"] = [chemical_symbols[z] for z in seen[1]]
+    return [*card.get("trained_before", ()), last]
+
+
+def _elements(checkpoint: MLIPInferenceCheckpoint) -> tuple[list[int], list[int]] | None:
+    """Atomic numbers that only an earlier training saw, and those of the last one; None where nothing is known."""
+    weights = checkpoint.ema_state_dict or checkpoint.model_state_dict
+    seen = next((t.tolist() for k, t in weights.items() if k.endswith(_SEEN)), None)
+    if seen is None or not seen[0] or all(seen):
+        return None
+    before, last = ([z for z, value in enumerate(seen) if z and value == kind] for kind in (2, 1))
+    return before, last
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ", ".join(chemical_symbols[z] for z in numbers)
+
+
 def write_card(path: Path, card: Mapping[str, Any]) -> None:
     """Put a card into the file of an inference checkpoint that was just written."""
     content = torch.load(path, map_location="cpu", weights_only=False)
@@ -95,18 +122,26 @@ def describe(checkpoint: MLIPInferenceCheckpoint) -> Iterator[str]:
     for task in tasks:
         note = " (the energy's gradient)" if task["property"] == "forces" and conserving else ""
         yield f"task: {task['name']}, {task['property']}{note}, data sets {', '.join(task['datasets'])}"
-    seen = next((t.tolist() for k, t in weights.items() if k.endswith(_SEEN)), None)
-    known = seen is not None and seen[0] and not all(seen)
-    yield "elements: " + (
-        ", ".join(chemical_symbols[z] for z, there in enumerate(seen) if z and there) if known else "not recorded"
-    )
-    states = [f"{charge:+d} and {spin}" for charge, spin in sorted(card.get("states", ()))]
-    yield "charges and multiplicities: " + (", ".join(states) or "not recorded")
+    before, last = _elements(checkpoint) or ([], [])
+    yield "elements: " + (_joined(last) or "not recorded")
+    yield "charges and multiplicities: " + (_states(card) or "not recorded")
     for key in ("level_of_theory", "data", "structures", "steps", "started_from"):
         value = card.get(key, "not recorded" if key != "started_from" else None)
         if value is not None:
-            text = f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else ", ".join(value)
-            yield f"{key.replace('_', ' ')}: {text}"
+            yield f"{key.replace('_', ' ')}: {_text(value)}"
+    for training in card.get("trained_before", ()):
+        facts = [training["name"]]
+        facts += [_text(training[key]) for key in ("level_of_theory", "data") if training.get(key)]
+        facts += [f"{training['structures']:,} structures"] if "structures" in training else []
+        facts += [f"licence {training['licence']}"] if training.get("licence") else []
+        yield f"trained before: {', '.join(facts)}"
+        yield f"    with elements: {', '.join(training.get('elements', ())) or 'not recorded'}"
+        yield f"    with charges and multiplicities: {_states(training) or 'not recorded'}"
+    if before:
+        yield (
+            f"elements of earlier trainings only: {_joined(before)}; forces rest on those, energies are of their level "
+            "of theory"
+        )
     for name, errors in card.get("validation", {}).items():
         said = (f"{kind} {value * _UNITS[kind][0]:.4g} {_UNITS[kind][1]}" for kind, value in errors.items())
         yield f"errors on {name}: {', '.join(said)}"
@@ -115,3 +150,11 @@ def describe(checkpoint: MLIPInferenceCheckpoint) -> Iterator[str]:
     made = ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items())
     yield f"made with: {made or 'not recorded'}"
     yield f"licence: {card.get('licence', 'not recorded')}"
+
+
+def _states(card: Mapping[str, Any]) -> str:
+    return ", ".join(f"{charge:+d} and {spin}" for charge, spin in sorted(card.get("states", ())))
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else ", ".join(value)

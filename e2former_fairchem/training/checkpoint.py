@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from e2former_fairchem import weights
 from e2former_fairchem.backbone import E2FormerV2Backbone
+from e2former_fairchem.training.card import trainings
 
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
 BACKBONE_NAMES = (BACKBONE, "e2former_v2")
@@ -201,7 +202,8 @@ def initialize_from_checkpoint(
 
     Unlike fairchem's `initialize_finetuning_model` it takes the EMA weights, and new heads keep every weight that fits:
     from the first stage (energy and direct force head) to the second (conserving forces) the energy head is carried
-    over, so that the energy does not jump.
+    over, so that the energy does not jump. The model's attribute ``trained_before`` has what the checkpoint's card
+    says, for the card of the next one.
 
     Args:
         checkpoint_location: path of an inference checkpoint of an E2Former-V2.
@@ -241,6 +243,8 @@ def initialize_from_checkpoint(
         {k: v for k, v in source.items() if k.startswith(_HEADS)},
     )
     model.load_state_dict(theirs | head_weights, strict=False)
+    model.trained_before = trainings(checkpoint, Path(checkpoint_location).stem)
+    model.backbone.begin_anew()
     fresh = sorted(k for k in target if k.startswith(_HEADS) and k not in head_weights)
     logging.info("started from %s; new weights: %s", checkpoint_location, ", ".join(fresh) or "none")
     # fairchem's unit writes this into resume.yaml, so that resuming does not need the first checkpoint any more.

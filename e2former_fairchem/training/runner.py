@@ -66,6 +66,7 @@ class EpochTrainEvalRunner(TrainEvalRunner):
         if checkpoint_location is not None and isinstance(self.train_eval_unit, TrainEvalUnit) and written.is_file():
             card = read_card(read_checkpoint(written, key="job.runner_state_path", any_backbone=True))
             self.train_eval_unit.states_seen |= {tuple(state) for state in card.get("states", ())}
+            self.train_eval_unit.trained_before = card.get("trained_before", [])
 
     def run(self) -> None:
         """Train and evaluate."""

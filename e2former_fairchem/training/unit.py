@@ -23,6 +23,11 @@ from e2former_fairchem.training.replay import Captures, Replays, Update, why_eag
 __all__ = ["TrainEvalUnit"]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of one worker."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 class TrainEvalUnit(MLIPTrainEvalUnit):
     """fairchem's `MLIPTrainEvalUnit`: the same losses, gradients and updates, with fewer launches.
 
@@ -60,13 +65,15 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
         self.loss_listeners: list[Callable[[dict[str, Tensor], int, int], None]] = []
         self._replays: Replays | None = None
         self._update: Update | None = None
+        #: What the weights were trained on before, for the checkpoint's card.
+        self.trained_before: list[dict[str, Any]] = getattr(unwrapped(self.model), "trained_before", [])
         #: Charge and multiplicity of the structures in this worker's batches, for the checkpoint's card.
         self.states_seen: set[tuple[int, int]] = set()
 
     def on_train_start(self, state: State) -> None:
         """As fairchem's; then choose how steps run."""
         super().on_train_start(state)
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        model = unwrapped(self.model)
         loader = state.train_state.dataloader
         reason = "replay is off" if self.replay == "off" else why_eager(self, model) or why_no_graphs(model)
         if reason is None and not isinstance(loader, DataLoader):

@@ -156,10 +156,25 @@ def test_checkpoints_carry_the_record(checkpoint, batch_of, structures, caplog) 
     assert strict.predict(batch_of(structures["water"]))["energy"].numel() == 1
 
 
-def test_fine_tuning_adds_to_what_was_seen(checkpoint, batch_of, structures) -> None:
+def test_fine_tuning_adds_to_what_was_seen(checkpoint, batch_of, structures, caplog) -> None:
     model = initialize_from_checkpoint(str(checkpoint)).train()
-    model(batch_of(structures["atom"], dtype=torch.float32))
+    model(batch_of(structures["atom"], structures["water"], dtype=torch.float32))
     assert model.backbone.elements == ("H", "He", "C", "O")
+    assert model.backbone.elements_seen[[1, 2, 6, 8, 29]].tolist() == [1, 1, 2, 1, 0]
+    # Energies of elements that only the first training saw are of its level of theory: said once, or refused.
+    model.eval()(batch_of(structures["atom"], dtype=torch.float32))
+    assert not caplog.records
+    for _ in range(2):
+        model(batch_of(structures["ethanol"], structures["slab"], dtype=torch.float32))
+    never, before = (record.getMessage() for record in caplog.records)
+    assert "training never saw Cu:" in never
+    assert "only an earlier training saw C: forces" in before and "energies are of its level of theory" in before
+    model.backbone.strict_elements = True
+    with pytest.raises(ValueError, match=r"\(strict_elements\), H, He, O, got Cu, C of an earlier training: atom "):
+        model(batch_of(structures["ethanol"], structures["slab"], dtype=torch.float32))
+    # A third training from there: helium's turns into an earlier one, too.
+    model.backbone.begin_anew()
+    assert model.backbone.elements_seen[[0, 1, 2, 6, 8, 29]].tolist() == [1, 2, 2, 2, 2, 0]
 
 
 def test_earlier_checkpoints_load_and_nothing_is_known(old, batch_of, structures, caplog) -> None:

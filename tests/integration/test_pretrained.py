@@ -12,7 +12,7 @@ from fairchem.core import FAIRChemCalculator
 import e2former_fairchem
 from e2former_fairchem import weights
 from e2former_fairchem.cli import main
-from e2former_fairchem.training.card import read_card
+from e2former_fairchem.training.card import describe, read_card, trainings
 from e2former_fairchem.training.checkpoint import check_checkpoint_path, read_checkpoint
 
 #: GFN2-xTB's energies, eV (tblite 0.8), of ASE's geometries.
@@ -67,7 +67,8 @@ def test_ensemble_by_name() -> None:
     assert atoms.calc.results["energy_std"] == 0.0
 
 
-def test_fine_tuning_by_name(tmp_path: Path, without_figures: None) -> None:
+@pytest.mark.usefixtures("nothing_said", "without_figures")
+def test_fine_tuning_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Energies of another level of theory, here with other energies per element and per charge."""
     frames = []
     for n in range(8):
@@ -80,6 +81,29 @@ def test_fine_tuning_by_name(tmp_path: Path, without_figures: None) -> None:
         frames.append(atoms)
     write(tmp_path / "mine.xyz", frames)
     result = e2former_fairchem.train(
-        tmp_path / "mine.xyz", output=tmp_path / "run", from_checkpoint="gfn2-small", overrides=["epochs=1"]
+        tmp_path / "mine.xyz",
+        output=tmp_path / "run",
+        from_checkpoint="gfn2-small",
+        overrides=["epochs=1", "card.level_of_theory=wB97M-V"],
     )
-    assert read_card(read_checkpoint(result.checkpoint))["started_from"] == "gfn2-small"
+    content = read_checkpoint(result.checkpoint)
+    assert read_card(content)["started_from"] == "gfn2-small"
+    (before,) = read_card(content)["trained_before"]
+    assert (before["name"], before["level_of_theory"], before["licence"]) == ("gfn2-small", "GFN2-xTB", "MIT")
+    lines = dict(line.strip().split(": ", 1) for line in describe(content))
+    assert (lines["elements"], lines["level of theory"]) == ("H, C, O", "wB97M-V")
+    assert lines["charges and multiplicities"] == "+0 and 1, +1 and 2"
+    assert lines["trained before"].startswith("gfn2-small, GFN2-xTB, ")
+    assert "Br" in lines["with elements"] and "+3 and 1" in lines["with charges and multiplicities"]
+    assert lines["elements of earlier trainings only"].startswith("B, N, F, Si, P, S, Cl, Br, I; forces rest")
+    # Chlorine keeps gfn2-small's energy, and says so.
+    chloride = molecule("CH3Cl")
+    chloride.info.update(charge=0, spin=1)
+    chloride.calc = FAIRChemCalculator.from_model_checkpoint(
+        str(result.checkpoint), task_name="omol", device="cpu", inference_settings="traineval"
+    )
+    assert chloride.get_potential_energy() < -100.0
+    assert "only an earlier training saw Cl:" in caplog.text
+    # Tuned once more: both trainings are on the card.
+    again = trainings(content, "mine")
+    assert [one["name"] for one in again] == ["gfn2-small", "mine"] and again[1]["elements"] == ["H", "C", "O"]
