@@ -13,7 +13,7 @@ import time
 from ase import Atoms
 from ase.build import molecule
 from ase.optimize import LBFGS
-from common import arguments, predict_unit
+from common import arguments, predict_unit, run
 from fairchem.core.calculate.ase_calculator import FAIRChemCalculator
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

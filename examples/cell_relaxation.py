@@ -16,7 +16,7 @@ from ase.build import molecule
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from ase.stress import voigt_6_to_full_3x3_stress
-from common import arguments, calculator
+from common import arguments, calculator, run
 
 
 def crystal() -> Atoms:
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,7 @@ energies of H2O+, CH3+ and NO2- are 0.8 to 1.4 eV away from GFN2-xTB's.
 from __future__ import annotations
 
 from ase.build import molecule
-from common import arguments, calculator
+from common import arguments, calculator, run
 
 
 def main() -> None:
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,6 +39,14 @@ def arguments(description: str, several: bool = False, **integers: int) -> argpa
     except (FileNotFoundError, ValueError) as err:
         parser.error(str(err))
     return args
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call an example's function. A mistake in what it is given, or a package that is missing, ends in one line."""
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as err:
+        sys.exit(f"{Path(sys.argv[0]).name}: {err}")
 
 
 def new_folder(name: str) -> Path:

@@ -19,7 +19,7 @@ from ase.calculators.emt import EMT
 from ase.filters import FrechetCellFilter
 from ase.io import write
 from ase.optimize import FIRE
-from common import new_folder
+from common import new_folder, run
 from fairchem.core import FAIRChemCalculator
 
 import e2former_fairchem
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

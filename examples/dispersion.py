@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 from ase.build import molecule
-from common import arguments
+from common import arguments, run
 
 from e2former_fairchem import DispersionCalculator
 
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

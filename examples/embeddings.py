@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from ase.build import molecule
-from common import arguments, calculator
+from common import arguments, calculator, run
 
 from e2former_fairchem import embeddings
 
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

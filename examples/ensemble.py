@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from ase.build import molecule
-from common import arguments
+from common import arguments, run
 
 from e2former_fairchem import EnsembleCalculator
 
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

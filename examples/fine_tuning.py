@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ase.io import write
-from common import arguments, new_folder
+from common import arguments, new_folder, run
 from fairchem.core.datasets import AseDBDataset
 
 import e2former_fairchem
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

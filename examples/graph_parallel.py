@@ -14,7 +14,7 @@ import time
 import torch
 from ase import Atoms
 from ase.build import molecule
-from common import arguments, calculator
+from common import arguments, calculator, run
 from fairchem.core import FAIRChemCalculator
 from fairchem.core.common import distutils
 
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ase.build import molecule
 from ase.io.lammpsdata import write_lammps_data
-from common import arguments, predict_unit
+from common import arguments, predict_unit, run
 
 from e2former_fairchem.interop.lammps import run_lammps
 
@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

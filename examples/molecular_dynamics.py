@@ -12,7 +12,7 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import LBFGS
-from common import arguments, calculator
+from common import arguments, calculator, run
 
 TEMPERATURE = 200.0  # K
 TIME_STEP = 0.5  # fs
@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,14 +9,15 @@ A topology with a periodic box takes the box; atoms, residues and PDB files are 
 from __future__ import annotations
 
 from ase.build import molecule
-from common import arguments
-from openmm import LangevinMiddleIntegrator, app, unit
-from openmmml import MLPotential
+from common import arguments, run
 
 
 def main() -> None:
     """Print the energies at the end."""
     args = arguments(__doc__, steps=200)
+    from openmm import LangevinMiddleIntegrator, app, unit
+    from openmmml import MLPotential
+
     atoms = molecule("CH3OH")
     topology = app.Topology()
     residue = topology.addResidue("MOH", topology.addChain())
@@ -39,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase.build import bulk
-from common import arguments, calculator
+from common import arguments, calculator, run
 from fairchem.core.components.calculate import ElasticityRunner, MDRPhononRunner
 from fairchem.core.components.calculate.recipes.phonons import get_phonopy_object
 
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ase.build import molecule
 from ase.optimize import FIRE, LBFGS
-from common import arguments, calculator
+from common import arguments, calculator, run
 
 
 def main() -> None:
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

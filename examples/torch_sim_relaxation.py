@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from ase.build import molecule
-from common import arguments
+from common import arguments, run
 
 
 def main() -> None:
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

