@@ -55,15 +55,15 @@ def _weights(block: TransformerBlock, execution: Execution) -> BlockWeights:
 def half_attention(block: TransformerBlock, x: Tensor, system: Tensor, graph: Graph, execution: Execution) -> Tensor:
     """x + attention(norm1(x) + system). x: [N, (lmax+1)^2, C]; system: [N, C]."""
     from e2former_kernels.equivariant_attention.half import HalfAttention, attention_block
-    from e2former_kernels.equivariant_attention.op import Pieces, make_step
+    from e2former_kernels.equivariant_attention.op import Pieces, make_call
 
     attention = block.attention
     spec, nodes = attention.spec, x.shape[0]
     radial, table = attention.radial_and_splines(execution)
-    nothing = x.new_empty(1)  # the step's queries, keys and values are rows that the block makes
+    nothing = x.new_empty(1)  # the call's queries, keys and values are rows that the block makes
     heads = nothing.expand(nodes, spec.num_heads, attention.query_key.head_dim)
     pieces = Pieces(graph.vec, heads, heads, nothing.expand(x.shape), None, radial, None)
-    step = make_step(spec, pieces, execution.edges, attention.coupling, "relative", execution.mode, table, half=True)
-    half = HalfAttention(step, [t for _, t in pieces.flat()], _weights(block, execution), system)
+    call = make_call(spec, pieces, execution.edges, attention.coupling, "relative", execution.mode, table, half=True)
+    half = HalfAttention(call, [t for _, t in pieces.flat()], _weights(block, execution), system)
     operations = partial(block.attend, system, graph, execution, None)
     return attention_block(half, operations, x, graph.vec)

@@ -60,7 +60,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "torch:_C._will_engine_execute_node",
         "`needs_input_grad` is true for every weight that requires gradients, also while forces alone are asked for",
-        "choosing the derivatives to compute (common/step.py, registered.py)",
+        "choosing the derivatives to compute (common/call.py, registered.py)",
     ),
     *(
         PrivateName(

@@ -1,4 +1,4 @@
-"""Operations of :mod:`e2former_kernels.common.step` registered with torch.library, for torch.compile.
+"""Operations of :mod:`e2former_kernels.common.call` registered with torch.library, for torch.compile.
 
 Outside of torch.compile the operations are autograd functions, which need not say what they do. Registered, one
 operation is three: its value, its gradient and its second derivative, each of which names the next as its backward
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.step import Change, Step, evaluate, recomputed_second
+from e2former_kernels.common.call import Call, Change, evaluate, recomputed_second
 from e2former_kernels.compat import is_fake, will_engine_execute_node, with_autograd
 
 
@@ -30,8 +30,8 @@ class Settings(NamedTuple):
 
 
 NO_SETTINGS = Settings()
-# (tensors, index, settings, mode) -> the step of which the tensors are the inputs
-MakeStep = Callable[[list[Tensor], list[Tensor], Settings, Mode], Step]
+# (tensors, index, settings, mode) -> the call of which the tensors are the inputs
+MakeCall = Callable[[list[Tensor], list[Tensor], Settings, Mode], Call]
 # (tensors, index, settings) -> an empty tensor of the value's shape, strides, dtype and device
 Shape = Callable[[Sequence[Tensor], Sequence[Tensor], Settings], Tensor]
 
@@ -123,10 +123,10 @@ _GIVEN = "Tensor[] tensors, Tensor[] index, SymInt[] integers, float[] numbers, 
 class _Operation:
     """Value, gradient and second derivative; their arguments are those of :data:`_GIVEN` behind what each adds.
 
-    wanted, by: as in :class:`e2former_kernels.common.step.Step`; present: which of ``wanted`` have cotangents.
+    wanted, by: as in :class:`e2former_kernels.common.call.Call`; present: which of ``wanted`` have cotangents.
     """
 
-    def __init__(self, name: str, make: MakeStep, shape: Shape) -> None:
+    def __init__(self, name: str, make: MakeCall, shape: Shape) -> None:
         self.name, self.make, self.shape = name, make, shape
         self.value = self._define("", f"({_GIVEN}) -> Tensor", self._value, self._like_value, self._after_value)
         first = "SymInt[] wanted, Tensor[] grad"
@@ -145,14 +145,14 @@ class _Operation:
         operation.register_autograd(backward, setup_context=_keep)
         return operation
 
-    def _step(self, tensors, index, integers, numbers, words, trained, precision) -> Step:
-        """The step of which the tensors are the inputs."""
+    def _call(self, tensors, index, integers, numbers, words, trained, precision) -> Call:
+        """The call of which the tensors are the inputs."""
         mode = Mode(trained, True, precision)
         return self.make(list(tensors), list(index), Settings(integers, numbers, words), mode)
 
     def _value(self, tensors, *rest) -> Tensor:
         with _body(tensors[0].device):
-            return self._step(tensors, *rest).forward(list(tensors))
+            return self._call(tensors, *rest).forward(list(tensors))
 
     def _like_value(self, tensors, index, integers, numbers, words, *_) -> Tensor:
         return self.shape(tensors, index, Settings(integers, numbers, words))
@@ -165,7 +165,7 @@ class _Operation:
 
     def _gradient(self, wanted, grad, tensors, *rest) -> list[Tensor]:
         with _body(grad[0].device):
-            found = self._step(tensors, *rest).backward(grad[0], list(tensors), list(wanted))
+            found = self._call(tensors, *rest).backward(grad[0], list(tensors), list(wanted))
             return _own(found, [*grad, *tensors])
 
     def _like_gradient(self, wanted, grad, tensors, *_) -> list[Tensor]:
@@ -183,11 +183,11 @@ class _Operation:
     def _second(self, by, present, wanted, cotangents, grad, tensors, *rest) -> list[Tensor]:
         saved = [*grad, *tensors]
         with _body(saved[0].device):
-            step = self._step(tensors, *rest)
+            call = self._call(tensors, *rest)
             change = Change(_placed(cotangents, present, len(wanted)), grad[0], list(wanted))
-            found = step.second(change, saved[1:], list(by))
+            found = call.second(change, saved[1:], list(by))
             if found is None:
-                found = recomputed_second(step, change, saved[1:], list(by))
+                found = recomputed_second(call, change, saved[1:], list(by))
             found = [torch.zeros_like(saved[n]) if t is None else t for n, t in zip(by, found, strict=True)]
             return _own(found, [*cotangents, *saved])
 
@@ -204,17 +204,17 @@ class _Operation:
         third = _wanted(ctx, len(inputs))
         grads = [torch.zeros_like(saved[n]) if g is None else g for n, g in zip(by, grads, strict=True)]
         with torch.autocast(saved[0].device.type, enabled=False):
-            plan = self._step(tensors, *rest).plan(tensors).vjp(used, tensors).vjp(by, saved).vjp(third, inputs)
+            plan = self._call(tensors, *rest).plan(tensors).vjp(used, tensors).vjp(by, saved).vjp(third, inputs)
             found = _placed(evaluate(plan, *grads, *inputs) if third else [], third, len(inputs))
         number = len(cotangents)
         by_saved = found[number : number + 1], found[number + 1 :]
         return *_nothing([by, present, wanted]), found[:number], *by_saved, *_nothing(rest)
 
 
-def register(name: str, make: MakeStep, shape: Shape) -> Callable[..., Tensor]:
+def register(name: str, make: MakeCall, shape: Shape) -> Callable[..., Tensor]:
     """Register the operation ``name`` and its derivatives; returns the function to call under torch.compile.
 
-    That function takes ``tensors``, the inputs of the step, ``index``, all other tensors, ``settings`` and the mode, of
+    That function takes ``tensors``, the inputs of the call, ``index``, all other tensors, ``settings`` and the mode, of
     which bodies see whether weights are trained and the precision. Arguments are checked when bodies run. Nothing is
     kept between value and derivatives. Autocast is off in all of them.
     """

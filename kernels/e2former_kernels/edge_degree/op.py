@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
+from e2former_kernels.common.call import Call, Change, apply_call
 from e2former_kernels.common.checks import check_device, check_edges, check_float, check_radial, check_same
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
-from e2former_kernels.common.step import Change, Step, run_step
 from e2former_kernels.edge_degree import harmonics as edge
 from e2former_kernels.edge_degree import kernels as kernel
 from e2former_kernels.edge_degree.reference import PAD, EmbeddingSpec, edge_degree_plan, last_layer
@@ -38,7 +38,7 @@ SECOND_NUMBERS = 3 << 27
 
 
 @dataclass(frozen=True)
-class _Embedding(Step):
+class _Embedding(Call):
     """One embedding over its runs of receivers. Result: [N, M, h + 4], see :func:`joined`.
 
     radial: the structure of the weights (which of them there are). table: of the networks without their last layer,
@@ -152,7 +152,7 @@ class _Embedding(Step):
         return [found[n] for n in by]
 
 
-def _step(
+def _call(
     spec: EmbeddingSpec, vec: Tensor, edges: EdgeList, radial: RadialWeights, table: RadialTable | None, mode: Mode
 ) -> _Embedding:
     basis, rows = radial.basis, (spec.lmax + 1) ** 2
@@ -174,14 +174,14 @@ def _step(
     return _Embedding(spec, edges, radial, mode.trained, table, runs, training_runs)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Embedding:
+def _make_call(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Embedding:
     lmax, num_basis, exponent, max_edges, intervals, *known = settings.integers
     cutoff, *table_numbers = settings.numbers
     edges = EdgeList.of(index[:6], max_edges)
     out, out_bias, *table = index[6:]
     radial = RadialWeights(*with_gaps(tensors[1:], known), out, out_bias)
     table = RadialTable(*table, intervals, *table_numbers) if table else None
-    return _step(EmbeddingSpec(lmax, cutoff, num_basis, exponent), tensors[0], edges, radial, table, mode)
+    return _call(EmbeddingSpec(lmax, cutoff, num_basis, exponent), tensors[0], edges, radial, table, mode)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -189,7 +189,7 @@ def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Te
     return tensors[0].new_empty(index[2].shape[0] - 1, groups**2, hidden + PAD)
 
 
-_registered = register("edge_degree_sums", _make_step, _shape)
+_registered = register("edge_degree_sums", _make_call, _shape)
 
 
 def edge_degree_embedding(
@@ -220,7 +220,7 @@ def edge_degree_embedding(
         sums = _registered([vec, *there(radial[:-2])], mode, index, settings)
     else:
         tensors = [vec, *(t for t in radial[:-2] if t is not None)]
-        sums = run_step(_step(spec, vec, edges, radial, table, mode), tensors)
+        sums = apply_call(_call(spec, vec, edges, radial, table, mode), tensors)
     # Gradients by the last layer are products of sums over edges: with TF32 they would lose more than products edge by
     # edge, whose roundings average out.
     return so3_linear(sums, last_layer(radial), exact_gradient=True, mode=mode).to(dtype)

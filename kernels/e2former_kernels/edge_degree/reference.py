@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_radial
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.runs import EDGE, WHOLE, EdgeList, EdgeRun, Plan, plan_of
-from e2former_kernels.common.step import evaluate
 from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_hidden
 

@@ -16,9 +16,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.call import Call, Change
 from e2former_kernels.common.half import Rows, half_rows
 from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
-from e2former_kernels.common.step import Change, Step
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as edge_kernel
 from e2former_kernels.equivariant_attention import kernels_reverse as attend_backward_kernel
@@ -102,7 +102,7 @@ def _rows(x: Tensor, half: bool) -> Rows:
 
 
 @dataclass(frozen=True)
-class FusedAttention(Step):
+class FusedAttention(Call):
     """One attention over its runs of receivers: everything but the tensors that may need gradients.
 
     radial, dot_weights: as among the tensors. outline: which tensors there are. runs: of value and first derivative;

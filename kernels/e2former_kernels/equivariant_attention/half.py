@@ -97,14 +97,14 @@ def block_weights(
 class HalfAttention:
     """The function for one graph.
 
-    step: the attention over the graph. tensors: those of the operation, for the weights of its features; queries, keys
+    call: the attention over the graph. tensors: those of the operation, for the weights of its features; queries, keys
     and values among them are not read. shift: [N, C], added to the scalar row of the norm.
     """
 
     def __init__(
-        self, step: FusedAttention, tensors: list[Tensor], weights: BlockWeights, shift: Tensor | None
+        self, call: FusedAttention, tensors: list[Tensor], weights: BlockWeights, shift: Tensor | None
     ) -> None:
-        self.step, self.tensors, self.weights, self.shift = step, tensors, weights, shift
+        self.call, self.tensors, self.weights, self.shift = call, tensors, weights, shift
         self.query_key, self.value, self.out = weights.query_key, weights.value, weights.out
         self.degrees = [2 * l + 1 for l in range(len(weights.out.weights))]
         self.kept: tuple[Rows, Rows] | None = None  # queries and keys
@@ -118,7 +118,7 @@ class HalfAttention:
 
     def _queries_and_keys(self, h: Rows) -> tuple[Rows, Rows]:
         products, bias = query_key_products(h, self.query_key), self.query_key.given.out_bias
-        heads = self.step.spec.num_heads
+        heads = self.call.spec.num_heads
         rows = [
             rows_from_products(p.unsqueeze(1), f, self.query_key.out.factor[n : n + 1], bias[n])
             for n, (p, f) in enumerate(zip(*products, strict=True))
@@ -136,12 +136,12 @@ class HalfAttention:
 
         def finish(run: EdgeRun, outer: Tensor) -> None:
             summed = outer.view(run.num_nodes, -1, channels)
-            rows, factor = contract_rows(self.step.coupling, summed, self.step.precision)
+            rows, factor = contract_rows(self.call.coupling, summed, self.call.precision)
             products = rows.new_empty(run.num_nodes, *x.shape[1:])
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, False, products.flatten(1))
             from_products(products, factor, self.out.factors, y[run.nodes], bias, x[run.nodes])
 
-        self.step.value_of_runs(given, self.tensors, finish, None)
+        self.call.value_of_runs(given, self.tensors, finish, None)
         self.kept = query, key
         return y
 
@@ -157,10 +157,10 @@ class HalfAttention:
             products = rows.new_empty(run.num_nodes, paths, channels)
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, True, products.flatten(1))
             into = rows.new_empty(run.num_nodes, coupling.shape[0], channels)
-            launch_contract(coupling, products, into, self.step.precision)
+            launch_contract(coupling, products, into, self.call.precision)
             return Rows(into, factor * self.out.largest)
 
-        found = self.step.gradients_of_runs(given, outer, self.tensors, [0, 1, 2, 3])
+        found = self.call.gradients_of_runs(given, outer, self.tensors, [0, 1, 2, 3])
         del given
         by_vec, by_query, by_key, by_value = found
         del found

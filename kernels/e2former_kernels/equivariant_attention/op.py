@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
+from e2former_kernels.common.call import apply_call
 from e2former_kernels.common.checks import check_device, check_float, check_radial, check_same, check_tensors
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.common.runs import EdgeList
-from e2former_kernels.common.step import run_step
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
 from e2former_kernels.equivariant_attention.kernels_value import NORMS
 from e2former_kernels.equivariant_attention.reference import Form, Pieces, check_nodes_and_edges
@@ -60,7 +60,7 @@ def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupli
         raise TypeError("value: expected float32 on a GPU; float64 goes through equivariant_attention_reference")
 
 
-def make_step(
+def make_call(
     spec: AttentionSpec,
     pieces: Pieces,
     edges: EdgeList,
@@ -114,7 +114,7 @@ def make_step(
 def _settings(
     spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupling: Tensor | None, form: Form, table: RadialTable | None
 ) -> Settings:
-    """All that is no tensor, for :func:`_make_step`; first the rows of the value."""
+    """All that is no tensor, for :func:`_make_call`; first the rows of the value."""
     relative = spec.order > 0 and form == "relative"
     rows = coupling.shape[0] if relative else pieces.value.shape[1]
     integers = [spec.lmax, spec.num_heads, spec.num_basis, spec.order, spec.envelope_exponent, edges.max_edges or 0]
@@ -124,7 +124,7 @@ def _settings(
     return Settings([rows, intervals, *integers, *known], [*of_table, spec.cutoff, *(spec.bell or ())], words)
 
 
-def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> FusedAttention:
+def _make_call(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> FusedAttention:
     _, intervals, lmax, heads, basis, order, exponent, max_edges, *known = settings.integers
     form, score, norm, inverse_distance = settings.words.split()
     coupling, knots, pair_row = with_gaps(index[6:], known[:3])
@@ -135,7 +135,7 @@ def _make_step(tensors: list[Tensor], index: list[Tensor], settings: Settings, m
     bell = tuple(bell) if bell else None
     spec = AttentionSpec(lmax, heads, basis, cutoff, score, norm, order, inverse_distance, exponent, bell)
     pieces = Pieces.of(with_gaps(tensors, known[3:]))
-    return make_step(spec, pieces, EdgeList.of(index[:6], max_edges), coupling, form, mode, table)
+    return make_call(spec, pieces, EdgeList.of(index[:6], max_edges), coupling, form, mode, table)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -143,7 +143,7 @@ def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Te
     return value.new_empty(query.shape[0], settings.integers[0], value.shape[2])
 
 
-_registered = register("equivariant_attention", _make_step, _shape)
+_registered = register("equivariant_attention", _make_call, _shape)
 
 
 def equivariant_attention(
@@ -169,7 +169,7 @@ def equivariant_attention(
     Arguments as there (form ``relative`` or ``sum``). table: splines of the radial network
     (:func:`e2former_kernels.radial.table.build_radial_table`), for score ``qk`` and weights that need no
     gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
-    recompute_value: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.step`). half: the
+    recompute_value: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.call`). half: the
     rows of atoms that edges gather are float16 with a factor (``common/half.py``), for float32 inputs whose products
     may be rounded as TF32 does and weights without gradient.
 
@@ -192,5 +192,5 @@ def equivariant_attention(
         index = [*edges.tensors(), *there([coupling, *(table or ())[:2]])]
         settings = _settings(spec, pieces, edges, coupling, form, table)
         return _registered(there(pieces.every()), mode, index, settings)
-    step = make_step(spec, pieces, edges, coupling, form, mode, table, half)
-    return run_step(step, [t for _, t in pieces.flat()], pieces.value, recompute_value)
+    call = make_call(spec, pieces, edges, coupling, form, mode, table, half)
+    return apply_call(call, [t for _, t in pieces.flat()], pieces.value, recompute_value)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_same, check_shape
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.runs import EDGE, SOURCE, TARGET, WHOLE, EdgeList, EdgeRun, Plan, plan_of
-from e2former_kernels.common.step import evaluate
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights, OnEdges
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
@@ -192,7 +192,7 @@ def aggregate(
 
 
 class Pieces(NamedTuple):
-    """What the attention reads, in the order in which plans and steps take it."""
+    """What the attention reads, in the order in which plans and calls take it."""
 
     vec: Tensor
     query: Tensor
@@ -266,7 +266,7 @@ def attention_of_run(
 
 
 def attention_plan(spec: AttentionSpec, form: Form, pieces: Pieces, edges: EdgeList, coupling: Tensor | None) -> Plan:
-    """The attention in runs, differentiable to any order (:func:`e2former_kernels.common.step.evaluate`).
+    """The attention in runs, differentiable to any order (:func:`e2former_kernels.common.call.evaluate`).
 
     Takes the tensors of ``pieces.flat()``; other arguments as in :func:`equivariant_attention_reference`.
     """

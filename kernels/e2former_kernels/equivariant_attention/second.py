@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.call import Change
 from e2former_kernels.common.runs import EdgeRun
-from e2former_kernels.common.step import Change
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as geometry_kernel
 from e2former_kernels.equivariant_attention import kernels_second as kernel
@@ -125,12 +125,12 @@ def _pair_sum(
         )  # fmt: skip
 
 
-def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor]:
-    """``Step.second`` of :class:`FusedAttention` (common/step.py), where no weights are among ``change.wanted``.
+def second_derivative(call: FusedAttention, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor]:
+    """``Call.second`` of :class:`FusedAttention` (common/call.py), where no weights are among ``change.wanted``.
 
     Long: a run's launches in order, each of which takes what the ones before it made.
     """
-    spec, directions, first_weight, given = step.spec, step.directions, step.first_weight, change.along()
+    spec, directions, first_weight, given = call.spec, call.directions, call.first_weight, change.along()
     primal = [t.contiguous() for t in tensors[:first_weight]]
     dots = [given.get(n) for n in range(first_weight)]
     dots = [torch.zeros_like(t) if c is None else c.contiguous() for c, t in zip(dots, primal, strict=True)]
@@ -142,8 +142,8 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
     per_head = [v.view(senders, rows, heads) for v in value]
     weights = any(n > first_weight for n in by)
     by_scale = spec.order > 0 and 1 + _VEC in by
-    gate = step.gate(tensors, *dots[_RADIAL:])
-    runs = step.training_runs()
+    gate = call.gate(tensors, *dots[_RADIAL:])
+    runs = call.training_runs()
     fresh = torch.empty_like if len(runs) == 1 else torch.zeros_like
     by_grad = torch.empty_like(grad) if 0 in by else None
     by_vec = torch.empty_like(vec) if 1 + _VEC in by else None
@@ -154,7 +154,7 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
     message_tiles = row_tiles(rows, heads, directions, *MESSAGE_TILE)
     sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE)
     blocks = math.ceil(heads / message_tiles["BH"])
-    transposed = step.transposed()
+    transposed = call.transposed()
 
     def of_run(run: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
         number, receivers, source = run.num_edges, run.num_nodes, run.source
@@ -168,17 +168,17 @@ def second_derivative(step: FusedAttention, change: Change, tensors: list[Tensor
                 kernel.aggregate_tangent_kernel[receivers, math.ceil(heads / tiles["BH"])](
                     *messages, *per_head, source, run.row_ptr, outer, rows, heads, B=directions, **tiles
                 )
-            if step.coupling is None:
+            if call.coupling is None:
                 by_grad[run.nodes] = outer.view(receivers, value_rows, channels)
             else:
                 summed = outer.view(receivers, -1, channels)
-                launch_contract(step.coupling, summed, by_grad[run.nodes], step.precision)
+                launch_contract(call.coupling, summed, by_grad[run.nodes], call.precision)
         if by == [0]:
             return
         if transposed is None:
             outer = grad[run.nodes].view_as(outer)
         else:
-            launch_contract(transposed, grad[run.nodes], outer.view(receivers, -1, channels), step.precision)
+            launch_contract(transposed, grad[run.nodes], outer.view(receivers, -1, channels), call.precision)
         by_weight = grad.new_empty(2, number, heads)
         sums = grad.new_empty(2, receivers, heads)
         scale_parts = grad.new_empty(blocks if by_scale else 1, number, 2 * directions)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
+from e2former_kernels.common.call import Change, NodeCall, apply_call
 from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.half import Rows
 from e2former_kernels.common.registered import Settings, register
 from e2former_kernels.common.runs import node_runs
-from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import kernels as kernel
@@ -156,7 +156,7 @@ def _of_weights(sums: RunSums) -> Weights:
 
 
 @dataclass(frozen=True)
-class _FeedForward(NodeStep):
+class _FeedForward(NodeCall):
     residual: bool
     trained: bool
     prepared: HalfWeights | Weights | None  # of frozen weights, kept by the caller
@@ -209,7 +209,7 @@ class _FeedForward(NodeStep):
         return [found[n] for n in by]
 
 
-def _step(residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, x: Tensor, *rest: Tensor) -> _FeedForward:
+def _call(residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, x: Tensor, *rest: Tensor) -> _FeedForward:
     weights, (degrees, channels) = Weights(*rest), (rest[0].shape[0], x.shape[-1])
     square, one = ("lmax+1, C, C", (degrees, channels, channels)), ("C", (channels,))
     gates = degrees * channels
@@ -226,7 +226,7 @@ def _step(residual: bool, mode: Mode, prepared: HalfWeights | Weights | None, x:
 
 _registered = register(
     "gated_feedforward",
-    lambda tensors, _, settings, mode: _step(bool(settings.integers[0]), mode, None, *tensors),
+    lambda tensors, _, settings, mode: _call(bool(settings.integers[0]), mode, None, *tensors),
     lambda tensors, *_: tensors[0].new_empty(tensors[0].shape),
 )
 
@@ -258,4 +258,4 @@ def gated_feedforward(
     tensors += [] if power_weight is None else [power_weight]
     if mode.compiled:
         return _registered(tensors, mode, settings=Settings([int(residual)]))
-    return run_step(_step(residual, mode, prepared, *tensors), tensors)
+    return apply_call(_call(residual, mode, prepared, *tensors), tensors)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode, float32_products
+from e2former_kernels.common.call import Change, NodeCall, apply_call
 from e2former_kernels.common.checks import check_tensors
 from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
 from e2former_kernels.linear.reference import degree_of_row, grouped_linear_reference, so3_linear_reference
 
@@ -78,7 +78,7 @@ def add_so3_outer(sums: RunSums, name: str, grad: Tensor, x: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Grouped(NodeStep):
+class _Grouped(NodeCall):
     """(x, W_g of every group, perhaps b) -> y, its gradients and their gradients."""
 
     groups: int
@@ -190,7 +190,7 @@ def grouped_linear(
         given = [t.to(mode.autocast) for t in given]
     if mode.compiled:
         return _registered_grouped(given, mode, settings=Settings(list(rows)))
-    return run_step(_Grouped(len(rows), tuple(rows)), given)
+    return apply_call(_Grouped(len(rows), tuple(rows)), given)
 
 
 def so3_linear(
@@ -220,4 +220,4 @@ def so3_linear(
     if mode.compiled:
         return _registered_so3(given, mode, settings=Settings([int(exact_gradient)]))
     kept = [] if rows is None else [rows.to(given[1].dtype)]
-    return run_step(_So3(1, around=mode.precision if exact_gradient else "highest", kept=kept), given)
+    return apply_call(_So3(1, around=mode.precision if exact_gradient else "highest", kept=kept), given)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
+from e2former_kernels.common.call import Change, NodeCall, apply_call
 from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.half import Rows, new_rows
 from e2former_kernels.common.registered import register
-from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.norm import kernels as kernel
@@ -118,7 +118,7 @@ def launch_norm_rows_reverse(
 
 
 @dataclass(frozen=True)
-class _Norm(NodeStep):
+class _Norm(NodeCall):
     """Tensors: x, the shift if there is one, weight, bias. nodes: 2 with a shift."""
 
     nodes: int
@@ -165,7 +165,7 @@ class _Norm(NodeStep):
         return [found.get(n) for n in by]
 
 
-def _step(x: Tensor, *rest: Tensor) -> _Norm:
+def _call(x: Tensor, *rest: Tensor) -> _Norm:
     *shift, weight, bias = rest
     nodes, channels, degrees = x.shape[0], x.shape[-1], weight.shape[0]
     check_nodes(
@@ -178,7 +178,7 @@ def _step(x: Tensor, *rest: Tensor) -> _Norm:
 
 _registered = register(
     "equivariant_rms_norm",
-    lambda tensors, *_: _step(*tensors),
+    lambda tensors, *_: _call(*tensors),
     lambda tensors, *_: tensors[0].new_empty(tensors[0].shape),
 )
 
@@ -194,4 +194,4 @@ def equivariant_rms_norm(
     if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
         shift = shift.to(x.dtype)
     tensors = [t for t in (x, shift, weight, bias) if t is not None]
-    return _registered(tensors, mode) if mode.compiled else run_step(_step(*tensors), tensors)
+    return _registered(tensors, mode) if mode.compiled else apply_call(_call(*tensors), tensors)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import EXACT, Mode
+from e2former_kernels.common.call import Change, NodeCall, apply_call
 from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.registered import register
-from e2former_kernels.common.step import Change, NodeStep, run_step
 from e2former_kernels.common.sums import RunSums, degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
@@ -175,7 +175,7 @@ def _apart(grad: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _QueryKey(NodeStep):
+class _QueryKey(NodeCall):
     trained: bool
     prepared: HalfWeights | RowWeights | None = None  # of frozen weights, kept by the caller
     # what the passes of a training step share: a weight for every row is 19 MB with the paper's width
@@ -238,7 +238,7 @@ def check_query_key(h: Tensor, weights: QueryKeyWeights) -> None:
     )  # fmt: skip
 
 
-def _step(
+def _call(
     h: Tensor, weights: QueryKeyWeights, mode: Mode, prepared: HalfWeights | RowWeights | None = None
 ) -> _QueryKey:
     check_query_key(h, weights)
@@ -253,7 +253,7 @@ def _shape(tensors: list[Tensor], *_) -> Tensor:
 
 
 _registered = register(
-    "query_key", lambda tensors, _, __, mode: _step(tensors[0], QueryKeyWeights(*tensors[1:]), mode), _shape
+    "query_key", lambda tensors, _, __, mode: _call(tensors[0], QueryKeyWeights(*tensors[1:]), mode), _shape
 )
 
 
@@ -266,11 +266,11 @@ def query_key(
 ) -> Tensor:
     """The function of :func:`query_key_reference` with Triton kernels; differentiable to any order.
 
-    recompute_h: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.step`). prepared: of weights
+    recompute_h: gives h once more, so that it is not kept (:mod:`e2former_kernels.common.call`). prepared: of weights
     that do not change and need no gradient, :func:`.half.half_weights` for value and gradient by h with float16 rows
     (``half.py``), or :func:`row_weights`; float32 and made here when None. Both have no effect where ``mode``
     is compiled, for which see :mod:`e2former_kernels.common.registered`.
     """
     if mode.compiled:
         return _registered([h, *weights], mode)
-    return run_step(_step(h, weights, mode, prepared), [h, *weights], h, recompute_h)
+    return apply_call(_call(h, weights, mode, prepared), [h, *weights], h, recompute_h)

@@ -55,8 +55,8 @@ class Change(NamedTuple):
         return dict(zip(self.wanted, self.cotangents, strict=True))
 
 
-class Step:
-    """What :func:`run_step` runs.
+class Call:
+    """What :func:`apply_call` runs.
 
     linear: in the first tensor: then the gradient by it does not depend on it.
     """
@@ -84,7 +84,7 @@ class Step:
         return None
 
 
-class NodeStep(Step):
+class NodeCall(Call):
     """An operation on rows of nodes.
 
     nodes: how many of the tensors are rows of nodes, the first ones.
@@ -134,25 +134,25 @@ def _placed(found: dict[int, Tensor], first: int, number: int) -> tuple[Tensor |
 
 class _Value(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, step: Step, *tensors: Tensor) -> Tensor:
-        ctx.step, (first, *rest) = step, tensors
-        if step.linear and not any(ctx.needs_input_grad[2:]):  # its shape is all that derivatives ask for
+    def forward(ctx, call: Call, *tensors: Tensor) -> Tensor:
+        ctx.call, (first, *rest) = call, tensors
+        if call.linear and not any(ctx.needs_input_grad[2:]):  # its shape is all that derivatives ask for
             first = first.new_empty(()).expand(first.shape)
         ctx.save_for_backward(first, *rest)
         with _no_autocast(first.device):
-            return step.forward(list(tensors))
+            return call.forward(list(tensors))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         tensors = ctx.saved_tensors
         wanted = wanted_inputs(ctx, 1)
         if torch.is_grad_enabled():
-            if wanted == [0] and ctx.step.linear:
+            if wanted == [0] and ctx.call.linear:
                 tensors = (tensors[0].detach(), *tensors[1:])
-            found = _Gradient.apply(ctx.step, wanted, grad, *tensors) if wanted else ()
+            found = _Gradient.apply(ctx.call, wanted, grad, *tensors) if wanted else ()
         else:
             with _no_autocast(grad.device):
-                found = ctx.step.backward(grad, list(tensors), wanted) if wanted else ()
+                found = ctx.call.backward(grad, list(tensors), wanted) if wanted else ()
         return _placed(dict(zip(wanted, found, strict=True)), 1, len(tensors))
 
 
@@ -160,12 +160,12 @@ class _Gradient(torch.autograd.Function):
     """The first derivative."""
 
     @staticmethod
-    def forward(ctx, step: Step, wanted: list[int], grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.step, ctx.wanted = step, wanted
+    def forward(ctx, call: Call, wanted: list[int], grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.wanted = call, wanted
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, *tensors)
         with _no_autocast(grad.device):
-            return tuple(step.backward(grad, list(tensors), wanted))
+            return tuple(call.backward(grad, list(tensors), wanted))
 
     @staticmethod
     def backward(ctx, *cotangents: Tensor | None):
@@ -175,32 +175,32 @@ class _Gradient(torch.autograd.Function):
             return (None,) * (3 + len(tensors))
         change = Change(list(cotangents), grad, ctx.wanted)
         with _no_autocast(grad.device):
-            found = None if torch.is_grad_enabled() else ctx.step.second(change, tensors, by)
+            found = None if torch.is_grad_enabled() else ctx.call.second(change, tensors, by)
             if found is None:
-                found = recomputed_second(ctx.step, change, tensors, by)
+                found = recomputed_second(ctx.call, change, tensors, by)
         return _placed(dict(zip(by, found, strict=True)), 2, 1 + len(tensors))
 
 
-def recomputed_second(step: Step, change: Change, tensors: list[Tensor], by: list[int]) -> Sequence[Tensor]:
-    """The second derivative as ``Step.second`` has it, from the plan; differentiable."""
+def recomputed_second(call: Call, change: Change, tensors: list[Tensor], by: list[int]) -> Sequence[Tensor]:
+    """The second derivative as ``Call.second`` has it, from the plan; differentiable."""
     saved = change.grad, *tensors
-    plan = step.plan(tensors).vjp(change.wanted, tensors).vjp(by, saved)
+    plan = call.plan(tensors).vjp(change.wanted, tensors).vjp(by, saved)
     given = [torch.zeros_like(tensors[n]) if c is None else c for n, c in change.along().items()]
     return evaluate(plan, *given, *saved)
 
 
 @torch.compiler.disable()
-def run_step(
-    step: Step, tensors: list[Tensor], one: Tensor | None = None, recompute: Callable[[], Tensor] | None = None
+def apply_call(
+    call: Call, tensors: list[Tensor], one: Tensor | None = None, recompute: Callable[[], Tensor] | None = None
 ) -> Tensor:
-    """Value of ``step`` at ``tensors``, differentiable to any order in each of them.
+    """Value of ``call`` at ``tensors``, differentiable to any order in each of them.
 
     recompute: gives ``one`` of them once more, see :func:`recomputed`; without it, it is kept.
     """
     if recompute is None:
-        return _Value.apply(step, *tensors)
+        return _Value.apply(call, *tensors)
     with recomputed(one, recompute):
-        return _Value.apply(step, *tensors)
+        return _Value.apply(call, *tensors)
 
 
 def evaluate(plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
