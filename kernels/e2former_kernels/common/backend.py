@@ -16,7 +16,8 @@ class Mode(NamedTuple):
     """How an operation with kernels is evaluated. Its caller decides (`e2former_fairchem.execution`): none asks.
 
     Args:
-        trained: gradients by the weights will be asked for: what is made of weights serves all passes of a step of training.
+        trained: gradients by the weights will be asked for: what is made of weights serves all passes of a step
+            of training.
         compiled: inside torch.compile, where the operation is one of torch.library.
         precision: of products of float32 matrices inside kernels, as ``torch.set_float32_matmul_precision`` has it.
         autocast: dtype in which linear maps compute; None: in their input's.
