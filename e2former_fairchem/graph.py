@@ -216,8 +216,9 @@ def build_graph(
                 graph = _from_candidates(
                     candidates, given, pos64, cell64, batch, natoms, cutoff, partition=partition, **limits
                 )
-        receivers = gather_rows(graph.own(wide), graph.target, graph.by_target)
-        vec = receivers - gather_rows(graph.present(wide), graph.source, graph.by_source)
+        own, present = graph.own(wide), graph.present(wide)
+        receivers = gather_rows(own, graph.target, graph.by_target)
+        vec = receivers - gather_rows(present, graph.source, graph.by_source)
         if graph.offset is not None:
             shift = _shifts(cell.double(), batch, natoms, graph)
             vec = vec - shift
