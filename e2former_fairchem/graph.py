@@ -216,9 +216,9 @@ def build_graph(
                 graph = _from_candidates(
                     candidates, given, pos64, cell64, batch, natoms, cutoff, partition=partition, **limits
                 )
-        own, present = graph.own(wide), graph.present(wide)
-        receivers = gather_rows(own, graph.target, graph.by_target)
-        vec = receivers - gather_rows(present, graph.source, graph.by_source)
+        to_target = graph.own(wide), graph.target, graph.by_target
+        to_source = graph.present(wide), graph.source, graph.by_source
+        vec = gather_rows(*to_target) - gather_rows(*to_source)
         if graph.offset is not None:
             shift = _shifts(cell.double(), batch, natoms, graph)
             vec = vec - shift
