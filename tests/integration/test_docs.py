@@ -36,7 +36,7 @@ def test_configs_and_commands(name: str, repo: Path) -> None:
     from e2former_fairchem.cli import COMMANDS
 
     text = (repo / name).read_text()
-    for config in set(re.findall(r"\bconfigs/[\w/]+\.yaml", text)):
+    for config in set(re.findall(r"(?<!/)\bconfigs/[\w/]+\.yaml", text)):
         theirs = config.startswith(("configs/uma/", "configs/allscaip/", "configs/esen/"))
         assert theirs or (repo / config).is_file(), f"{name}: {config}"
     commands = set(re.findall(r"^ *e2former-fairchem ([\w-]+)", text, flags=re.MULTILINE))
