@@ -111,7 +111,7 @@ class DispersionCalculator(_ChargeAndSpinCount, DFTD3Calculator):
     Args:
         checkpoint: path of an inference checkpoint of a fairchem model, of any backbone.
         task_name: as of fairchem's calculator; may be left out where the checkpoint has one.
-        param_file: table of D3's coefficients. None takes fairchem's, `~/.cache/nvalchemiops/dftd3_parameters.pt`, for
+        param_file: D3's coefficients. None takes fairchem's, `~/.cache/nvalchemiops/dftd3_parameters.pt`, for
             which fairchem downloads D3's source the first time.
         options: further arguments of `FAIRChemCalculator.from_model_checkpoint`.
 

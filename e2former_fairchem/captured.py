@@ -155,7 +155,7 @@ class _Capture:
                         torch.autograd.grad(out, vec, torch.ones_like(out))
                 del out
             torch.cuda.current_stream().wait_stream(side)
-            self.splines = execution.frozen.tables()  # replays read them
+            self.splines = execution.frozen.all_splines()  # replays read them
             with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
                 out = evaluate()
             if gradient:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import RadialTable, build_radial_table
+from e2former_kernels.radial.splines import RadialSplines, build_splines
 
 if TYPE_CHECKING:
     from e2former_fairchem.captured import Replays
@@ -57,7 +57,7 @@ class Frozen:
 
     def splines(
         self, owner: nn.Module, elements: Sequence[int], weights: RadialWeights, cutoff: float, last: bool = True
-    ) -> RadialTable | None:
+    ) -> RadialSplines | None:
         """Splines of the radial networks of ``owner`` for all pairs of ``elements``; None: evaluate the networks.
 
         Args:
@@ -69,9 +69,9 @@ class Frozen:
         """
         return self._splines.setdefault(owner, _Splines()).get(elements, weights, cutoff, last)
 
-    def tables(self) -> list[RadialTable]:
+    def all_splines(self) -> list[RadialSplines]:
         """The splines there are."""
-        return [splines.table for splines in self._splines.values() if splines.table is not None]
+        return [one.made for one in self._splines.values() if one.made is not None]
 
     def check(self, parameters: Sequence[nn.Parameter], broken: Tensor) -> bool:
         """Whether the weights are the sealed ones as far as the host can tell; seals them the first time.
@@ -97,19 +97,19 @@ class _Splines:
 
     They are made when the same elements come twice in a row (dynamics and relaxations; a sweep over single
     molecules with ever new elements would make them for nothing), for them and those there were before where both stay
-    within the size limit. Where no table fits, the networks are evaluated, and the log says so.
+    within the size limit. Where none fit, the networks are evaluated, and the log says so.
     """
 
     def __init__(self) -> None:
-        self.table: RadialTable | None = None
+        self.made: RadialSplines | None = None
         self._elements: frozenset[int] = frozenset()
         self._pending: frozenset[int] | None = None
         self._refused: set[frozenset[int]] = set()
 
-    def get(self, elements: Sequence[int], weights: RadialWeights, cutoff: float, last: bool) -> RadialTable | None:
+    def get(self, elements: Sequence[int], weights: RadialWeights, cutoff: float, last: bool) -> RadialSplines | None:
         wanted = frozenset(elements)
-        if self.table is not None and wanted <= self._elements:
-            return self.table
+        if self.made is not None and wanted <= self._elements:
+            return self.made
         if wanted in self._refused:
             return None
         if self._pending != wanted:
@@ -117,10 +117,10 @@ class _Splines:
             return None
         for candidate in dict.fromkeys((self._elements | wanted, wanted)):
             with torch.inference_mode(False):
-                table = build_radial_table(weights, cutoff, sorted(candidate), last)
-            if table is not None:
-                self.table, self._elements = table, candidate
-                return table
+                made = build_splines(weights, cutoff, sorted(candidate), last)
+            if made is not None:
+                self.made, self._elements = made, candidate
+                return made
         self._refused.add(wanted)
-        logger.info("radial networks of %d elements do not fit a table: they are evaluated", len(wanted))
+        logger.info("radial networks of %d elements have too large splines: they are evaluated", len(wanted))
         return None

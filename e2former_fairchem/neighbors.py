@@ -385,7 +385,7 @@ def _pairs(systems: Systems, cutoff: float) -> Candidates:
     images = np.zeros((1, 3), dtype=np.int64)
     if periodic:
         reach = _reach(systems, crossed, cutoff)
-        # one table of images for all systems, some of which have fewer
+        # one array of images for all systems, some of which have fewer
         most = reach.max(axis=0)
         images = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in most), indexing="ij"), -1).reshape(-1, 3)
         allowed = _on(batch, (np.abs(images) <= reach[:, None]).all(axis=2))

@@ -117,7 +117,7 @@ def _query_key(reader: _Reader, key: str, config: E2FormerV2Config) -> dict[str,
 
 def _attention(reader: _Reader, key: str, config: E2FormerV2Config, order: int) -> dict[str, Tensor]:
     from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH as species
-    from e2former_fairchem.so3 import path_table
+    from e2former_fairchem.so3 import make_paths
     from e2former_kernels.equivariant_attention.score import SCORES
 
     lmax, channels, heads, basis = config.lmax, config.sphere_channels, config.num_heads, config.num_radial_basis
@@ -148,7 +148,7 @@ def _attention(reader: _Reader, key: str, config: E2FormerV2Config, order: int) 
     if order == 0:
         return out | _prefixed("out", _so3(reader, f"{key}.proj_zero", lmax, channels, channels))
     width = heads * (config.value_multiplicity or channels // heads)
-    for degree, paths in enumerate(path_table(lmax).row_paths):
+    for degree, paths in enumerate(make_paths(lmax).row_paths):
         name = f"{key}.first_order_tp.so2_tp.out_linear.{degree}.weight"
         out[f"paths.weights.{degree}"] = reader.take(name, width, paths * channels)
     return out | _prefixed("out", _so3(reader, f"{key}.proj_first", lmax, width, channels))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH, E2FormerV2Config
 from e2former_fairchem.execution import REFERENCE, Execution
-from e2former_fairchem.nn.axis_aligned import eaas_tables
+from e2former_fairchem.nn.axis_aligned import eaas_constants
 from e2former_fairchem.nn.images import ImageNodes
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
-from e2former_fairchem.so3 import path_table
+from e2former_fairchem.so3 import make_paths
 from e2former_kernels.common.backend import float32_products
-from e2former_kernels.eaas import EAASTables, axis_aligned_contraction, axis_aligned_contraction_reference
+from e2former_kernels.eaas import EAASConstants, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
     DotWeights,
@@ -28,7 +28,7 @@ from e2former_kernels.equivariant_attention import (
 from e2former_kernels.equivariant_attention.score import SCORES
 from e2former_kernels.linear import grouped_linear, grouped_linear_reference
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import RadialTable
+from e2former_kernels.radial.splines import RadialSplines
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
@@ -142,29 +142,31 @@ class EquivariantAttention(nn.Module):
         if order == 0:
             self.coupling, self.paths, width = None, None, channels
         else:
-            paths, dtype = path_table(lmax, config.reflection_equivariant, order), torch.get_default_dtype()
+            paths, dtype = make_paths(lmax, config.reflection_equivariant, order), torch.get_default_dtype()
             self.register_buffer("coupling", paths.coupling.to(dtype), persistent=False)
             width = heads * (config.value_multiplicity or channels // heads)
             self.paths = PathProjection(paths.row_paths, channels, width)
         if order == 1:
-            tables = eaas_tables(paths)
-            self.row_paths, self.lists, self.num_recursions = tables.row_paths, tables.lists, len(tables.recursion)
-            self.register_buffer("aligned_index", tables.aligned_index, persistent=False)
-            self.register_buffer("aligned_value", tables.aligned_value.to(dtype), persistent=False)
-            for n, matrix in enumerate(tables.recursion):
+            constants = eaas_constants(paths)
+            self.row_paths, self.lists = constants.row_paths, constants.lists
+            self.num_recursions = len(constants.recursion)
+            self.register_buffer("aligned_index", constants.aligned_index, persistent=False)
+            self.register_buffer("aligned_value", constants.aligned_value.to(dtype), persistent=False)
+            for n, matrix in enumerate(constants.recursion):
                 self.register_buffer(f"recursion{n}", matrix.to(dtype), persistent=False)
         self.out = SO3Linear(lmax, width, channels)
 
     @property
-    def tables(self) -> EAASTables:
+    def constants(self) -> EAASConstants:
         """The axis-aligned frame's constants, in the module's dtype and on its device."""
         recursion = tuple(getattr(self, f"recursion{n}") for n in range(self.num_recursions))
-        return EAASTables(self.coupling, self.aligned_index, self.aligned_value, recursion, self.row_paths, self.lists)
+        aligned = self.aligned_index, self.aligned_value
+        return EAASConstants(self.coupling, *aligned, recursion, self.row_paths, self.lists)
 
-    def radial_and_splines(self, execution: Execution) -> tuple[RadialWeights, RadialTable | None]:
+    def radial_and_splines(self, execution: Execution) -> tuple[RadialWeights, RadialSplines | None]:
         """Weights of the radial network, and its splines where there are some."""
         radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
-        if execution.elements is None or self.dot is not None:  # directional gates have features that are no table's
+        if execution.elements is None or self.dot is not None:  # directional gates have features that no splines give
             return radial, None
         return radial, execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff)
 
@@ -181,7 +183,7 @@ class EquivariantAttention(nn.Module):
         recompute_h: gives h once more, so that the backward pass need not keep what is made of it.
         Returns [N, (lmax+1)^2, C].
         """
-        radial, table = self.radial_and_splines(execution)
+        radial, splines = self.radial_and_splines(execution)
         query, key = self.query_key(h, execution, recompute_h)
         key, value = graph.fetch(key, self.value(h, execution))
         factored = execution.node_factored and self.spec.order == 1
@@ -191,7 +193,7 @@ class EquivariantAttention(nn.Module):
         def sent(value: Tensor) -> Tensor:
             """Rows that edges add up: of an image itself, and of its product with its position."""
             value = images.of_images(value)
-            return torch.cat([value, contract(value, images.image_position.to(value.dtype), self.tables)], 1)
+            return torch.cat([value, contract(value, images.image_position.to(value.dtype), self.constants)], 1)
 
         if factored:
             assert images is not None
@@ -212,7 +214,7 @@ class EquivariantAttention(nn.Module):
             rows = equivariant_attention(
                 *arguments,
                 form=form,
-                table=table,
+                splines=splines,
                 half=half,
                 mode=execution.mode,
                 recompute_value=None if recompute_h is None else recompute,
@@ -223,7 +225,7 @@ class EquivariantAttention(nn.Module):
             )
         if factored:
             plain, contracted = rows.split([self.spec.num_rows, rows.shape[1] - self.spec.num_rows], 1)
-            own = contract(plain, images.position.to(plain.dtype), self.tables)
+            own = contract(plain, images.position.to(plain.dtype), self.constants)
             rows = own - contracted
         return self._output(rows, execution)
 

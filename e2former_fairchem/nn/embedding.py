@@ -18,7 +18,7 @@ from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, e
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
 
-TABLE_ROWS = 30
+EMBEDDING_ROWS = 30
 MAX_CHARGE = 10
 MAX_SPIN = 20
 #: Of an atom's share, so that their sum is never zero.
@@ -37,10 +37,10 @@ class ChargeSpinEmbedding(nn.Module):
 
     def __init__(self, channels: int, max_num_elements: int | None = None) -> None:
         super().__init__()
-        self.charge_embedding = nn.Embedding(TABLE_ROWS, channels)
-        self.spin_embedding = nn.Embedding(TABLE_ROWS, channels)
-        for table in (self.charge_embedding, self.spin_embedding):
-            nn.init.uniform_(table.weight, -EMBEDDING_SCALE, EMBEDDING_SCALE)
+        self.charge_embedding = nn.Embedding(EMBEDDING_ROWS, channels)
+        self.spin_embedding = nn.Embedding(EMBEDDING_ROWS, channels)
+        for embedding in (self.charge_embedding, self.spin_embedding):
+            nn.init.uniform_(embedding.weight, -EMBEDDING_SCALE, EMBEDDING_SCALE)
         self.mix = kaiming_linear(2 * channels, channels)
         self.share = self.surroundings = None
         if max_num_elements is not None:
@@ -121,8 +121,8 @@ class EdgeDegreeEmbedding(nn.Module):
         radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
         arguments = self.spec, graph.vec, execution.edges, radial
         if execution.kernels:
-            table = None
+            splines = None
             if execution.elements is not None:
-                table = execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff, last=False)
-            return edge_degree_embedding(*arguments, table=table, mode=execution.mode)
+                splines = execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff, last=False)
+            return edge_degree_embedding(*arguments, splines=splines, mode=execution.mode)
         return edge_degree_embedding_reference(*arguments, recompute=execution.recompute, geometry=execution.geometry)

@@ -59,11 +59,11 @@ def half_attention(block: TransformerBlock, x: Tensor, system: Tensor, graph: Gr
 
     attention = block.attention
     spec, nodes = attention.spec, x.shape[0]
-    radial, table = attention.radial_and_splines(execution)
+    radial, splines = attention.radial_and_splines(execution)
     nothing = x.new_empty(1)  # the call's queries, keys and values are rows that the block makes
     heads = nothing.expand(nodes, spec.num_heads, attention.query_key.head_dim)
     pieces = Pieces(graph.vec, heads, heads, nothing.expand(x.shape), None, radial, None)
-    call = make_call(spec, pieces, execution.edges, attention.coupling, "relative", execution.mode, table, half=True)
+    call = make_call(spec, pieces, execution.edges, attention.coupling, "relative", execution.mode, splines, half=True)
     half = HalfAttention(call, [t for _, t in pieces.flat()], _weights(block, execution), system)
     operations = partial(block.attend, system, graph, execution, None)
     return attention_block(half, operations, x, graph.vec)

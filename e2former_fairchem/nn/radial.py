@@ -53,8 +53,8 @@ class RadialMLP(nn.Module):
         def fold() -> tuple[Tensor, Tensor, Tensor]:
             basis, target, source = self.weight0.split([self.num_basis, self.species_width, self.species_width], -1)
             with torch.autocast(basis.device.type, enabled=False):  # weights stay in one dtype, also under autocast
-                target_table = torch.einsum("zs,ghs->zgh", target_embedding, target) + self.bias0
-                return basis, target_table, torch.einsum("zs,ghs->zgh", source_embedding, source)
+                folded_target = torch.einsum("zs,ghs->zgh", target_embedding, target) + self.bias0
+                return basis, folded_target, torch.einsum("zs,ghs->zgh", source_embedding, source)
 
         return RadialWeights(
             *execution.made(self, "folded", fold),

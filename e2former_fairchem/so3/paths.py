@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PathTable:
+class Paths:
     """The paths up to lmax. Path rows are ordered (l3, m3, l2, l1): all paths of one output row stand together.
 
     Args:
@@ -34,7 +34,7 @@ class PathTable:
         return tuple(len(p) for p in self.paths)
 
 
-def path_table(lmax: int, reflection_equivariant: bool = False, order: int = 1) -> PathTable:
+def make_paths(lmax: int, reflection_equivariant: bool = False, order: int = 1) -> Paths:
     """Paths and coefficients for features up to ``lmax``.
 
     Args:
@@ -61,4 +61,4 @@ def path_table(lmax: int, reflection_equivariant: bool = False, order: int = 1) 
                 row = torch.zeros((order + 1) ** 2 - 1, (lmax + 1) ** 2, dtype=torch.float64)
                 row[l2 * l2 - 1 : (l2 + 1) ** 2 - 1, l1 * l1 : (l1 + 1) ** 2] = block[:, :, m3].T
                 rows.append(row)
-    return PathTable(lmax, paths, torch.stack(rows))
+    return Paths(lmax, paths, torch.stack(rows))

@@ -12,7 +12,7 @@ from workload import TINY, Network, System
 from e2former_kernels.common.backend import Mode
 from e2former_kernels.equivariant_attention import DotWeights, equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import RadialTable, build_radial_table
+from e2former_kernels.radial.splines import RadialSplines, build_splines
 
 
 def _leaf(tensor: Tensor | None) -> Tensor | None:
@@ -87,17 +87,17 @@ class AttentionCase:
         widths = (self.spec.num_rows, self.channels, self.spec.num_heads, self.width)
         return Shape(*widths, paths, nonzeros, basis, hidden, self.radial.out.shape[1])
 
-    def table(self) -> RadialTable | None:
+    def table(self) -> RadialSplines | None:
         """Splines of the radial network, which inference with frozen weights takes; None where there are none."""
         if self.spec.score != "qk":
             return None
-        return build_radial_table(self.radial, self.spec.cutoff, sorted(set(self.system.numbers.tolist())))
+        return build_splines(self.radial, self.spec.cutoff, sorted(set(self.system.numbers.tolist())))
 
     def frozen(self, frozen: bool) -> None:
         for weight in self.weights:
             weight.requires_grad_(not frozen)
 
-    def call(self, form: str, table: RadialTable | None = None) -> Tensor:
+    def call(self, form: str, table: RadialSplines | None = None) -> Tensor:
         """``triton``, or ``dense``: the edge-materialised PyTorch implementation."""
         s = self.system
         weights = self.radial, self.dot_weights, self.coupling
@@ -109,16 +109,16 @@ class AttentionCase:
             return equivariant_attention(*arguments, **options)
         return equivariant_attention_reference(*arguments, form="dense", recompute=False)
 
-    def forward(self, form: str, table: RadialTable | None = None) -> Tensor:
+    def forward(self, form: str, table: RadialSplines | None = None) -> Tensor:
         """Value, no graph."""
         with torch.no_grad():
             return self.call(form, table)
 
-    def forward_backward(self, form: str, table: RadialTable | None = None) -> list[Tensor]:
+    def forward_backward(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
         """Value and its gradient by the features: what an evaluation of forces needs. Weights frozen."""
         return list(torch.autograd.grad(self.call(form, table), self.features, self.grad))
 
-    def second(self, form: str, table: RadialTable | None = None) -> list[Tensor]:
+    def second(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
         """Training on forces: gradient by the features, and of a functional of it by features and weights."""
         first = torch.autograd.grad(self.call(form, table), self.features, self.grad, create_graph=True)
         functional = sum((g * c).sum() for g, c in zip(first, self.cotangents, strict=True))

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from workload import PAPER, TINY, System
 
-from e2former_fairchem.nn.axis_aligned import eaas_tables
-from e2former_fairchem.so3 import path_table
+from e2former_fairchem.nn.axis_aligned import eaas_constants
+from e2former_fairchem.so3 import make_paths
 from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.tiles import row_tiles
 from e2former_kernels.eaas import axis_aligned_contraction, dense_contraction_reference
@@ -99,15 +99,15 @@ class ConvolutionCase:
         self.system = system = System(atoms, 32, device)
         self.atoms = system.atoms
         self.spec = AttentionSpec(LMAX, self.heads, config["num_radial_basis"], config["cutoff"])
-        self.paths = path_table(LMAX)
-        tables = eaas_tables(self.paths)
-        self.tables = type(tables)(
-            tables.coupling.float().to(device),
-            tables.aligned_index.to(device),
-            tables.aligned_value.float().to(device),
-            tuple(m.float().to(device) for m in tables.recursion),
-            tables.row_paths,
-            tables.lists,
+        self.paths = make_paths(LMAX)
+        constants = eaas_constants(self.paths)
+        self.constants = type(constants)(
+            constants.coupling.float().to(device),
+            constants.aligned_index.to(device),
+            constants.aligned_value.float().to(device),
+            tuple(m.float().to(device) for m in constants.recursion),
+            constants.row_paths,
+            constants.lists,
         )
         torch.manual_seed(1)
         self.value = torch.randn(self.atoms, 9, self.channels, device=device)
@@ -117,7 +117,7 @@ class ConvolutionCase:
         self.scale = (1 / self.distance).unsqueeze(1).contiguous()
         self.direction = self.vec * self.scale
         self.pos = system.pos - system.pos.mean(0)
-        self.flat = self.tables.coupling.flatten(1)
+        self.flat = self.constants.coupling.flatten(1)
 
     def _summed(self, x: Tensor, scale: Tensor) -> Tensor:
         """sum_j w_ij scale_ij x_j: [N, B * rows, C]."""
@@ -129,8 +129,8 @@ class ConvolutionCase:
 
     def _factored(self, contract: Callable) -> Tensor:
         """CG with the receiver's position, minus the sum of CG with the senders' positions (the paper's form)."""
-        own = contract(self._summed(self.value, self.scale), self.pos, self.tables)
-        return own - self._summed(contract(self.value, self.pos, self.tables), self.scale)
+        own = contract(self._summed(self.value, self.scale), self.pos, self.constants)
+        return own - self._summed(contract(self.value, self.pos, self.constants), self.scale)
 
     def on_the_fly(self) -> Tensor:
         """Outer product of direction and value accumulated per atom, contracted once per atom."""
@@ -141,7 +141,7 @@ class ConvolutionCase:
 
     def dense(self) -> Tensor:
         """Clebsch-Gordan contraction on every edge: tensors of size E x rows x C."""
-        s, c = self.system, self.tables.coupling
+        s, c = self.system, self.constants.coupling
         gathered = self.value[s.source]
         return aggregate(self.spec, "dense", self.weight, self.distance, self.vec, gathered, s.target, self.atoms, c)
 

@@ -22,8 +22,8 @@ from op_table import difference, timed
 from torch import Tensor
 from workload import Results, attempt, ceilings, common_arguments, free, table, water_cluster
 
-from e2former_fairchem.nn.axis_aligned import eaas_tables
-from e2former_fairchem.so3 import path_table
+from e2former_fairchem.nn.axis_aligned import eaas_constants
+from e2former_fairchem.so3 import make_paths
 from e2former_kernels.eaas import dense_contraction_reference
 from e2former_kernels.eaas import op as layer
 
@@ -39,8 +39,8 @@ class EAASCase:
     """value [N, M, C], gradient of the path rows [N, P, C], positions [N, 3] about their centre."""
 
     def __init__(self, atoms: int, lmax: int, channels: int, device: str) -> None:
-        exact = eaas_tables(path_table(lmax))
-        self.tables = type(exact)(
+        exact = eaas_constants(make_paths(lmax))
+        self.constants = type(exact)(
             exact.coupling.float().to(device), exact.aligned_index.to(device), exact.aligned_value.float().to(device),
             tuple(m.float().to(device) for m in exact.recursion), exact.row_paths, exact.lists,
         )  # fmt: skip
@@ -55,8 +55,8 @@ class EAASCase:
 
     def work(self, name: str) -> Work:
         """Products of the nonzeros, and every tensor once."""
-        paths, _, rows = self.tables.coupling.shape
-        once = 2 * int((self.tables.coupling.abs() > 1e-6).sum()) * self.channels
+        paths, _, rows = self.constants.coupling.shape
+        once = 2 * int((self.constants.coupling.abs() > 1e-6).sum()) * self.channels
         streamed = 4 * self.channels * (paths + rows) + 12
         if name == "backward":
             return Work(3 * once * self.atoms, 0, (streamed + 4 * self.channels * rows + 12) * self.atoms)
@@ -64,7 +64,7 @@ class EAASCase:
 
     def run(self, name: str) -> list[Tensor]:
         """A pass."""
-        t, pos, value, grad = self.tables, self.pos, self.value, self.grad
+        t, pos, value, grad = self.constants, self.pos, self.value, self.grad
         if name == "backward":
             return list(layer.pullback(t, pos, grad, value))
         if name == "slope":
@@ -74,7 +74,7 @@ class EAASCase:
     def exact(self, name: str, at: slice) -> list[Tensor]:
         """The pass in float64 from the dense contraction, for some atoms."""
         value, pos = (x[at].double().requires_grad_() for x in (self.value, self.pos))
-        out = dense_contraction_reference(value, pos, self.tables)
+        out = dense_contraction_reference(value, pos, self.constants)
         if name == "forward":
             return [out.detach()]
         found = list(torch.autograd.grad(out, [value, pos], self.grad[at].double()))

@@ -33,7 +33,7 @@ from workload import GIB, TINY, Network, Results, System, attempt, common_argume
 from e2former_kernels.common.backend import Mode
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import RadialTable, build_radial_table
+from e2former_kernels.radial.splines import RadialSplines, build_splines
 
 #: Å. A corner atom of the water cluster has a hundred others within 13 Å.
 CUTOFF = 16.0
@@ -93,27 +93,27 @@ class EdgeDegree:
         for weight in self.weights:
             weight.requires_grad_(not frozen)
 
-    def table(self) -> RadialTable | None:
+    def table(self) -> RadialSplines | None:
         """Splines of the radial networks without their last layer; None where there are none."""
-        return build_radial_table(self.radial, CUTOFF, sorted(set(self.system.numbers.tolist())), last=False)
+        return build_splines(self.radial, CUTOFF, sorted(set(self.system.numbers.tolist())), last=False)
 
-    def call(self, form: str, table: RadialTable | None = None) -> Tensor:
+    def call(self, form: str, table: RadialSplines | None = None) -> Tensor:
         """``triton``, or ``dense``: PyTorch."""
         given = self.spec, self.vec, self.system.edge_list(), self.radial
         if form == "triton":
             trained = torch.is_grad_enabled() and any(w.requires_grad for w in self.weights)
             mode = Mode(trained, precision=torch.get_float32_matmul_precision())
-            return edge_degree_embedding(*given, table=table, mode=mode)
+            return edge_degree_embedding(*given, splines=table, mode=mode)
         return edge_degree_embedding_reference(*given, recompute=False)
 
-    def forward(self, form: str, table: RadialTable | None = None) -> Tensor:
+    def forward(self, form: str, table: RadialSplines | None = None) -> Tensor:
         with torch.no_grad():
             return self.call(form, table)
 
-    def forward_backward(self, form: str, table: RadialTable | None = None) -> list[Tensor]:
+    def forward_backward(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
         return list(torch.autograd.grad(self.call(form, table), [self.vec], self.grad))
 
-    def second(self, form: str, table: RadialTable | None = None) -> list[Tensor]:
+    def second(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
         (first,) = torch.autograd.grad(self.call(form, table), [self.vec], self.grad, create_graph=True)
         inputs = [self.vec, *self.weights]
         functional = (first * self.cotangent).sum()

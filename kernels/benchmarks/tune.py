@@ -15,7 +15,7 @@ from workload import PAPER, Network, System
 
 from e2former_kernels.common.backend import Mode
 from e2former_kernels.equivariant_attention import equivariant_attention, fused
-from e2former_kernels.radial.table import build_radial_table
+from e2former_kernels.radial.splines import build_splines
 
 #: Constant of fused.py: the kernel whose time it changes, and what to try.
 TRIALS = {
@@ -57,12 +57,12 @@ def main() -> None:
     value = torch.randn(system.atoms, layer.spec.num_rows, channels, device="cuda").requires_grad_()
     vec = system.graph(system.pos).vec.detach().requires_grad_()
     radial = layer.radial(layer.target_embedding.weight, layer.source_embedding.weight)
-    table = build_radial_table(radial, layer.spec.cutoff, system.numbers.unique().tolist())
+    splines = build_splines(radial, layer.spec.cutoff, system.numbers.unique().tolist())
     inputs = (query, key, value, vec)
 
     def run() -> None:
         out = equivariant_attention(
-            layer.spec, query, key, value, None, vec, system.edge_list(), radial, None, layer.coupling, table=table,
+            layer.spec, query, key, value, None, vec, system.edge_list(), radial, None, layer.coupling, splines=splines,
             half=args.precision != "highest", mode=Mode(precision=args.precision),
         )  # fmt: skip
         torch.autograd.grad(out.sum(), inputs)

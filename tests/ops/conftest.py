@@ -252,9 +252,9 @@ def _edges(tensors: dict[str, Tensor], run: int | None) -> EdgeList:
     return EdgeList(*(tensors[n] for n in ("source", "target", "row_ptr", "species")), max_edges=run)
 
 
-def _table(tensors: dict) -> dict:
+def _splines(tensors: dict) -> dict:
     """Splines of the radial networks among the tensors, as an option of the operation."""
-    return {"table": tensors["table"]} if "table" in tensors else {}
+    return {"splines": tensors["splines"]} if "splines" in tensors else {}
 
 
 def _dot_weights(tensors: dict[str, Tensor]) -> DotWeights | None:
@@ -282,7 +282,7 @@ def attention_operation(
         return spec, *(t.get(n) for n in names), _edges(t, run), _radial(t), _dot_weights(t), t.get("coupling")
 
     def kernels(t: dict[str, Tensor]) -> Tensor:
-        options = {"half": t.get("half", False), "mode": mode_of(_radial(t), compiled), **_table(t)}
+        options = {"half": t.get("half", False), "mode": mode_of(_radial(t), compiled), **_splines(t)}
         return equivariant_attention(*arguments(t), **options)
 
     reference = lambda t: equivariant_attention_reference(*arguments(t))  # noqa: E731
@@ -303,7 +303,7 @@ def edge_degree_operation(
         return EmbeddingSpec(lmax, 3.0, basis), t["vec"], _edges(t, run), _radial(t)
 
     def kernels(t: dict[str, Tensor]) -> Tensor:
-        return edge_degree_embedding(*arguments(t), mode=mode_of(_radial(t), compiled), **_table(t))
+        return edge_degree_embedding(*arguments(t), mode=mode_of(_radial(t), compiled), **_splines(t))
 
     reference = lambda t: edge_degree_embedding_reference(*arguments(t))  # noqa: E731
     return Operation(kernels, reference, tensors, ("vec",))

@@ -7,7 +7,7 @@ import torch
 
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.eaas import (
-    EAASTables,
+    EAASConstants,
     axis_aligned_contraction,
     axis_aligned_contraction_reference,
     dense_contraction_reference,
@@ -18,15 +18,15 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def tables(lmax: int, reflection_equivariant: bool = False) -> EAASTables:
-    from e2former_fairchem.nn.axis_aligned import eaas_tables
-    from e2former_fairchem.so3 import path_table
+def constants_of(lmax: int, reflection_equivariant: bool = False) -> EAASConstants:
+    from e2former_fairchem.nn.axis_aligned import eaas_constants
+    from e2former_fairchem.so3 import make_paths
 
-    return eaas_tables(path_table(lmax, reflection_equivariant))
+    return eaas_constants(make_paths(lmax, reflection_equivariant))
 
 
-def tables_on(device: str, lmax: int, dtype: torch.dtype = torch.float64) -> EAASTables:
-    given = tables(lmax)
+def constants_on(device: str, lmax: int, dtype: torch.dtype = torch.float64) -> EAASConstants:
+    given = constants_of(lmax)
     recursion = tuple(t.to(device, dtype) for t in given.recursion)
     moved = {"coupling": given.coupling.to(device, dtype), "aligned_value": given.aligned_value.to(device, dtype)}
     return given._replace(aligned_index=given.aligned_index.to(device), recursion=recursion, **moved)
@@ -46,7 +46,7 @@ def positions() -> torch.Tensor:
 @pytest.mark.parametrize("reflection_equivariant", [False, True])
 @pytest.mark.parametrize("lmax", [1, 2, 3, 4])
 def test_frame_and_dense_agree(make, compare, positions, lmax: int, reflection_equivariant: bool) -> None:
-    constants = tables(lmax, reflection_equivariant)
+    constants = constants_of(lmax, reflection_equivariant)
     value = make(len(positions), (lmax + 1) ** 2, 3)
     dense = dense_contraction_reference(value, positions, constants)
     compare(axis_aligned_contraction_reference(value, positions, constants), dense, [value, positions])
@@ -57,7 +57,7 @@ def test_frame_and_dense_agree(make, compare, positions, lmax: int, reflection_e
 @pytest.mark.parametrize("lmax", [1, 2, 3, 4])
 def test_kernels_and_dense_agree(make, compare, positions, lmax: int, reflection_equivariant: bool) -> None:
     """Value, gradients (the transpose, the slope in the position) and second derivatives."""
-    constants = tables(lmax, reflection_equivariant)
+    constants = constants_of(lmax, reflection_equivariant)
     value = make(len(positions), (lmax + 1) ** 2, 3)
     dense = dense_contraction_reference(value, positions, constants)
     compare(axis_aligned_contraction(value, positions, constants), dense, [value, positions])
@@ -65,7 +65,7 @@ def test_kernels_and_dense_agree(make, compare, positions, lmax: int, reflection
 
 @interpreted
 def test_gradgradcheck_at_singular_directions(make, positions) -> None:
-    constants = tables(2)
+    constants = constants_of(2)
     value = make(len(positions), 9, 2)
     function = lambda v, r: axis_aligned_contraction(v, r, constants)  # noqa: E731
     assert torch.autograd.gradgradcheck(function, (value, positions), fast_mode=True)
@@ -75,7 +75,7 @@ def test_gradgradcheck_at_singular_directions(make, positions) -> None:
 @pytest.mark.parametrize("nodes, channels", [(0, 5), (1, 1), (9, 24), (17, 37), (3, 300)])
 def test_sizes_and_strides(make, compare, nodes: int, channels: int) -> None:
     """No atoms, channels that are no power of two or take several programs, inputs that are views."""
-    constants = tables(2)
+    constants = constants_of(2)
     base, pos = make(9, nodes, channels), make(3, nodes)
     value, position = base.transpose(0, 1), pos.T
     dense = dense_contraction_reference(value, position, constants)
@@ -86,7 +86,7 @@ def test_sizes_and_strides(make, compare, nodes: int, channels: int) -> None:
 @pytest.mark.parametrize("lmax, nodes, channels", [(1, 10, 5), (2, 10, 300), (3, 9, 1), (4, 10, 3), (2, 0, 4)])
 def test_fused_gradients(make, positions, lmax: int, nodes: int, channels: int) -> None:
     """Where nothing differentiates through the gradients, one pass makes both."""
-    constants = tables(lmax)
+    constants = constants_of(lmax)
     value, position = make(nodes, (lmax + 1) ** 2, channels), positions[:nodes]
     outputs = [f(value, position, constants) for f in (axis_aligned_contraction, dense_contraction_reference)]
     cotangent = torch.randn_like(outputs[0])
@@ -95,7 +95,7 @@ def test_fused_gradients(make, positions, lmax: int, nodes: int, channels: int) 
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def derivatives(function, value: torch.Tensor, position: torch.Tensor, constants: EAASTables) -> dict:
+def derivatives(function, value: torch.Tensor, position: torch.Tensor, constants: EAASConstants) -> dict:
     """Value, gradients by value and position, and gradients of a function of the latter; the same random numbers."""
     random = torch.Generator().manual_seed(1)
 
@@ -118,7 +118,7 @@ def test_errors_in_float32(device: str, positions: torch.Tensor, lmax: int) -> N
     value = torch.randn(len(position), (lmax + 1) ** 2, channels, dtype=torch.float64).to(device)
 
     def run(function, dtype: torch.dtype) -> dict:
-        return derivatives(function, value.to(dtype), position.to(dtype), tables_on(device, lmax, dtype))
+        return derivatives(function, value.to(dtype), position.to(dtype), constants_on(device, lmax, dtype))
 
     exact = run(dense_contraction_reference, torch.float64)
     reference, ours, again = (
@@ -132,7 +132,7 @@ def test_errors_in_float32(device: str, positions: torch.Tensor, lmax: int) -> N
 
 def test_tiny_positions_in_float32(device: str) -> None:
     """Squares of such numbers vanish or lose their digits in float32: the frame stays a rotation."""
-    constants = tables_on(device, 2)
+    constants = constants_on(device, 2)
     position = torch.tensor([[1e-22, 1e-3, 1e-22], [3e-23, 4e-23, 0], [1e-30, -1.0, 1e-20]]).to(device)
     value = torch.randn(3, 9, 4).to(device)
     found = axis_aligned_contraction(value, position, constants)
@@ -145,6 +145,6 @@ def test_tiny_positions_in_float32(device: str) -> None:
 def test_wrong_arguments_are_named(make, positions) -> None:
     nodes = len(positions)
     with pytest.raises(ValueError, match="value"):
-        axis_aligned_contraction(make(nodes, 8, 3), positions, tables(2))
+        axis_aligned_contraction(make(nodes, 8, 3), positions, constants_of(2))
     with pytest.raises(ValueError, match="position"):
-        axis_aligned_contraction(make(nodes - 1, 9, 3), positions, tables(2))
+        axis_aligned_contraction(make(nodes - 1, 9, 3), positions, constants_of(2))

@@ -193,7 +193,7 @@ def _single(arguments):
 def test_gpu_one_atom_or_edge(make) -> None:
     """Triton makes constants of arguments that are 1: one atom, one edge, and the runs that leave one over."""
     from e2former_kernels.query_key import QueryKeyWeights, query_key
-    from e2former_kernels.radial.table import build_radial_table
+    from e2former_kernels.radial.splines import build_splines
 
     make.device, make.dtype = "cuda", torch.float32
     arguments = list(make.attention(nodes=2, edges=1, heads=32, per_head=2))
@@ -202,8 +202,8 @@ def test_gpu_one_atom_or_edge(make) -> None:
     sum(g.square().sum() for g in first).backward()
     for tensor in arguments[7]:
         tensor.requires_grad_(False)
-    table = build_radial_table(arguments[7], 3.0, range(4), tolerance=1e-3)
-    again = equivariant_attention(*arguments, table=table)
+    splines = build_splines(arguments[7], 3.0, range(4), tolerance=1e-3)
+    again = equivariant_attention(*arguments, splines=splines)
     (grad,) = torch.autograd.grad(again.square().sum(), arguments[5])
     assert (again - out).abs().max() < 1e-2 * out.abs().max() and grad.isfinite().all()
     weights = QueryKeyWeights(

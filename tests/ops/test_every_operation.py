@@ -159,7 +159,7 @@ ALLOWED = {
     *itertools.product(["x", "h", "coupling", "species"], ["one more row"]),
     *itertools.product(["vec", "coupling"], ["dtype"]),
     ("row_ptr", "no last column"),
-    *((f"{prefix}{table}_table", "one more row") for prefix in PREFIXES for table in ("target", "source")),
+    *((f"{prefix}{end}_embedding", "one more row") for prefix in PREFIXES for end in ("target", "source")),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import build_radial_table
+from e2former_kernels.radial.splines import build_splines
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
@@ -117,7 +117,7 @@ def frozen(tensors: dict, last_layer: bool) -> dict:
     """The radial network's weights without gradients, and its splines."""
     fixed = {n: t.detach() if n.startswith("radial") else t for n, t in tensors.items()}
     weights = RadialWeights(*(fixed.get(f"radial.{n}") for n in RadialWeights._fields))
-    return fixed | {"table": build_radial_table(weights, 3.0, range(4), last_layer, tolerance=1e-3)}
+    return fixed | {"splines": build_splines(weights, 3.0, range(4), last_layer, tolerance=1e-3)}
 
 
 def two_sizes(tensors: dict, heard: int, told: int, sizes: Sizes) -> tuple[dict, dict]:

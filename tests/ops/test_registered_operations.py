@@ -131,7 +131,7 @@ def test_compiled_options(make, option: str) -> None:
     """Every argument beside the tensors arrives where the operation runs."""
     from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding
     from e2former_kernels.equivariant_attention import equivariant_attention
-    from e2former_kernels.radial.table import build_radial_table
+    from e2former_kernels.radial.splines import build_splines
 
     kinds = {"order": 0, "bell": (0.3, 2.5), "norm": "softplus", "envelope_exponent": 3, "inverse_distance": "v2"}
     kinds = {"bell": kinds}
@@ -145,12 +145,12 @@ def test_compiled_options(make, option: str) -> None:
         options = {"form": "sum"}
     elif option == "splines":
         arguments[7] = RadialWeights(*(t.detach() for t in arguments[7]))
-        options = {"table": build_radial_table(arguments[7], 3.0, range(4), tolerance=1e-3)}
+        options = {"splines": build_splines(arguments[7], 3.0, range(4), tolerance=1e-3)}
     elif option == "splines_of_embedding":
         radial = RadialWeights(*(t.detach() for t in make.radial(3, 6, 5, 9)))
         arguments, inputs = [EmbeddingSpec(2, 3.0, 9), *arguments[5:7], radial], inputs[-1:]
         function = edge_degree_embedding
-        options = {"table": build_radial_table(radial, 3.0, range(4), last=False, tolerance=1e-3)}
+        options = {"splines": build_splines(radial, 3.0, range(4), last=False, tolerance=1e-3)}
     expected = function(*arguments, **options)
     try:
         options["mode"] = Mode(compiled=True)

@@ -96,11 +96,11 @@ def check_radial(
     if weights.basis.dim() != 3 or weights.out.dim() != 3:
         shapes = tuple(weights.basis.shape), tuple(weights.out.shape)
         raise ValueError(f"{name}: expected basis [G, h, n_b] and out [G, K, h], got {shapes[0]} and {shapes[1]}")
-    hidden, elements = weights.basis.shape[1], weights.target_table.shape[0]
+    hidden, elements = weights.basis.shape[1], weights.target_embedding.shape[0]
     outputs = weights.out.shape[1] if outputs is None else outputs
-    row, table = ("G, h", (groups, hidden)), ("Z, G, h", (elements, groups, hidden))
+    row, element = ("G, h", (groups, hidden)), ("Z, G, h", (elements, groups, hidden))
     expected = (
-        ("G, h, n_b", (groups, hidden, basis)), table, table, row, row, ("G, h, h", (groups, hidden, hidden)), row,
+        ("G, h, n_b", (groups, hidden, basis)), element, element, row, row, ("G, h, h", (groups, hidden, hidden)), row,
         row, row, ("G, K, h", (groups, outputs, hidden)), ("G, K", (groups, outputs)),
     )  # fmt: skip
     named = zip(weights._fields, weights, expected, strict=True)

@@ -62,12 +62,12 @@ def solid_harmonics(vec: Tensor, lmax: int) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def harmonic_scales(lmax: int, divisor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What the kernels' recurrences are multiplied by for each degree and |m|, over ``divisor``: [lmax+1, lmax+1]."""
-    table = torch.zeros(lmax + 1, lmax + 1, dtype=torch.float64)
+    scales = torch.zeros(lmax + 1, lmax + 1, dtype=torch.float64)
     for degree in range(lmax + 1):
         for m in range(degree + 1):
-            table[degree, m] = _scale(degree, m) / divisor
+            scales[degree, m] = _scale(degree, m) / divisor
     with torch.inference_mode(False):
-        return table.to(device, dtype)
+        return scales.to(device, dtype)
 
 
 def _scale(degree: int, m: int) -> float:

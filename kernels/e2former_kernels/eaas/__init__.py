@@ -2,13 +2,13 @@
 
 from e2former_kernels.common.backend import operation
 from e2former_kernels.eaas.reference import (
-    EAASTables,
+    EAASConstants,
     axis_aligned_contraction_reference,
     dense_contraction_reference,
 )
 
 __all__ = [
-    "EAASTables",
+    "EAASConstants",
     "axis_aligned_contraction",
     "axis_aligned_contraction_reference",
     "dense_contraction_reference",

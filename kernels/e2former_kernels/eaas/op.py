@@ -15,7 +15,7 @@ from torch import Tensor
 from e2former_kernels.common.checks import check_device, check_same, check_shape
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.eaas.kernels import aligned_kernel, pullback_kernel, slope_kernel
-from e2former_kernels.eaas.reference import EAASTables
+from e2former_kernels.eaas.reference import EAASConstants
 
 #: Numbers of a row's tile: channels of one atom or, where there are fewer channels, of several.
 TILE = 256
@@ -35,33 +35,33 @@ def row_tile(held: int, channels: int) -> dict[str, int]:
     return {"BN": atoms, "BC": block, "num_warps": max(atoms * block // (32 * each), 1)}
 
 
-def fits(tables: EAASTables) -> bool:
+def fits(constants: EAASConstants) -> bool:
     """Whether :func:`pullback`'s rows fit into registers: up to lmax 3 (at lmax 4 the compiler spills them)."""
-    paths, _, rows = tables.coupling.shape
+    paths, _, rows = constants.coupling.shape
     return paths + 2 * rows <= WIDEST
 
 
-def contract(tables: EAASTables, position: Tensor, x: Tensor, transpose: bool) -> Tensor:
+def contract(constants: EAASConstants, position: Tensor, x: Tensor, transpose: bool) -> Tensor:
     """T(r) x for x: [N, M, C], or T(r)^T x for x: [N, P, C]."""
-    paths, _, rows = tables.coupling.shape
+    paths, _, rows = constants.coupling.shape
     nodes, taken, channels = x.shape
     given = rows if transpose else paths
     out = x.new_empty(nodes, given, channels)
     if not out.numel():
         return out
-    tile, lists = row_tile(max(taken, given), channels), tables.lists
+    tile, lists = row_tile(max(taken, given), channels), constants.lists
     inner, outer = (lists.turn_rows, lists.swap_rows), (lists.turn_paths, lists.swap_paths)
     if transpose:
         inner, outer = outer, inner
     aligned_kernel[math.ceil(nodes / tile["BN"]), math.ceil(channels / tile["BC"])](
         position.contiguous(), x.contiguous(), out, nodes, channels, TURN_IN=inner[0], SWAP_IN=inner[1],
         PICK=lists.pick_back if transpose else lists.pick, SWAP_OUT=outer[1], TURN_OUT=outer[0], ROWS=taken, OUT=given,
-        LMAX=len(tables.row_paths) - 1, **tile,
+        LMAX=len(constants.row_paths) - 1, **tile,
     )  # fmt: skip
     return out
 
 
-def slope(tables: EAASTables, paths: Tensor, rows: Tensor) -> Tensor:
+def slope(constants: EAASConstants, paths: Tensor, rows: Tensor) -> Tensor:
     """sum_{p,m,c} C[p,b,m] paths[n,p,c] rows[n,m,c] -> [N, 3]."""
     nodes, count, channels = paths.shape
     if not paths.numel():
@@ -69,13 +69,13 @@ def slope(tables: EAASTables, paths: Tensor, rows: Tensor) -> Tensor:
     out = paths.new_empty(nodes, 3)
     tile = row_tile(count + rows.shape[1], channels)
     slope_kernel[(math.ceil(nodes / tile["BN"]),)](
-        paths.contiguous(), rows.contiguous(), out, nodes, channels, TERMS=tables.lists.slope, PATHS=count,
+        paths.contiguous(), rows.contiguous(), out, nodes, channels, TERMS=constants.lists.slope, PATHS=count,
         ROWS=rows.shape[1], **tile,
     )  # fmt: skip
     return out
 
 
-def pullback(tables: EAASTables, position: Tensor, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def pullback(constants: EAASConstants, position: Tensor, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of T(r) v by v and r, in one pass over the gradient's path rows."""
     nodes, count, channels = grad.shape
     if not grad.numel():
@@ -84,7 +84,7 @@ def pullback(tables: EAASTables, position: Tensor, grad: Tensor, value: Tensor) 
     tile = row_tile(count + 2 * value.shape[1], channels)
     pullback_kernel[(math.ceil(nodes / tile["BN"]),)](
         position.contiguous(), grad.contiguous(), value.contiguous(), out, found, nodes, channels,
-        TERMS=tables.lists.transposed, SLOPE_TERMS=tables.lists.slope, PATHS=count, ROWS=value.shape[1], **tile,
+        TERMS=constants.lists.transposed, SLOPE_TERMS=constants.lists.slope, PATHS=count, ROWS=value.shape[1], **tile,
     )  # fmt: skip
     return out, found
 
@@ -93,23 +93,23 @@ class _Contract(torch.autograd.Function):
     """(v, r) -> T(r) v, or T(r)^T v."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, position: Tensor, tables: EAASTables, transpose: bool) -> Tensor:
-        ctx.tables, ctx.transpose = tables, transpose
+    def forward(ctx, x: Tensor, position: Tensor, constants: EAASConstants, transpose: bool) -> Tensor:
+        ctx.constants, ctx.transpose = constants, transpose
         ctx.save_for_backward(x, position)
-        return contract(tables, position, x, transpose)
+        return contract(constants, position, x, transpose)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, position = ctx.saved_tensors
-        tables, transpose = ctx.tables, ctx.transpose
+        constants, transpose = ctx.constants, ctx.transpose
         both = all(ctx.needs_input_grad[:2]) and not transpose and not torch.is_grad_enabled()
-        if both and fits(tables):
-            return *pullback(tables, position, grad, x), None, None
+        if both and fits(constants):
+            return *pullback(constants, position, grad, x), None, None
         grad_x = grad_position = None
         if ctx.needs_input_grad[0]:
-            grad_x = _Contract.apply(grad, position, tables, not transpose)
+            grad_x = _Contract.apply(grad, position, constants, not transpose)
         if ctx.needs_input_grad[1]:
-            grad_position = _Slope.apply(*((x, grad) if transpose else (grad, x)), tables)
+            grad_position = _Slope.apply(*((x, grad) if transpose else (grad, x)), constants)
         return grad_x, grad_position, None, None
 
 
@@ -117,29 +117,29 @@ class _Slope(torch.autograd.Function):
     """(path rows g, rows v) -> the vector s with w . s = g . T(w) v for every w."""
 
     @staticmethod
-    def forward(ctx, paths: Tensor, rows: Tensor, tables: EAASTables) -> Tensor:
-        ctx.tables = tables
+    def forward(ctx, paths: Tensor, rows: Tensor, constants: EAASConstants) -> Tensor:
+        ctx.constants = constants
         ctx.save_for_backward(paths, rows)
-        return slope(tables, paths, rows)
+        return slope(constants, paths, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         paths, rows = ctx.saved_tensors
-        grad_paths = _Contract.apply(rows, grad, ctx.tables, False) if ctx.needs_input_grad[0] else None
-        grad_rows = _Contract.apply(paths, grad, ctx.tables, True) if ctx.needs_input_grad[1] else None
+        grad_paths = _Contract.apply(rows, grad, ctx.constants, False) if ctx.needs_input_grad[0] else None
+        grad_rows = _Contract.apply(paths, grad, ctx.constants, True) if ctx.needs_input_grad[1] else None
         return grad_paths, grad_rows, None
 
 
 @torch.compiler.disable()
-def axis_aligned_contraction(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
+def axis_aligned_contraction(value: Tensor, position: Tensor, constants: EAASConstants) -> Tensor:
     """The function of :func:`axis_aligned_contraction_reference` with Triton kernels.
 
     value: [N, (lmax+1)^2, C]; position: [N, 3], zero and the polar axis allowed. Returns [N, P, C]. Differentiable to
     any order. Raises ValueError or RuntimeError for arguments that do not fit or a device without Triton.
     """
     check_device("axis_aligned_contraction", value.device)
-    check_shape("value", value, "N, (lmax+1)^2, C", (value.shape[0], tables.coupling.shape[2], value.shape[-1]))
+    check_shape("value", value, "N, (lmax+1)^2, C", (value.shape[0], constants.coupling.shape[2], value.shape[-1]))
     check_shape("position", position, "N, 3", (value.shape[0], 3))
-    check_same("value", value, False, position=position, coupling=tables.coupling)
+    check_same("value", value, False, position=position, coupling=constants.coupling)
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return _Contract.apply(value.to(dtype), position.to(dtype), tables, False)
+    return _Contract.apply(value.to(dtype), position.to(dtype), constants, False)

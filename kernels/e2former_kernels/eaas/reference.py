@@ -43,7 +43,7 @@ class Lists(NamedTuple):
     pick_back: tuple
 
 
-class EAASTables(NamedTuple):
+class EAASConstants(NamedTuple):
     """Constants of the layer (made by ``e2former_fairchem.so3``; P path rows in (l3, m3, l1) order, M = (lmax+1)^2).
 
     coupling: [P, 3, M] Clebsch-Gordan coefficients C[p, b, m] with b = x, y, z.
@@ -130,7 +130,7 @@ def _by_row(matrix: Tensor) -> list[list[tuple]]:
 
 
 def lists_of(coupling: Tensor, recursion: tuple[Tensor, ...], row_paths: tuple[int, ...]) -> Lists:
-    """The kernels' constants; arguments as in :class:`EAASTables`, float64 on the CPU."""
+    """The kernels' constants; arguments as in :class:`EAASConstants`, float64 on the CPU."""
     swap = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]], dtype=torch.float64)
     blocks = [_by_row(block[0]) for block in wigner_blocks(swap[None], recursion, len(row_paths) - 1)]
     along, ones = coupling[:, 0], (1,) * len(row_paths)
@@ -164,13 +164,13 @@ def _swaps(blocks: list[list], copies: tuple[int, ...]) -> tuple:
     return flat(found)
 
 
-def _frame(position: Tensor, tables: EAASTables) -> tuple[Tensor, list[Tensor]]:
+def _frame(position: Tensor, constants: EAASConstants) -> tuple[Tensor, list[Tensor]]:
     length = position.square().sum(-1).sqrt()
     y = torch.zeros_like(position)
     y[:, 1] = 1.0
     safe = torch.where(length > 0, length, torch.ones_like(length)).unsqueeze(-1)
     direction = torch.where((length > 0).unsqueeze(-1), position / safe, y)
-    return length, wigner_blocks(axis_rotation(direction), tables.recursion, len(tables.row_paths) - 1)
+    return length, wigner_blocks(axis_rotation(direction), constants.recursion, len(constants.row_paths) - 1)
 
 
 def _full_precision(function: Callable) -> Callable:
@@ -201,17 +201,17 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     @_full_precision
-    def forward(ctx, x: Tensor, position: Tensor, tables: EAASTables, transpose: bool) -> Tensor:
-        ctx.tables, ctx.transpose = tables, transpose
+    def forward(ctx, x: Tensor, position: Tensor, constants: EAASConstants, transpose: bool) -> Tensor:
+        ctx.constants, ctx.transpose = constants, transpose
         ctx.save_for_backward(x, position)
-        length, blocks = _frame(position, tables)
-        scale = (length.unsqueeze(-1) * tables.aligned_value.to(x.dtype)).unsqueeze(-1)
-        paths, ones = tables.row_paths, (1,) * len(blocks)
+        length, blocks = _frame(position, constants)
+        scale = (length.unsqueeze(-1) * constants.aligned_value.to(x.dtype)).unsqueeze(-1)
+        paths, ones = constants.row_paths, (1,) * len(blocks)
         if not transpose:
-            aligned = _rotate(x, blocks, ones, False).index_select(1, tables.aligned_index)
+            aligned = _rotate(x, blocks, ones, False).index_select(1, constants.aligned_index)
             return _rotate(aligned * scale, blocks, paths, True)
         rows = x.new_zeros(x.shape[0], len(blocks) ** 2, x.shape[-1])
-        rows = rows.index_add(1, tables.aligned_index, _rotate(x, blocks, paths, False) * scale)
+        rows = rows.index_add(1, constants.aligned_index, _rotate(x, blocks, paths, False) * scale)
         return _rotate(rows, blocks, ones, True)
 
     @staticmethod
@@ -219,19 +219,19 @@ class _Contract(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x, position), need = ctx.saved_tensors, ctx.needs_input_grad
         pair = (x, grad) if ctx.transpose else (grad, x)
-        by_x = _Contract.apply(grad, position, ctx.tables, not ctx.transpose) if need[0] else None
-        return by_x, _bilinear(*pair, ctx.tables) if need[1] else None, None, None
+        by_x = _Contract.apply(grad, position, ctx.constants, not ctx.transpose) if need[0] else None
+        return by_x, _bilinear(*pair, ctx.constants) if need[1] else None, None, None
 
 
-def _bilinear(paths: Tensor, rows: Tensor, tables: EAASTables) -> Tensor:
+def _bilinear(paths: Tensor, rows: Tensor, constants: EAASConstants) -> Tensor:
     """sum_{p,m,c} C[p,b,m] paths[n,p,c] rows[n,m,c] -> [N, 3]."""
     pair = torch.bmm(paths, rows.mT)  # [N, P, M]
-    coupling = tables.coupling.to(pair.dtype)
+    coupling = constants.coupling.to(pair.dtype)
     return pair.flatten(1) @ coupling.transpose(1, 2).reshape(-1, 3)
 
 
 @torch.compiler.disable()
-def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
+def axis_aligned_contraction_reference(value: Tensor, position: Tensor, constants: EAASConstants) -> Tensor:
     r""":math:`(T(r) v)_{p} = \sum_{b,m} C_{pbm}\, r_b\, v_m`, computed as |r| D^T (pick and scale) D v.
 
     docs/network.md, equations 1.6 and 6.16 to 6.20.
@@ -241,15 +241,15 @@ def axis_aligned_contraction_reference(value: Tensor, position: Tensor, tables: 
     Args:
         value: v, [N, (lmax+1)^2, C].
         position: r, [N, 3], any unit of length; zero and the polar axis are allowed.
-        tables: constants.
+        constants: constants.
 
     Returns:
         [N, P, C], in that unit times the value's.
     """
     dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-    return _Contract.apply(value.to(dtype), position.to(dtype), tables, False)
+    return _Contract.apply(value.to(dtype), position.to(dtype), constants, False)
 
 
-def dense_contraction_reference(value: Tensor, position: Tensor, tables: EAASTables) -> Tensor:
+def dense_contraction_reference(value: Tensor, position: Tensor, constants: EAASConstants) -> Tensor:
     """The same function without a frame: contraction with the full coefficient tensor. Arguments as above."""
-    return torch.einsum("pbm,nb,nmc->npc", tables.coupling.to(value.dtype), position, value)
+    return torch.einsum("pbm,nb,nmc->npc", constants.coupling.to(value.dtype), position, value)

@@ -2,7 +2,7 @@ r"""Sums over a receiver's edges of harmonics times radial features, and their d
 
 :math:`F = \sum_e \sum_{m,c} Y_{em} a_{e l(m) c} g_{i(e) m c}` is linear in the harmonics Y [E, M], the radial features
 a [E, L, K] and g [N, M, K]; the kernels are its three partial derivatives. Receivers own their edges (row_ptr: [N+1]):
-no scatter. Tensors are contiguous. With frozen weights a is read from a table (``radial/table.py``) where it is used.
+no scatter. Tensors are contiguous. With frozen weights a is read from splines (``radial/splines.py``) where it is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from e2former_kernels.common.harmonics import degree_of
 from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.edge_degree.reference import PAD
-from e2former_kernels.radial.table import RadialTable, feature, place, spline_and_slope
+from e2former_kernels.radial.splines import RadialSplines, feature, place, spline_and_slope
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def place_kernel(
     distance, source, target, species, target_species, pair_row, row, position, E, Z, intervals, knots_per_length,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row and position of every edge in the table."""
+    """Row and position of every edge in the splines."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
     zi = tl.load(target_species + tl.load(target + e, mask=inside, other=0), mask=inside, other=0)
@@ -192,45 +192,45 @@ def spline_backward_kernel(
         tl.store(slope + l * E.to(tl.int64) + e, tl.sum(tl.sum(y[:, None] * g, axis=0) * da, axis=0))
 
 
-def place_edges(table: RadialTable, distance: Tensor, run: EdgeRun) -> tuple[Tensor, Tensor]:
-    """Where a run's edges lie in the table: rows and positions. distance: [e]."""
+def place_edges(splines: RadialSplines, distance: Tensor, run: EdgeRun) -> tuple[Tensor, Tensor]:
+    """Where a run's edges lie in the splines: rows and positions. distance: [e]."""
     row, position = torch.empty_like(distance, dtype=torch.int32), torch.empty_like(distance)
     if run.num_edges:
         place_kernel[(math.ceil(run.num_edges / 256),)](
-            distance, run.source, run.target, run.species, run.species[run.nodes], table.pair_row, row, position,
-            run.num_edges, table.pair_row.shape[0], table.intervals, table.scale, BLOCK=256,
+            distance, run.source, run.target, run.species, run.species[run.nodes], splines.pair_row, row, position,
+            run.num_edges, splines.pair_row.shape[0], splines.intervals, splines.scale, BLOCK=256,
         )  # fmt: skip
     return row, position
 
 
-def _constants(harmonics: Tensor, table: RadialTable) -> dict:
+def _constants(harmonics: Tensor, splines: RadialSplines) -> dict:
     degrees = round(harmonics.shape[1] ** 0.5)
-    return {"L": degrees, "K": table.knots.shape[-1] // degrees, "PAD": PAD, "BM": next_power(2 * degrees - 1)}
+    return {"L": degrees, "K": splines.knots.shape[-1] // degrees, "PAD": PAD, "BM": next_power(2 * degrees - 1)}
 
 
-def spline_sum(harmonics: Tensor, table: RadialTable, placed: tuple[Tensor, Tensor], row_ptr: Tensor) -> Tensor:
+def spline_sum(harmonics: Tensor, splines: RadialSplines, placed: tuple[Tensor, Tensor], row_ptr: Tensor) -> Tensor:
     """[n, M, K + PAD]: the sums of Y a, the sum of Y, zeros. harmonics: [e, M]."""
-    constants, nodes = _constants(harmonics, table), row_ptr.numel() - 1
+    constants, nodes = _constants(harmonics, splines), row_ptr.numel() - 1
     degrees, width = constants["L"], constants["K"]
     out = harmonics.new_empty(nodes, degrees * degrees, width + PAD)
     if nodes:
         block = min(next_power(width), 128)
         spline_sum_kernel[nodes, degrees, math.ceil(width / block)](
-            harmonics, table.knots, *placed, row_ptr, out, BK=block, num_warps=1, **constants
+            harmonics, splines.knots, *placed, row_ptr, out, BK=block, num_warps=1, **constants
         )
     return out
 
 
 def spline_backward(
-    harmonics: Tensor, table: RadialTable, placed: tuple[Tensor, Tensor], row_ptr: Tensor, grad: Tensor
+    harmonics: Tensor, splines: RadialSplines, placed: tuple[Tensor, Tensor], row_ptr: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`spline_sum` by the harmonics [e, M] and by the lengths [e]. grad: contiguous."""
-    edges, constants = harmonics.shape[0], _constants(harmonics, table)
+    edges, constants = harmonics.shape[0], _constants(harmonics, splines)
     degrees, width = constants["L"], constants["K"]
     by_harmonics, slope = torch.empty_like(harmonics), harmonics.new_empty(degrees, edges)
     if edges:
         spline_backward_kernel[row_ptr.numel() - 1, degrees](
-            harmonics, table.knots, *placed, grad, row_ptr, by_harmonics, slope, edges, table.scale,
+            harmonics, splines.knots, *placed, grad, row_ptr, by_harmonics, slope, edges, splines.scale,
             BK=next_power(width), num_warps=1 if width <= 128 else 4, **constants,
         )  # fmt: skip
     return by_harmonics, slope.sum(0)

@@ -29,7 +29,7 @@ from e2former_kernels.edge_degree.reference import PAD, EmbeddingSpec, edge_degr
 from e2former_kernels.linear.op import so3_linear
 from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import RadialTable, check_table
+from e2former_kernels.radial.splines import RadialSplines, check_splines
 
 # Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
@@ -41,7 +41,7 @@ SECOND_NUMBERS = 3 << 27
 class _Embedding(Call):
     """One embedding over its runs of receivers. Result: [N, M, h + 4], see :func:`joined`.
 
-    radial: the structure of the weights (which of them there are). table: of the networks without their last layer,
+    radial: the structure of the weights (which of them there are). splines: of the networks without their last layer,
     where the weights are frozen. runs: of value and first derivative; training_runs: of gradients by weights and of the
     second derivative.
     """
@@ -50,10 +50,10 @@ class _Embedding(Call):
     edges: EdgeList
     radial: RadialWeights
     trained: bool
-    table: RadialTable | None
+    splines: RadialSplines | None
     runs: list[EdgeRun]
     training_runs: Callable[[], list[EdgeRun]]
-    # what the passes of a training step share: the first layers' table, a product in float64
+    # what the passes of a training step share: the first layers' splines, a product in float64
     cache: dict = field(default_factory=dict, compare=False)
 
     def weights(self, tensors: list[Tensor]) -> RadialWeights:
@@ -74,13 +74,13 @@ class _Embedding(Call):
         return RadialFeatures(network)
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        vec, radial = tensors[0], None if self.table is not None else self._features(tensors)
+        vec, radial = tensors[0], None if self.splines is not None else self._features(tensors)
 
         def of_run(run: EdgeRun) -> Tensor:  # a function: nothing of a run is there when the next begins
             part = vec[run.edges].contiguous()
             distance, y = edge.weighted_harmonics(part, self.spec)
             if radial is None:
-                return kernel.spline_sum(y, self.table, kernel.place_edges(self.table, distance, run), run.row_ptr)
+                return kernel.spline_sum(y, self.splines, kernel.place_edges(self.splines, distance, run), run.row_ptr)
             hidden, _ = radial.forward(run, part, distance, keep=False)
             total = kernel.segment_sum(y, run.row_ptr)
             return kernel.joined(kernel.harmonic_sum(y, hidden[0], run.row_ptr), total)
@@ -90,14 +90,14 @@ class _Embedding(Call):
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         by_vec, weights = tensors[0].new_empty(tensors[0].shape), any(n > 0 for n in wanted)
-        radial = self._features(tensors) if weights or self.table is None else None
+        radial = self._features(tensors) if weights or self.splines is None else None
 
         def of_run(run: EdgeRun) -> None:
             vec, part = tensors[0][run.edges].detach().contiguous(), grad[run.nodes]
             distance, y = edge.weighted_harmonics(vec, self.spec)
             if radial is None:
-                placed = kernel.place_edges(self.table, distance, run)
-                grad_y, slope = kernel.spline_backward(y, self.table, placed, run.row_ptr, part.contiguous())
+                placed = kernel.place_edges(self.splines, distance, run)
+                grad_y, slope = kernel.spline_backward(y, self.splines, placed, run.row_ptr, part.contiguous())
             else:
                 features, kept = radial.forward(run, vec, distance, keep=weights)
                 grad_sum, grad_total = kernel.apart(part)
@@ -153,7 +153,7 @@ class _Embedding(Call):
 
 
 def _call(
-    spec: EmbeddingSpec, vec: Tensor, edges: EdgeList, radial: RadialWeights, table: RadialTable | None, mode: Mode
+    spec: EmbeddingSpec, vec: Tensor, edges: EdgeList, radial: RadialWeights, splines: RadialSplines | None, mode: Mode
 ) -> _Embedding:
     basis, rows = radial.basis, (spec.lmax + 1) ** 2
     check_device("edge_degree_embedding", basis.device)
@@ -165,23 +165,23 @@ def _call(
         raise TypeError("radial.basis: float64 on a GPU goes through edge_degree_embedding_reference")
     groups, hidden, _ = radial.hidden.shape
     numbers = 3 * rows + spec.lmax + 8
-    if table is None:
+    if splines is None:
         numbers += groups * 4 * hidden + 21 * rows
     else:
-        check_table(table, basis, groups * hidden, mode.trained)
+        check_splines(splines, basis, groups * hidden, mode.trained)
     runs = edges.runs(numbers, TRAINING_NUMBERS if mode.trained else FUSED_NUMBERS)
     training_runs = partial(edges.runs, groups * 8 * hidden + 3 * spec.num_basis + 6 * rows, SECOND_NUMBERS)
-    return _Embedding(spec, edges, radial, mode.trained, table, runs, training_runs)
+    return _Embedding(spec, edges, radial, mode.trained, splines, runs, training_runs)
 
 
 def _make_call(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Embedding:
     lmax, num_basis, exponent, max_edges, intervals, *known = settings.integers
-    cutoff, *table_numbers = settings.numbers
+    cutoff, *spline_numbers = settings.numbers
     edges = EdgeList.of(index[:6], max_edges)
-    out, out_bias, *table = index[6:]
+    out, out_bias, *splines = index[6:]
     radial = RadialWeights(*with_gaps(tensors[1:], known), out, out_bias)
-    table = RadialTable(*table, intervals, *table_numbers) if table else None
-    return _call(EmbeddingSpec(lmax, cutoff, num_basis, exponent), tensors[0], edges, radial, table, mode)
+    splines = RadialSplines(*splines, intervals, *spline_numbers) if splines else None
+    return _call(EmbeddingSpec(lmax, cutoff, num_basis, exponent), tensors[0], edges, radial, splines, mode)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -198,12 +198,12 @@ def edge_degree_embedding(
     edges: EdgeList,
     radial: RadialWeights,
     *,
-    table: RadialTable | None = None,
+    splines: RadialSplines | None = None,
     mode: Mode = EXACT,
 ) -> Tensor:
     r"""The function of :func:`edge_degree_embedding_reference` with Triton kernels.
 
-    Arguments as there; table: splines of the networks without their last layer, as in
+    Arguments as there; splines: splines of the networks without their last layer, as in
     :func:`e2former_kernels.equivariant_attention.equivariant_attention`.
 
     Returns [N, (lmax+1)^2, C], float32 (float64 in the interpreter). Differentiable to any order, the same bits every
@@ -213,14 +213,14 @@ def edge_degree_embedding(
     dtype = radial.basis.dtype
     vec = vec.to(dtype)
     if mode.compiled:
-        index = [*edges.tensors(), radial.out.detach(), radial.out_bias.detach(), *(table or ())[:2]]
-        numbers = [0] if table is None else [table.intervals]
+        index = [*edges.tensors(), radial.out.detach(), radial.out_bias.detach(), *(splines or ())[:2]]
+        numbers = [0] if splines is None else [splines.intervals]
         integers = [spec.lmax, spec.num_basis, spec.envelope_exponent, edges.max_edges or 0, *numbers]
-        settings = Settings([*integers, *flags(radial[:-2])], [spec.cutoff, *(table or ())[3:]])
+        settings = Settings([*integers, *flags(radial[:-2])], [spec.cutoff, *(splines or ())[3:]])
         sums = _registered([vec, *there(radial[:-2])], mode, index, settings)
     else:
         tensors = [vec, *(t for t in radial[:-2] if t is not None)]
-        sums = apply_call(_call(spec, vec, edges, radial, table, mode), tensors)
+        sums = apply_call(_call(spec, vec, edges, radial, splines, mode), tensors)
     # Gradients by the last layer are products of sums over edges: with TF32 they would lose more than products edge by
     # edge, whose roundings average out.
     return so3_linear(sums, last_layer(radial), exact_gradient=True, mode=mode).to(dtype)

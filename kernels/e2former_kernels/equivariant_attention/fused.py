@@ -31,7 +31,7 @@ from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import RadialTable
+from e2former_kernels.radial.splines import RadialSplines
 
 # Pairs are for rows in float32 and in float16 (kernels/benchmarks/NOTES.md has the measured alternatives).
 # Heads, warps and edges at a time of one program of score_kernel.
@@ -53,7 +53,7 @@ _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)
 
 
 class Edges(NamedTuple):
-    """Geometry of a run's edges. position: in the radial table's interval ``row``; or the length, without a table."""
+    """Geometry of a run's edges. position: in the splines' interval ``row``; or the length, without splines."""
 
     vec: Tensor
     position: Tensor
@@ -106,8 +106,8 @@ class FusedAttention(Call):
     """One attention over its runs of receivers: everything but the tensors that may need gradients.
 
     radial, dot_weights: as among the tensors. outline: which tensors there are. runs: of value and first derivative;
-    training_runs: of the gradients by weights and of the second derivative. coupling: [P, 3 M] or None. table: splines
-    of the radial network, where its weights are frozen. half: value and first derivative gather rows in float16.
+    training_runs: of the gradients by weights and of the second derivative. coupling: [P, 3 M] or None. splines: of the
+    radial network, where its weights are frozen. half: value and first derivative gather rows in float16.
     trained: passes share the radial network. precision: ``input_precision`` of ``tl.dot``. cache: what a pass takes
     over from those before it.
     """
@@ -121,7 +121,7 @@ class FusedAttention(Call):
     runs: list[EdgeRun]
     training_runs: Callable[[], list[EdgeRun]]
     coupling: Tensor | None
-    table: RadialTable | None = None
+    splines: RadialSplines | None = None
     half: bool = False
     trained: bool = False
     precision: str = "ieee"
@@ -141,9 +141,9 @@ class FusedAttention(Call):
         return RadialNetwork(self.radial, self.spec.cutoff)
 
     def _networks(self) -> RadialNetwork | GateNetworks:
-        """The radial networks, the same for all passes where no table stands: their table is a product in float64."""
+        """The radial networks, the same for all passes without splines: their first layer is a product in float64."""
         networks = self.cache.get("networks") or self._make_networks()
-        if self.table is None:
+        if self.splines is None:
             self.cache["networks"] = networks
         return networks
 
@@ -155,18 +155,19 @@ class FusedAttention(Call):
         """The coupling's transpose."""
         return None if self.coupling is None else self.coupling.t().contiguous()
 
-    def _edges(self, run: EdgeRun, vec: Tensor, table: RadialTable | None) -> Edges:
+    def _edges(self, run: EdgeRun, vec: Tensor, splines: RadialSplines | None) -> Edges:
         vec, source, species = vec[run.edges].contiguous(), run.source, run.species
         edges = vec.shape[0]
         position, envelope = vec.new_empty(edges), vec.new_empty(edges)
         scale = vec.new_empty(edges, self.directions)
-        row = position if table is None else torch.empty(edges, dtype=torch.int32, device=vec.device)
+        row = position if splines is None else torch.empty(edges, dtype=torch.int32, device=vec.device)
         if edges:
             edge_kernel.geometry_kernel[(math.ceil(edges / 256),)](
                 vec, position, envelope, scale, row, source, run.target, species, species[run.nodes],
-                source if table is None else table.pair_row, E=edges, Z=0 if table is None else table.pair_row.shape[0],
-                intervals=0 if table is None else table.intervals,
-                knots_per_length=0.0 if table is None else table.scale, TABLE=table is not None,
+                source if splines is None else splines.pair_row, E=edges,
+                Z=0 if splines is None else splines.pair_row.shape[0],
+                intervals=0 if splines is None else splines.intervals,
+                knots_per_length=0.0 if splines is None else splines.scale, SPLINE=splines is not None,
                 **edge_kernel.constants_of(self.spec, self.directions, 256),
             )  # fmt: skip
         return Edges(vec, position, row, envelope, scale, source)
@@ -186,7 +187,7 @@ class FusedAttention(Call):
                 *_arguments(given.query, run.nodes), *_arguments(given.key), features, edges.row, edges.position,
                 edges.envelope, edges.source, run.row_ptr, score, statistics.top[run.nodes],
                 statistics.total[run.nodes], 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width,
-                NORM=self.spec.norm_number, TABLE=self.table is not None, HALF=given.half, BH=block,
+                NORM=self.spec.norm_number, SPLINE=self.splines is not None, HALF=given.half, BH=block,
                 BS=next_power(width), BE=together, num_warps=warps,
             )  # fmt: skip
         return score
@@ -218,15 +219,15 @@ class FusedAttention(Call):
 
         tensors: for the weights of the features. Keeps the softmax's statistics for :meth:`gradients_of_runs`.
         """
-        gate = self.gate(tensors) if self.table is None else None
+        gate = self.gate(tensors) if self.splines is None else None
         rows, heads = given.value_rows
         tiles = row_tiles(rows, heads, self.directions, *ATTEND_TILE)
         statistics = self._statistics(given)
 
         def of_run(run: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
-            edges = self._edges(run, given.vec, self.table)
+            edges = self._edges(run, given.vec, self.splines)
             if gate is None:
-                features = self.table.knots
+                features = self.splines.knots
             else:
                 features, _ = gate.forward(run, edges.vec, edges.position, keep=False)
             score = self._scores(run, edges, given, features, statistics)
@@ -238,7 +239,7 @@ class FusedAttention(Call):
                 attend_kernel.attend_kernel[run.num_nodes, math.ceil(heads / tiles["BH"])](
                     score, features, edges.row, edges.position, edges.envelope, edges.scale, *_arguments(given.value),
                     edges.source, run.row_ptr, statistics.top[run.nodes], statistics.total[run.nodes], summed,
-                    R=rows, H=heads, NORM=self.spec.norm_number, TABLE=gate is None, HALF=given.half,
+                    R=rows, H=heads, NORM=self.spec.norm_number, SPLINE=gate is None, HALF=given.half,
                     B=self.directions, EACH=min(EACH, tiles["BH"]), UNROLL=ATTEND_UNROLL[given.half], **tiles,
                 )  # fmt: skip
             if finish is not None:
@@ -273,11 +274,11 @@ class FusedAttention(Call):
         width = given.query.numbers.shape[2]
         norm, directions, half = self.spec.norm_number, self.directions, given.half
         weights = any(n >= self.first_weight for n in wanted)
-        table = None if weights else self.table
-        gate = self.gate(tensors) if table is None else None
+        splines = None if weights else self.splines
+        gate = self.gate(tensors) if splines is None else None
         if not self.trained:
             self.cache.pop("networks", None)
-        known = self.cache.get("statistics") if table is self.table else None
+        known = self.cache.get("statistics") if splines is self.splines else None
         statistics = self._statistics(given) if known is None else known
         runs = self.training_runs() if weights else self.runs
         fresh = vec.new_empty if len(runs) == 1 else vec.new_zeros
@@ -289,10 +290,10 @@ class FusedAttention(Call):
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
 
         def of_run(run: EdgeRun) -> None:
-            edges = self._edges(run, vec, table)
+            edges = self._edges(run, vec, splines)
             number, receivers = run.num_edges, run.num_nodes
             if gate is None:
-                features = table.knots
+                features = splines.knots
             else:
                 features, kept = gate.forward(run, edges.vec, edges.position, keep=weights)
             if known is None and norm <= 1:
@@ -301,13 +302,13 @@ class FusedAttention(Call):
             weight, pair = (vec.new_empty(number, heads) for _ in range(2))
             mean = vec.new_empty(receivers, heads)
             best = torch.empty(receivers if norm == 1 else 0, heads, dtype=torch.int64, device=vec.device)
-            grad_features = vec.new_empty(number, 2 * heads) if table is None else weight
-            grad_parts = vec.new_empty(directions + 1 + (table is not None), blocks, number)
+            grad_features = vec.new_empty(number, 2 * heads) if splines is None else weight
+            grad_parts = vec.new_empty(directions + 1 + (splines is not None), blocks, number)
             if receivers:
                 of_features = features, edges.row, edges.position, edges.envelope
                 of_softmax = statistics.top[run.nodes], statistics.total[run.nodes]
                 root, width_tile = 1.0 / math.sqrt(width), next_power(width)
-                constants = {"H": heads, "S": width, "NORM": norm, "TABLE": table is not None, "HALF": half}
+                constants = {"H": heads, "S": width, "NORM": norm, "SPLINE": splines is not None, "HALF": half}
                 if number:  # it reads ahead
                     attend_backward_kernel.attend_backward_kernel[receivers, blocks](
                         *_arguments(given.query, run.nodes), *_arguments(given.key), *of_features, edges.scale,
@@ -318,7 +319,7 @@ class FusedAttention(Call):
                 attend_backward_kernel.score_backward_kernel[receivers, blocks](
                     *_arguments(given.key), *of_features, edges.source, run.row_ptr, *of_softmax, mean, best, pair,
                     weight, grad_features, grad_parts[directions:], grad_query[run.nodes], number, root,
-                    self.spec.softmax_constant, 0.0 if table is None else table.scale, BH=tiles["BH"],
+                    self.spec.softmax_constant, 0.0 if splines is None else splines.scale, BH=tiles["BH"],
                     EACH=each, BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
                 )  # fmt: skip
             if by_sender and run.order_ptr.numel() > 1:
@@ -335,7 +336,7 @@ class FusedAttention(Call):
             if number:
                 edge_kernel.geometry_backward_kernel[(math.ceil(number / 256),)](
                     edges.vec, grad_distance, grad_parts, grad_vec[run.edges], E=number, S=blocks,
-                    PARTS=table is not None, **edge_kernel.constants_of(self.spec, directions, 256),
+                    PARTS=splines is not None, **edge_kernel.constants_of(self.spec, directions, 256),
                 )  # fmt: skip
             if grad_harmonics is not None:
                 gate.add_by_vec(grad_harmonics, kept, grad_vec[run.edges])

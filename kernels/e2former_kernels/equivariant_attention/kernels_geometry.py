@@ -18,7 +18,7 @@ from e2former_kernels.common.harmonics import (
     store_vector,
 )
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
-from e2former_kernels.radial.table import place
+from e2former_kernels.radial.splines import place
 
 
 @functools.lru_cache(maxsize=64)
@@ -56,11 +56,11 @@ def geometry_kernel(
     vec, distance, envelope, scale, row, source, target, species, target_species, pair_row,
     E, Z, intervals, knots_per_length, lower, upper,
     P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr,
-    TABLE: tl.constexpr, BLOCK: tl.constexpr,
+    SPLINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Envelope, message scale (direction and harmonics of degree 2; direction; 1/d; or 1) and length of every edge.
 
-    TABLE: instead of the length its position in the interval of the radial table, 0 to 1, and in ``row`` the interval's
+    SPLINE: instead of the length its position in the spline's interval, 0 to 1, and in ``row`` the interval's
     first row. species: of the senders; target_species: of the run's receivers. pair_row: [Z, Z].
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -69,7 +69,7 @@ def geometry_kernel(
     d = tl.sqrt(x * x + y * y + z * z)
     u, _ = envelope_of(d, lower, upper, P, BELL)
     tl.store(envelope + e, u, mask=inside)
-    if TABLE:
+    if SPLINE:
         zi = tl.load(target_species + tl.load(target + e, mask=inside, other=0), mask=inside, other=0)
         zj = tl.load(species + tl.load(source + e, mask=inside, other=0), mask=inside, other=0)
         k, f = place(d, zi, zj, pair_row, inside, Z, intervals, knots_per_length)

@@ -20,14 +20,14 @@ from e2former_kernels.equivariant_attention.kernels_value import (
     softplus,
     weighted,
 )
-from e2former_kernels.radial.table import feature, load, spline_and_slope
+from e2former_kernels.radial.splines import feature, load, spline_and_slope
 
 
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def attend_backward_kernel(
     query, query_factor, key, key_factor, features, row, position, envelope, scale, value, value_factor, grad,
     grad_factor, source, row_ptr, top, total, pair, slope, mean, best, grad_scale, E, inverse_root,
-    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr,
     B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one receiver's edges by their weights, from grad = dL/dout, [n, B, R, H].
@@ -78,8 +78,8 @@ def attend_backward_kernel(
         of_key, of_value = tl.load(key_factor + j), tl.load(value_factor + j)
     j = tl.load(source + tl.minimum(first + 1, end)).to(tl.int64)
     for e in range(first, last):
-        g = feature(features, row, position, e, h, in_h, 2 * H, TABLE, MASKED)
-        p = feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+        g = feature(features, row, position, e, h, in_h, 2 * H, SPLINE, MASKED)
+        p = feature(features, row, position, e, H + h, in_h, 2 * H, SPLINE, MASKED)
         u = tl.load(envelope + e)
         c = load_scale(scale, e, B)
         x = x_next.to(dtype)
@@ -131,14 +131,15 @@ def attend_backward_kernel(
 def score_backward_kernel(
     key, key_factor, features, row, position, envelope, source, row_ptr, top, total, mean, best, pair, weight,
     grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
-    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr,
     BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """From the gradients by the weights of one receiver's edges, in ``weight``, those by what the weights are made of.
 
-    Replaces pair by dL/d<q, k> and weight by w, [e, h]; writes grad_query [n, H, S], grad_features [E, 2H] (without
-    TABLE), and this program's part of the sums over heads, grad_parts [1 (+ 1), programs, E]: by the envelope and (with
-    TABLE) the length. Edges are taken BE at a time. Long: all scores share what is loaded and stored.
+    Replaces pair by dL/d<q, k> and weight by w, [e, h]; writes grad_query [n, H, S], grad_features [E, 2H]
+    (without SPLINE), and this program's part of the sums over heads, grad_parts [1 (+ 1), programs, E]: by the
+    envelope and (with SPLINE) the length. Edges are taken BE at a time.
+    Long: all scores share what is loaded and stored.
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)
@@ -167,7 +168,7 @@ def score_backward_kernel(
         )  # fmt: skip
         gw = tl.load(weight + at, mask=inside, other=0.0)
         x = tl.load(pair + at, mask=inside, other=0.0)
-        if TABLE:
+        if SPLINE:
             rows = tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None]
             f = tl.load(position + e, mask=here, other=0.0)[:, None]
             g, dg = spline_and_slope(features, rows, f, h[None, :], inside, knots_per_length, 2 * H, True)
@@ -201,7 +202,7 @@ def score_backward_kernel(
         tl.store(weight + at, w, mask=inside)
         tl.store(pair + at, gx, mask=inside)
         tl.store(parts + e, tl.sum(tl.where(inside, gu, 0.0), axis=1), mask=here)
-        if TABLE:
+        if SPLINE:
             by_length = tl.sum(tl.where(inside, ga * x * dg + gp * dp, 0.0), axis=1)
             tl.store(parts + stride * tl.num_programs(1) + e, by_length, mask=here)
         else:

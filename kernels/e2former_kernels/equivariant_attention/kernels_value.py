@@ -7,7 +7,7 @@ crosses a warp but sums over heads; its rows are split in RA + RB (``row_tiles``
 is a tuple.
 
 Features of an edge are the gate g (columns 0 to H) and the head's input p (columns H to 2H) of the radial network: an
-array [E, 2H], or with TABLE a spline (``radial/table.py``) at row ``row[e]``, position ``position[e]``.
+array [E, 2H], or with SPLINE a spline (``radial/splines.py``) at row ``row[e]``, position ``position[e]``.
 Scores are a = g <q, k> / sqrt(S); weights w = z u p / t with z = exp(a - m) for the softmax norms (NORM 0 smooth,
 1 molfm), w = f(a) u p for 2 softplus and 3 sigmoid.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from e2former_kernels.common.half import Rows, half_rows, new_rows, store_half
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.radial.table import cubic, ends, feature, load
+from e2former_kernels.radial.splines import cubic, ends, feature, load
 
 #: Norms that the kernels know, at their NORM.
 NORMS = ("smooth", "molfm", "softplus", "sigmoid")
@@ -131,7 +131,7 @@ def add_each(a, b, B: tl.constexpr):
 def score_kernel(
     query, query_factor, key, key_factor, features, row, position, envelope, source, row_ptr, score, top, total,
     inverse_root, eps,
-    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr,
     BH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """score[e, h] = a for the edges of one receiver, and the softmax's shift and sum, top and total [n, H].
@@ -162,7 +162,7 @@ def score_kernel(
         a = tl.sum(q[None, :, :] * k.to(dtype), axis=2) * inverse_root
         if HALF:
             a *= tl.load(key_factor + j, mask=here, other=0.0)[:, None]
-        if TABLE:
+        if SPLINE:
             rows = tl.load(row + e, mask=here, other=0).to(tl.int64)[:, None]
             f = tl.load(position + e, mask=here, other=0.0)[:, None]
             v0, s0, v1, s1 = ends(features, rows, h[None, :], 2 * H, both, True)
@@ -188,7 +188,7 @@ def score_kernel(
 @triton.jit
 def attend_kernel(
     score, features, row, position, envelope, scale, value, value_factor, source, row_ptr, top, total, out,
-    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
+    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
     RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[i, b, r, h] = sum over the edges e of i of w[e, h] scale[e, b] value[source(e), r, h], [n, B, R, H]."""
@@ -213,7 +213,7 @@ def attend_kernel(
         if RB > 0:
             y = load(base + at_b, mask_b, MASKED_B)
         a = load(score + e * H + h, in_h, MASKED)
-        w = tl.load(envelope + e) * feature(features, row, position, e, H + h, in_h, 2 * H, TABLE, MASKED)
+        w = tl.load(envelope + e) * feature(features, row, position, e, H + h, in_h, 2 * H, SPLINE, MASKED)
         if NORM <= 1:
             w = w * tl.exp(a - m) * inv
         elif NORM == 2:

@@ -24,7 +24,7 @@ from e2former_kernels.equivariant_attention.reference import Form, Pieces, check
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights
 from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.reference import RadialWeights
-from e2former_kernels.radial.table import RadialTable, check_table
+from e2former_kernels.radial.splines import RadialSplines, check_splines
 
 # Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
 # everything fits in one run (1.3 GB in float32, which a CUDA graph can replay), as always in training, and where it
@@ -67,24 +67,24 @@ def make_call(
     coupling: Tensor | None,
     form: Form,
     mode: Mode,
-    table: RadialTable | None,
+    splines: RadialSplines | None,
     half: bool = False,
 ) -> FusedAttention:
     """The operation on one graph. Raises as :func:`equivariant_attention` does."""
     value, score, relative = pieces.value, SCORES[spec.score], spec.order > 0 and form == "relative"
     check_arguments(spec, pieces, edges, coupling, form)
     hidden, per_row = pieces.radial.hidden.shape[-1], value.shape[-1] * value.shape[1]
-    if table is not None and score.directional:
-        raise ValueError("table: expected None for this score, whose features are no table's")
-    if table is not None:
-        check_table(table, value, 2 * spec.num_heads, mode.trained)
+    if splines is not None and score.directional:
+        raise ValueError("splines: expected None for this score, whose features no splines give")
+    if splines is not None:
+        check_splines(splines, value, 2 * spec.num_heads, mode.trained)
     directions = spec.directions if relative else 1
     if half and mode.trained:
         raise ValueError("half: expected false where weights are trained")
     # of an edge, and its share of the receivers' outer products, at some thirty edges each; their gradients may be half
     share = 64 if half else 32
     numbers = 2 * spec.num_heads + 8 + directions * (1 + spec.num_heads // 32) + directions * per_row // share
-    if table is None:
+    if splines is None:
         numbers += 4 * spec.num_heads + 3 * hidden
     budget = SINGLE_NUMBERS if mode.trained else FUSED_NUMBERS
     # two numbers, a value and its change, of the radial network's layers, features, scores, weights and gradients
@@ -102,7 +102,7 @@ def make_call(
         runs=edges.runs(numbers, budget, SINGLE_NUMBERS),
         training_runs=partial(edges.runs, second[0] + directions * per_row // 32, second[1], GATE_NUMBERS),
         coupling=coupling.flatten(1).contiguous() if relative else None,
-        table=table,
+        splines=splines,
         half=half,
         trained=mode.trained,
         radial=pieces.radial,
@@ -112,30 +112,35 @@ def make_call(
 
 
 def _settings(
-    spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupling: Tensor | None, form: Form, table: RadialTable | None
+    spec: AttentionSpec,
+    pieces: Pieces,
+    edges: EdgeList,
+    coupling: Tensor | None,
+    form: Form,
+    splines: RadialSplines | None,
 ) -> Settings:
     """All that is no tensor, for :func:`_make_call`; first the rows of the value."""
     relative = spec.order > 0 and form == "relative"
     rows = coupling.shape[0] if relative else pieces.value.shape[1]
     integers = [spec.lmax, spec.num_heads, spec.num_basis, spec.order, spec.envelope_exponent, edges.max_edges or 0]
-    intervals, *of_table = (0,) if table is None else table[2:]
-    known = flags([coupling, *(table or (None, None))[:2], *pieces.every()])
+    intervals, *of_splines = (0,) if splines is None else splines[2:]
+    known = flags([coupling, *(splines or (None, None))[:2], *pieces.every()])
     words = f"{form} {spec.score} {spec.norm} {spec.inverse_distance}"
-    return Settings([rows, intervals, *integers, *known], [*of_table, spec.cutoff, *(spec.bell or ())], words)
+    return Settings([rows, intervals, *integers, *known], [*of_splines, spec.cutoff, *(spec.bell or ())], words)
 
 
 def _make_call(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> FusedAttention:
     _, intervals, lmax, heads, basis, order, exponent, max_edges, *known = settings.integers
     form, score, norm, inverse_distance = settings.words.split()
     coupling, knots, pair_row = with_gaps(index[6:], known[:3])
-    numbers, table = list(settings.numbers), None
+    numbers, splines = list(settings.numbers), None
     if knots is not None:
-        table = RadialTable(knots, pair_row, intervals, numbers.pop(0), numbers.pop(0))
+        splines = RadialSplines(knots, pair_row, intervals, numbers.pop(0), numbers.pop(0))
     cutoff, *bell = numbers
     bell = tuple(bell) if bell else None
     spec = AttentionSpec(lmax, heads, basis, cutoff, score, norm, order, inverse_distance, exponent, bell)
     pieces = Pieces.of(with_gaps(tensors, known[3:]))
-    return make_call(spec, pieces, EdgeList.of(index[:6], max_edges), coupling, form, mode, table)
+    return make_call(spec, pieces, EdgeList.of(index[:6], max_edges), coupling, form, mode, splines)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -159,15 +164,15 @@ def equivariant_attention(
     coupling: Tensor | None = None,
     *,
     form: Form = "relative",
-    table: RadialTable | None = None,
+    splines: RadialSplines | None = None,
     recompute_value: Callable[[], Tensor] | None = None,
     half: bool = False,
     mode: Mode = EXACT,
 ) -> Tensor:
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
-    Arguments as there (form ``relative`` or ``sum``). table: splines of the radial network
-    (:func:`e2former_kernels.radial.table.build_radial_table`), for score ``qk`` and weights that need no
+    Arguments as there (form ``relative`` or ``sum``). splines: splines of the radial network
+    (:func:`e2former_kernels.radial.splines.build_splines`), for score ``qk`` and weights that need no
     gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
     recompute_value: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.call`). half: the
     rows of atoms that edges gather are float16 with a factor (``common/half.py``), for float32 inputs whose products
@@ -189,8 +194,8 @@ def equivariant_attention(
     if coupling is not None:
         coupling = coupling.to(dtype)
     if mode.compiled:
-        index = [*edges.tensors(), *there([coupling, *(table or ())[:2]])]
-        settings = _settings(spec, pieces, edges, coupling, form, table)
+        index = [*edges.tensors(), *there([coupling, *(splines or ())[:2]])]
+        settings = _settings(spec, pieces, edges, coupling, form, splines)
         return _registered(there(pieces.every()), mode, index, settings)
-    call = make_call(spec, pieces, edges, coupling, form, mode, table, half)
+    call = make_call(spec, pieces, edges, coupling, form, mode, splines, half)
     return apply_call(call, [t for _, t in pieces.flat()], pieces.value, recompute_value)

@@ -339,7 +339,7 @@ def equivariant_attention_reference(
         value: [N', M, C]; with ``form="sum"`` [N', R, C], any rows.
         dot: [N, M, D], for the ``qk_dot*`` scores.
         vec: [E, 3] = r_i - r_j - shift, Å (from neighbour to receiver).
-        edges: sorted by receiver; their species are rows of the radial network's element tables.
+        edges: sorted by receiver; their species are rows of the radial network's embeddings by element.
         radial: weights of the radial network.
         dot_weights: weights of the directional gate, for the ``qk_dot*`` scores.
         coupling: [P, B, M], coefficients of the path rows; for orders 1 and 2 but with ``form="sum"``.

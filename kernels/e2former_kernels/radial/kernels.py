@@ -49,16 +49,16 @@ def _layer_norm(x, weight, bias, at, inside, H, EPS: tl.constexpr):
 
 
 @triton.jit
-def _cubic(d, table, at, inside, G, H, intervals, scale, SLOPE: tl.constexpr):
+def _cubic(d, knots, at, inside, G, H, intervals, scale, SLOPE: tl.constexpr):
     """Piecewise cubic W0 phi(d), or its derivative by d.
 
-    table: [intervals, 4, G, H], coefficients in the position within the interval, 0 to 1. Constant beyond the last.
+    knots: [intervals, 4, G, H], coefficients in the position within the interval, 0 to 1. Constant beyond the last.
     """
     t = tl.minimum(d * scale, intervals.to(d.dtype))
     k = tl.minimum(t.to(tl.int32), intervals - 1)
     f = (t - k.to(d.dtype))[:, None]
     row = G * H
-    base = table + (k * 4 * row)[:, None] + at[None, :]
+    base = knots + (k * 4 * row)[:, None] + at[None, :]
     inside = inside[None, :]
     if SLOPE:
         x = 3.0 * f * tl.load(base + 3 * row, mask=inside, other=0.0)
@@ -75,17 +75,17 @@ def _cubic(d, table, at, inside, G, H, intervals, scale, SLOPE: tl.constexpr):
 
 @triton.jit
 def _first_layer(
-    d, e, in_e, zt, zs, table, target_table, source_table, at, inside, E, G, H, intervals, scale, g,
-    TABLE: tl.constexpr,
+    d, e, in_e, zt, zs, knots, target_embedding, source_embedding, at, inside, E, G, H, intervals, scale, g,
+    SPLINE: tl.constexpr,
 ):  # fmt: skip
-    """W0 phi(d) + T[z_i] + S[z_j] of a tile of edges. TABLE false: ``table`` holds W0 phi(d) itself, [G, E, H]."""
+    """W0 phi(d) + T[z_i] + S[z_j] of a tile of edges. SPLINE false: ``knots`` holds W0 phi(d) itself, [G, E, H]."""
     both = in_e[:, None] & inside[None, :]
-    if TABLE:
-        x = _cubic(d, table, at, inside, G, H, intervals, scale, False)
+    if SPLINE:
+        x = _cubic(d, knots, at, inside, G, H, intervals, scale, False)
     else:
-        x = tl.load(table + (g * E + e)[:, None] * H + (at - g * H)[None, :], mask=both, other=0.0)
-    x += tl.load(target_table + zt[:, None] * (G * H) + at[None, :], mask=both, other=0.0)
-    x += tl.load(source_table + zs[:, None] * (G * H) + at[None, :], mask=both, other=0.0)
+        x = tl.load(knots + (g * E + e)[:, None] * H + (at - g * H)[None, :], mask=both, other=0.0)
+    x += tl.load(target_embedding + zt[:, None] * (G * H) + at[None, :], mask=both, other=0.0)
+    x += tl.load(source_embedding + zs[:, None] * (G * H) + at[None, :], mask=both, other=0.0)
     return x
 
 
@@ -157,10 +157,10 @@ def _layer_backward(
 
 
 @triton.jit
-def _slope(d, row, both, table, slopes, at, inside, G, H, intervals, scale, TABLE: tl.constexpr):
-    """d/dd of W0 phi(d): from the table, or read from ``slopes`` [G, E, h]."""
-    if TABLE:
-        x = _cubic(d, table, at, inside, G, H, intervals, scale, True)
+def _slope(d, row, both, knots, slopes, at, inside, G, H, intervals, scale, SPLINE: tl.constexpr):
+    """d/dd of W0 phi(d): from the knots, or read from ``slopes`` [G, E, h]."""
+    if SPLINE:
+        x = _cubic(d, knots, at, inside, G, H, intervals, scale, True)
     else:
         x = tl.load(slopes + row, mask=both, other=0.0)
     return x
@@ -168,9 +168,9 @@ def _slope(d, row, both, table, slopes, at, inside, G, H, intervals, scale, TABL
 
 @triton.jit
 def first_layer_kernel(
-    distance, distance_dot, target_species, source_species, table, slopes, target_table, source_table, gamma, beta,
-    out, E, G, H, intervals, scale,
-    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
+    distance, distance_dot, target_species, source_species, knots, slopes, target_embedding, source_embedding, gamma,
+    beta, out, E, G, H, intervals, scale,
+    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr,
     TANGENT: tl.constexpr,
 ):  # fmt: skip
     """out[g, 0, e] = SiLU(LN(W0 phi(d) + T[z_i] + S[z_j])), out[g, 1, e] its tangent."""
@@ -185,13 +185,13 @@ def first_layer_kernel(
     zt = tl.load(target_species + e, mask=in_e, other=0)
     zs = tl.load(source_species + e, mask=in_e, other=0)
     x = _first_layer(
-        d, e, in_e, zt, zs, table, target_table, source_table, at, inside, E, G, H, intervals, scale, g, TABLE
+        d, e, in_e, zt, zs, knots, target_embedding, source_embedding, at, inside, E, G, H, intervals, scale, g, SPLINE
     )
     x_dot = x
     T: tl.constexpr = 2 if TANGENT else 1
     if TANGENT:
         row = (g * E + e)[:, None] * H + c[None, :]
-        x_dot = _slope(d, row, both, table, slopes, at, inside, G, H, intervals, scale, TABLE)
+        x_dot = _slope(d, row, both, knots, slopes, at, inside, G, H, intervals, scale, SPLINE)
         x_dot = x_dot * tl.load(distance_dot + e, mask=in_e, other=0.0)[:, None]
     a, a_dot = _layer(x, x_dot, gamma, beta, at, inside, H, EPS, NORM, TANGENT)
     to = e + g * T * E
@@ -202,9 +202,9 @@ def first_layer_kernel(
 
 @triton.jit
 def first_layer_reverse_kernel(
-    grad, distance, distance_dot, target_species, source_species, table, slopes, target_table, source_table,
+    grad, distance, distance_dot, target_species, source_species, knots, slopes, target_embedding, source_embedding,
     gamma, beta, out, grad_distance, grad_distance_dot, sums, E, G, H, intervals, scale, tiles,
-    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, TABLE: tl.constexpr,
+    EPS: tl.constexpr, HP: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr,
     TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of first_layer_kernel's result to those by distance and distance_dot, [G, E] each.
@@ -229,10 +229,26 @@ def first_layer_reverse_kernel(
         zt = tl.load(target_species + e, mask=in_e, other=0)
         zs = tl.load(source_species + e, mask=in_e, other=0)
         x = _first_layer(
-            d, e, in_e, zt, zs, table, target_table, source_table, at, inside, E, G, H, intervals, scale, g, TABLE
+            d,
+            e,
+            in_e,
+            zt,
+            zs,
+            knots,
+            target_embedding,
+            source_embedding,
+            at,
+            inside,
+            E,
+            G,
+            H,
+            intervals,
+            scale,
+            g,
+            SPLINE,
         )
         row = (g * E + e)[:, None] * H + c[None, :]
-        slope = _slope(d, row, both, table, slopes, at, inside, G, H, intervals, scale, TABLE)
+        slope = _slope(d, row, both, knots, slopes, at, inside, G, H, intervals, scale, SPLINE)
         to = (e + g * T * E)[:, None] * H + c[None, :]
         q = tl.load(grad + to, mask=both, other=0.0)
         x_dot = slope
@@ -356,7 +372,7 @@ def inputs_kernel(
 ):  # fmt: skip
     """What the first layer reads, [phi(d); one-hot z_i; one-hot z_j; zeros], [E, W]. TANGENT: slopes = phi'(d) [E, NB].
 
-    Z: rows of the tables of species.
+    Z: rows of the embeddings by element.
     """
     e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     c = tl.program_id(1) * BW + tl.arange(0, BW)

@@ -3,7 +3,7 @@ r"""Radial networks without a graph: cuBLAS's matrix products, with row kernels 
 The value, the change :math:`\dot F = F'(d)\,\dot d` of the features along a change of the distances (the tangent), and
 one reverse pass over both, for second derivatives; without a tangent the same pass gives the first ones. Callers pass
 edges in runs of bounded length. In float32 the first layer, a function of
-the distance alone, comes from a table that is made from the weights of the moment (:func:`first_layer_table`). Sums
+the distance alone, is piecewise cubic with knots made from the weights of the moment (:func:`first_layer_knots`). Sums
 over edges are matrix products and partial sums in a fixed order.
 """
 
@@ -22,11 +22,11 @@ from e2former_kernels.common.tiles import next_power
 from e2former_kernels.radial import kernels as kernel
 from e2former_kernels.radial.reference import RadialWeights
 
-# Intervals of the table of W0 phi(d) for one distance of two Gaussian centres. Cubic Hermite interpolation of Gaussians
+# Intervals of W0 phi(d) for one distance of two Gaussian centres. Cubic Hermite interpolation of Gaussians
 # of width two such distances is then good to 8e-9 of their weights, its slope to 8e-7 (errors h^4/384 and
 # h^3 sqrt(3)/216 times the fourth derivative).
 KNOTS_PER_CENTRE = 16
-# The table reaches this many centre distances beyond the last Gaussian, which is 1e-14 there: exact at any distance.
+# The knots reach this many centre distances beyond the last Gaussian, which is 1e-14 there: exact at any distance.
 CENTRES_BEYOND = 16
 TILE_NUMBERS = 512  # numbers of one tile of the row kernels, which hold a dozen such tiles: 4 a thread
 ALONE_NUMBERS = 2048  # where nothing is kept for tangents and gradients by weights
@@ -47,15 +47,15 @@ def _basis_pieces(num_basis: int, device: torch.device) -> Tensor:
         return torch.stack(pieces, 1).flatten(0, 1)
 
 
-def first_layer_table(basis: Tensor) -> Tensor:
+def first_layer_knots(basis: Tensor) -> Tensor:
     """Piecewise cubic of W0 phi(d) for the kernels, [intervals, 4, G, h]: coefficients in the position in the interval.
 
     basis: W0, [G, h, n_b]. An interval is the distance of two Gaussian centres over ``KNOTS_PER_CENTRE``.
     """
     groups, hidden, num_basis = basis.shape
     pieces = _basis_pieces(num_basis, basis.device)
-    table = pieces @ basis.reshape(groups * hidden, num_basis).to(torch.float64).t()
-    return table.to(basis.dtype).view(-1, 4, groups, hidden)
+    knots = pieces @ basis.reshape(groups * hidden, num_basis).to(torch.float64).t()
+    return knots.to(basis.dtype).view(-1, 4, groups, hidden)
 
 
 class Kept(NamedTuple):
@@ -82,7 +82,7 @@ class RadialNetwork:
         self.groups, self.hidden, self.num_basis = weights.basis.shape
         self.spacing = float(cutoff / (self.num_basis - 1))
         self.exact = weights.basis.dtype == torch.float64
-        self.table = self.weights.basis if self.exact else first_layer_table(self.weights.basis)
+        self.knots = self.weights.basis if self.exact else first_layer_knots(self.weights.basis)
 
     def _launch(self, edges: int, tangent: bool, keep: bool, sums: bool = False) -> tuple[tuple[int, int], dict, int]:
         """Grid and constants of the row kernels, and the tiles of one program."""
@@ -91,18 +91,18 @@ class RadialNetwork:
         return kernel.row_launch(edges, self.groups, self.hidden, tile, programs, NORM=norms, TANGENT=tangent)
 
     def _first(self, distance: Tensor, slope: bool) -> tuple[Tensor, Tensor, dict]:
-        """Table, slopes and constants of the first layer's kernels."""
+        """Knots, slopes and constants of the first layer's kernels."""
         if not self.exact:
-            intervals = self.table.shape[0]
+            intervals = self.knots.shape[0]
             scale = (self.num_basis - 1) * KNOTS_PER_CENTRE / self.cutoff
-            return self.table, self.table, {"intervals": intervals, "scale": scale, "TABLE": True}
+            return self.knots, self.knots, {"intervals": intervals, "scale": scale, "SPLINE": True}
         centre = torch.arange(self.num_basis, dtype=distance.dtype, device=distance.device) * self.spacing
         t = (distance.unsqueeze(-1) - centre) * (0.5 / self.spacing)
         phi = torch.exp(-0.5 * t * t)
         weight = self.weights.basis.transpose(1, 2)
         value = torch.matmul(phi, weight)
         slopes = torch.matmul(phi * t * (-0.5 / self.spacing), weight) if slope else value
-        return value, slopes, {"intervals": 1, "scale": 1.0, "TABLE": False}
+        return value, slopes, {"intervals": 1, "scale": 1.0, "SPLINE": False}
 
     def _norm(self, which: int) -> tuple[Tensor, Tensor]:
         w = self.weights
@@ -131,10 +131,10 @@ class RadialNetwork:
         if not edges:
             return distance.new_empty(first.shape[1], 0, groups, width), Kept(*given, first, first, first)
         grid, constants, _ = self._launch(edges, tangent, keep)
-        table, slopes, lookup = self._first(distance, tangent)
+        knots, slopes, lookup = self._first(distance, tangent)
         kernel.first_layer_kernel[grid](
-            distance, distance_dot if tangent else distance, target_species, source_species, table, slopes,
-            w.target_table, w.source_table, *self._norm(0), first, **lookup, **constants,
+            distance, distance_dot if tangent else distance, target_species, source_species, knots, slopes,
+            w.target_embedding, w.source_embedding, *self._norm(0), first, **lookup, **constants,
         )  # fmt: skip
         middle = torch.bmm(first.view(groups, -1, hidden), w.hidden.transpose(1, 2)).view_as(first)
         last = torch.empty_like(first) if keep else first
@@ -184,10 +184,10 @@ class RadialNetwork:
         torch.bmm(up.view(groups, -1, hidden), w.hidden, out=down.view(groups, -1, hidden))
         by_distance = grad.new_empty(groups, edges)
         by_dot = torch.empty_like(by_distance) if tangent else by_distance
-        table, slopes, lookup = self._first(kept.distance, True)
+        knots, slopes, lookup = self._first(kept.distance, True)
         kernel.first_layer_reverse_kernel[grid](
             down, kept.distance, kept.distance_dot if tangent else kept.distance, kept.target_species,
-            kept.source_species, table, slopes, w.target_table, w.source_table, *self._norm(0), down,
+            kept.source_species, knots, slopes, w.target_embedding, w.source_embedding, *self._norm(0), down,
             by_distance, by_dot, sums[:, 3:] if weights else sums, tiles=tiles, SUMS=5, WEIGHTS=weights,
             STORE=weights or (tangent and distance), **lookup, **constants,
         )  # fmt: skip
@@ -219,8 +219,8 @@ class RadialNetwork:
         return out
 
     def _first_layer_gradients(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of basis [G, h, n_b] and the two tables [Z, G, h] from first_layer_reverse_kernel's result."""
-        edges, num_basis, elements = kept.distance.numel(), self.num_basis, self.weights.target_table.shape[0]
+        """Gradients of basis [G, h, n_b] and the two embeddings [Z, G, h] from first_layer_reverse_kernel's result."""
+        edges, num_basis, elements = kept.distance.numel(), self.num_basis, self.weights.target_embedding.shape[0]
         width = 8 * math.ceil((num_basis + 2 * elements) / 8)  # rows that start on 32 bytes
         inputs = grad.new_empty(edges, width)
         tangent = kept.distance_dot is not None

@@ -11,44 +11,44 @@ from torch.nn import functional as F
 from e2former_kernels.common.envelope import envelope
 
 
-class _TableRows(torch.autograd.Function):
-    """Rows of a small table; the gradient on a GPU is a matrix product with the one-hot index, not a scatter."""
+class _EmbeddingRows(torch.autograd.Function):
+    """Rows of a small embedding; the gradient on a GPU is a matrix product with the one-hot index, not a scatter."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx, embedding: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.rows = table.shape[0]
-        return table.index_select(0, index)
+        ctx.rows = embedding.shape[0]
+        return embedding.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
-        return _TableSums.apply(grad, index, ctx.rows), None
+        return _EmbeddingSums.apply(grad, index, ctx.rows), None
 
 
-class _TableSums(torch.autograd.Function):
+class _EmbeddingSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, index: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(index)
-        return table_sums(values, index, rows)
+        return embedding_sums(values, index, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
-        return _TableRows.apply(grad, index), None, None
+        return _EmbeddingRows.apply(grad, index), None, None
 
 
-def table_sums(values: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Sums of the values of each row of the table, in a fixed order. values: [E, ...]; index: [E]. No gradient."""
+def embedding_sums(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Sums of the values of each row of the embedding, in a fixed order. values: [E, ...]; index: [E]. No gradient."""
     if values.device.type == "cpu":  # where a scatter adds in order
         return values.new_zeros(rows, *values.shape[1:]).index_add_(0, index, values)
     one_hot = (index.unsqueeze(0) == torch.arange(rows, device=index.device).unsqueeze(1)).to(values.dtype)
     return (one_hot @ values.flatten(1)).view(rows, *values.shape[1:])
 
 
-def table_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table of a hundred rows or so, with a deterministic gradient. table: [Z, ...]; index: [E]."""
-    return _TableRows.apply(table, index)
+def embedding_rows(embedding: Tensor, index: Tensor) -> Tensor:
+    """Rows of an embedding of a hundred rows or so, with a deterministic gradient. embedding: [Z, ...]; index: [E]."""
+    return _EmbeddingRows.apply(embedding, index)
 
 
 LAYER_NORM_EPS = 1e-5
@@ -59,12 +59,12 @@ class RadialWeights(NamedTuple):
 
     The first linear layer reads ``[phi(d); T[Z_i]; S[Z_j]]``. Its species columns are folded into one row per
     element, so an edge costs ``n_b`` columns instead of ``n_b + 2 * embedding width``.
-    Widths: n_b basis functions, h hidden, K outputs, Z rows of the element tables.
+    Widths: n_b basis functions, h hidden, K outputs, Z rows of the embeddings by element.
     """
 
     basis: Tensor  # [G, h, n_b]
-    target_table: Tensor  # [Z, G, h], the first layer's bias included
-    source_table: Tensor  # [Z, G, h]
+    target_embedding: Tensor  # [Z, G, h], the first layer's bias included
+    source_embedding: Tensor  # [Z, G, h]
     norm0_weight: Tensor | None  # [G, h]; None: no layer norms
     norm0_bias: Tensor | None
     hidden: Tensor  # [G, h, h]
@@ -104,7 +104,8 @@ def _norm_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def first_layer(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
     """The first linear layer, [G, E, h]: groups first, then all that is kept lies as the matrix products want it."""
-    x = table_rows(weights.target_table, target_species) + table_rows(weights.source_table, source_species)
+    x = embedding_rows(weights.target_embedding, target_species)
+    x = x + embedding_rows(weights.source_embedding, source_species)
     return torch.matmul(basis, weights.basis.transpose(1, 2)) + x.transpose(0, 1)
 
 
@@ -132,7 +133,7 @@ def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor
 
     Args:
         basis: [E, n_b].
-        target_species: [E], rows of the element tables, of the receivers.
+        target_species: [E], rows of the embeddings by element, of the receivers.
         source_species: [E], of the senders.
         weights: of G networks with K outputs.
 

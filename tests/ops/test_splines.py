@@ -9,7 +9,7 @@ from e2former_kernels.common.backend import Mode, triton_installed
 from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import RadialWeights, gaussian_basis, radial_network
-from e2former_kernels.radial.table import build_radial_table, hermite
+from e2former_kernels.radial.splines import build_splines, hermite
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"
@@ -18,48 +18,48 @@ CUTOFF, ELEMENTS = 3.0, [0, 2, 3]
 
 
 @pytest.mark.parametrize("norms", [True, False])
-def test_error_of_a_table(make, norms: bool) -> None:
+def test_error_of_splines(make, norms: bool) -> None:
     """At random distances, for every ordered pair: values within twice the tolerance, slopes within a hundred times."""
     weights = make.radial(1, 6, 8, 17, norms)
-    table = build_radial_table(weights, CUTOFF, ELEMENTS)
-    assert table.error <= 1e-6 and not table.knots.requires_grad
+    splines = build_splines(weights, CUTOFF, ELEMENTS)
+    assert splines.error <= 1e-6 and not splines.knots.requires_grad
     distance = (torch.rand(400) * CUTOFF).double().requires_grad_()
     for zi in ELEMENTS:
         for zj in ELEMENTS:
             species = torch.full((400,), zi), torch.full((400,), zj)
             exact = radial_network(gaussian_basis(distance, CUTOFF, 17), *species, weights).squeeze(1)
-            t = distance * table.scale
-            k = t.long().clamp(max=table.intervals - 1)
-            row, parts = table.pair_row[zi, zj] + k, hermite(t - k)
-            ends = (table.knots[row, 0], table.knots[row, 1], table.knots[row + 1, 0], table.knots[row + 1, 1])
+            t = distance * splines.scale
+            k = t.long().clamp(max=splines.intervals - 1)
+            row, parts = splines.pair_row[zi, zj] + k, hermite(t - k)
+            ends = (splines.knots[row, 0], splines.knots[row, 1], splines.knots[row + 1, 0], splines.knots[row + 1, 1])
             found = sum(p.unsqueeze(1) * e for p, e in zip(parts, ends, strict=True))
             assert (found - exact).abs().max() <= 2e-6 * exact.abs().max()
             for column in range(exact.shape[1]):
                 (slope,) = torch.autograd.grad(found[:, column].sum(), distance, retain_graph=True)
                 (expected,) = torch.autograd.grad(exact[:, column].sum(), distance, retain_graph=True)
                 assert (slope - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert int(table.pair_row[1, 0]) == -1  # an element that the table was not made for
+    assert int(splines.pair_row[1, 0]) == -1  # an element that the splines were not made for
 
 
-def test_no_table_where_none_is_good_or_small_enough(make) -> None:
+def test_no_splines_where_none_are_good_or_small_enough(make) -> None:
     weights = make.radial(1, 6, 8, 17)
-    assert build_radial_table(weights, CUTOFF, ELEMENTS, tolerance=1e-14) is None
-    assert build_radial_table(weights, CUTOFF, ELEMENTS, max_bytes=1000) is None
+    assert build_splines(weights, CUTOFF, ELEMENTS, tolerance=1e-14) is None
+    assert build_splines(weights, CUTOFF, ELEMENTS, max_bytes=1000) is None
 
 
 @interpreted
 @pytest.mark.parametrize(
     ("norm", "order", "size"), [("smooth", 1, None), ("molfm", 1, 3), ("softplus", 0, None), ("sigmoid", 1, 3)]
 )
-def test_attention_with_a_table(make, find_leaves, norm: str, order: int, size: int | None) -> None:
+def test_attention_with_splines(make, find_leaves, norm: str, order: int, size: int | None) -> None:
     """Value and gradients of query, key, value and edges; second derivatives are the network's."""
     arguments = list(make.attention("qk", norm, order, edges=11, heads=5, basis=9))
     for tensor in find_leaves(arguments[7]):
         tensor.requires_grad_(False)
     with torch.no_grad():  # edges around the atoms of the cutoff sphere
         arguments[5].mul_(0.8)
-    table = build_radial_table(arguments[7], 3.0, range(4), tolerance=1e-9)
-    op = equivariant_attention(*make.in_runs(arguments, size), table=table)
+    splines = build_splines(arguments[7], 3.0, range(4), tolerance=1e-9)
+    op = equivariant_attention(*make.in_runs(arguments, size), splines=splines)
     reference = equivariant_attention_reference(*arguments)
     inputs = find_leaves(arguments)
     inside = arguments[5].detach().norm(dim=1) < 3.0
@@ -81,14 +81,14 @@ def test_attention_with_a_table(make, find_leaves, norm: str, order: int, size: 
 
 @interpreted
 @pytest.mark.parametrize(("lmax", "norms", "size"), [(2, True, None), (1, False, 3)])
-def test_edge_degree_with_a_table(make, lmax: int, norms: bool, size: int | None) -> None:
+def test_edge_degree_with_splines(make, lmax: int, norms: bool, size: int | None) -> None:
     """Several networks without their last layer: value and gradient by the edges, and by the last layer's weights."""
     vec, edges = make.edges(4, 11, size)
     radial = make.radial(lmax + 1, 6, 5, 9, norms)
     hidden = type(radial)(*(None if t is None else t.detach() for t in radial[:-2]), *radial[-2:])
-    table = build_radial_table(hidden, CUTOFF, range(4), last=False, tolerance=1e-9)
+    splines = build_splines(hidden, CUTOFF, range(4), last=False, tolerance=1e-9)
     arguments = (EmbeddingSpec(lmax, CUTOFF, 9), vec, edges, hidden)
-    op = edge_degree_embedding(*arguments, table=table)
+    op = edge_degree_embedding(*arguments, splines=splines)
     reference = edge_degree_embedding_reference(*arguments)
     assert (op - reference).abs().max() < 1e-8 * reference.abs().max()
     cotangent = torch.randn(op.shape, dtype=op.dtype)
@@ -97,11 +97,11 @@ def test_edge_degree_with_a_table(make, lmax: int, norms: bool, size: int | None
         assert (a - b).abs().max() < 2e-6 * b.abs().max()
 
 
-def with_table(case, name: str) -> dict:
+def with_splines(case, name: str) -> dict:
     """The operation's tensors with frozen radial networks and their splines."""
     tensors = {n: t.detach() if n.startswith("radial") else t for n, t in case.tensors.items()}
     weights = RadialWeights(*(tensors.get(f"radial.{n}") for n in RadialWeights._fields))
-    return tensors | {"table": build_radial_table(weights, CUTOFF, range(4), name == "attention", tolerance=1e-7)}
+    return tensors | {"splines": build_splines(weights, CUTOFF, range(4), name == "attention", tolerance=1e-7)}
 
 
 def value_and_gradients(run, tensors: dict) -> list[torch.Tensor]:
@@ -117,8 +117,8 @@ def value_and_gradients(run, tensors: dict) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["attention", "edge_degree"])
 def test_numbers_of_edges(operation, name: str, edges: int) -> None:
     case = operation(name, size=edges, lmax=1)
-    tensors = with_table(case, name)
-    without = {n: t for n, t in tensors.items() if n != "table"}
+    tensors = with_splines(case, name)
+    without = {n: t for n, t in tensors.items() if n != "splines"}
     found = value_and_gradients(case.run, tensors), value_and_gradients(case.reference, without)
     for a, b in zip(*found, strict=True):
         assert a.shape == b.shape and a.isfinite().all()
@@ -136,25 +136,25 @@ def test_strided_inputs(operation, name: str) -> None:
         return torch.stack([t, gap], -1)[..., 0].detach().requires_grad_(t.requires_grad)
 
     case = operation(name, lmax=1)
-    tensors = with_table(case, name)
+    tensors = with_splines(case, name)
     gaps = {n: strided(t) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
     for a, b in zip(*(value_and_gradients(case.run, t) for t in (tensors, gaps)), strict=True):
         assert torch.equal(a, b)
 
 
 @interpreted
-def test_tables_that_do_not_belong_are_named(make) -> None:
+def test_splines_that_do_not_belong_are_named(make) -> None:
     arguments = list(make.attention())
-    table = build_radial_table(arguments[7], 3.0, range(4))
-    with pytest.raises(ValueError, match="table: expected None where the radial network's weights are trained"):
-        equivariant_attention(*arguments, table=table, mode=Mode(trained=True))
+    splines = build_splines(arguments[7], 3.0, range(4))
+    with pytest.raises(ValueError, match="splines: expected None where the radial network's weights are trained"):
+        equivariant_attention(*arguments, splines=splines, mode=Mode(trained=True))
     for tensor in arguments[7]:
         tensor.requires_grad_(False)
-    with pytest.raises(ValueError, match="table.knots"):
-        equivariant_attention(*arguments, table=table._replace(knots=table.knots[..., 1:]))
-    with pytest.raises(TypeError, match="table.knots"):
-        equivariant_attention(*arguments, table=table._replace(knots=table.knots.float()))
+    with pytest.raises(ValueError, match="splines.knots"):
+        equivariant_attention(*arguments, splines=splines._replace(knots=splines.knots[..., 1:]))
+    with pytest.raises(TypeError, match="splines.knots"):
+        equivariant_attention(*arguments, splines=splines._replace(knots=splines.knots.float()))
     for name in ("knots", "pair_row"):
-        gaps = torch.stack([getattr(table, name)] * 2, -1)[..., 0]
-        with pytest.raises(ValueError, match=rf"table.{name}: expected a contiguous tensor, got strides"):
-            equivariant_attention(*arguments, table=table._replace(**{name: gaps}))
+        gaps = torch.stack([getattr(splines, name)] * 2, -1)[..., 0]
+        with pytest.raises(ValueError, match=rf"splines.{name}: expected a contiguous tensor, got strides"):
+            equivariant_attention(*arguments, splines=splines._replace(**{name: gaps}))

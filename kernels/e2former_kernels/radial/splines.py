@@ -1,4 +1,4 @@
-"""Radial networks with frozen weights as splines: a table over the distance for every ordered pair of elements.
+"""Radial networks with frozen weights as splines: one over the distance for every ordered pair of elements.
 
 docs/network.md, section 13.2.
 
@@ -20,22 +20,22 @@ from e2former_kernels.common.checks import check_same, check_tensors
 from e2former_kernels.common.tiles import tl, triton
 from e2former_kernels.radial.reference import RadialWeights, gaussian_basis, hidden_layers, last_layer
 
-#: Largest error of a table, relative to the largest value in it.
+#: Largest error of splines, relative to their largest value.
 TOLERANCE = 1e-6
 #: Knots for one distance of two Gaussian centres: tried in turn.
 KNOTS_PER_CENTRE = (2, 4, 8, 16, 32)
-#: Largest table of one network, in bytes.
+#: Largest splines of one network, in bytes.
 MAX_BYTES = 256 << 20
-# Rows of the network evaluated at once while a table is made.
+# Rows of the network evaluated at once while splines are made.
 _ROWS = 1 << 14
 
 
-class RadialTable(NamedTuple):
+class RadialSplines(NamedTuple):
     """Splines of radial networks.
 
     knots: [pairs * (intervals + 1), 2, K], value and slope times an interval's width; K = groups times results of one.
     pair_row: [Z, Z] int32, first row of the ordered pair (receiver's element, sender's element), -1 for pairs that are
-    not in the table. intervals: of each pair. scale: intervals per Å. error: largest found between the knots, relative
+    not there. intervals: of each pair. scale: intervals per Å. error: largest found between the knots, relative
     to the largest value.
     """
 
@@ -73,32 +73,32 @@ def hermite(f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def build_radial_table(
+def build_splines(
     weights: RadialWeights,
     cutoff: float,
     elements: Sequence[int],
     last: bool = True,
     tolerance: float = TOLERANCE,
     max_bytes: int = MAX_BYTES,
-) -> RadialTable | None:
+) -> RadialSplines | None:
     """Splines for all ordered pairs of ``elements``, in the dtype of the weights (docs/network.md, equation 13.2).
 
     Args:
         weights: of G networks, whose results stand side by side.
-        cutoff: end of the table, Å.
+        cutoff: where they end, Å.
         elements: atomic numbers.
         last: with the networks' last linear layer, or without it.
         tolerance: largest error between the knots, relative to the largest value.
-        max_bytes: largest table, in float32.
+        max_bytes: largest splines, in float32.
 
     Returns:
-        The table; None where it would exceed ``max_bytes`` or where no width that is tried reaches ``tolerance``.
+        The splines; None where they would exceed ``max_bytes`` or where no width that is tried reaches ``tolerance``.
     """
     exact = RadialWeights(*(None if t is None else t.detach().double() for t in weights))
     dtype, device, pairs = weights.basis.dtype, weights.basis.device, len(elements) ** 2
     results = weights.out.shape[0] * weights.out.shape[1 if last else 2]
     index = torch.tensor(sorted(elements), device=device)
-    rows = exact.target_table[index].unsqueeze(1) + exact.source_table[index].unsqueeze(0)
+    rows = exact.target_embedding[index].unsqueeze(1) + exact.source_embedding[index].unsqueeze(0)
     rows = rows.flatten(0, 1).transpose(0, 1)
 
     def network(distance: Tensor, rows: Tensor) -> Tensor:
@@ -120,29 +120,29 @@ def build_radial_table(
         expected = _on_grid(at[probe] + 0.5 * width, rows, network, False)
         error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         if error <= tolerance:
-            size = exact.target_table.shape[0]
+            size = exact.target_embedding.shape[0]
             pair_row = torch.full((size, size), -1, dtype=torch.int32, device=device)
             first = torch.arange(pairs, dtype=torch.int32, device=device) * (intervals + 1)
             pair_row[index.unsqueeze(1), index.unsqueeze(0)] = first.view(len(elements), len(elements))
             knots = knots.flatten(0, 1).to(dtype).contiguous()
-            return RadialTable(knots, pair_row, intervals, intervals / cutoff, error)
+            return RadialSplines(knots, pair_row, intervals, intervals / cutoff, error)
     return None
 
 
-def check_table(table: RadialTable, like: Tensor, results: int, trained: bool) -> None:
-    """Raise ValueError or TypeError where a table does not belong to a call.
+def check_splines(splines: RadialSplines, like: Tensor, results: int, trained: bool) -> None:
+    """Raise ValueError or TypeError where splines do not belong to a call.
 
     like: a tensor of the call's dtype and device; results: K; trained: the networks' weights are.
     """
-    shape = table.knots, "pairs (intervals + 1), 2, K", (table.knots.shape[0], 2, results)
-    check_tensors("the input", like, **{"table.knots": shape})
-    check_same("the input", like, False, **{"table.pair_row": table.pair_row})
+    shape = splines.knots, "pairs (intervals + 1), 2, K", (splines.knots.shape[0], 2, results)
+    check_tensors("the input", like, **{"splines.knots": shape})
+    check_same("the input", like, False, **{"splines.pair_row": splines.pair_row})
     for name in ("knots", "pair_row"):
-        tensor = getattr(table, name)
+        tensor = getattr(splines, name)
         if not tensor.is_contiguous():
-            raise ValueError(f"table.{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+            raise ValueError(f"splines.{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if trained:
-        raise ValueError("table: expected None where the radial network's weights are trained")
+        raise ValueError("splines: expected None where the radial network's weights are trained")
 
 
 @triton.jit
@@ -171,9 +171,9 @@ def cubic(v0, s0, v1, s1, f):
 
 
 @triton.jit
-def feature(features, row, position, e, c, mask, K: tl.constexpr, TABLE: tl.constexpr, MASKED: tl.constexpr):
+def feature(features, row, position, e, c, mask, K: tl.constexpr, SPLINE: tl.constexpr, MASKED: tl.constexpr):
     """Columns c of the features of edge e."""
-    if TABLE:
+    if SPLINE:
         v0, s0, v1, s1 = ends(features, tl.load(row + e).to(tl.int64), c, K, mask, MASKED)
         x = cubic(v0, s0, v1, s1, tl.load(position + e))
     else:
