@@ -20,7 +20,7 @@ from torch import Tensor
 
 from e2former_fairchem.graph import Graph
 from e2former_fairchem.segments import Transposed
-from e2former_kernels.common.runs import SeveralRuns
+from e2former_kernels.common.chunks import SeveralChunks
 from e2former_kernels.compat import foreach_copy_
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class PaddedInputs:
             self.cutoff,
             total,
             senders=Transposed(self.source, total, self.order, self.source_ptr),
-            one_run=True,
+            one_chunk=True,
         )
 
 
@@ -206,7 +206,7 @@ class _Replay(torch.autograd.Function):
 class Replays:
     """Captures of a trunk with frozen weights, by atoms and by what they depend on.
 
-    capture: makes one; raises SeveralRuns for too many edges, RuntimeError where no other is to be tried.
+    capture: makes one; raises SeveralChunks for too many edges, RuntimeError where no other is to be tried.
     """
 
     def __init__(self, capture: Callable[[E2FormerV2, Atoms, Graph, Execution, bool], _Capture] = _Capture) -> None:
@@ -236,7 +236,7 @@ class Replays:
                 self._captures.pop(next(iter(self._captures)))
             try:
                 capture = self._capture(trunk, atoms, graph, execution, gradient)
-            except SeveralRuns:
+            except SeveralChunks:
                 self._too_large[key] = graph.num_edges  # launches do not matter there
                 return None
             except RuntimeError as error:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.radial.reference import EdgeGeometry, edge_geometry
 
 if TYPE_CHECKING:

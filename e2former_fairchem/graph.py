@@ -17,7 +17,7 @@ from torch import Tensor
 
 from e2former_fairchem.neighbors import Candidates, OpenPairs, choose_builder, find_neighbors, open_pairs, read_systems
 from e2former_fairchem.segments import Transpose, Transposed, ascending, gather_rows, row_pointer
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 
 if TYPE_CHECKING:
     from e2former_fairchem.parallel import Halo, Partition
@@ -61,7 +61,7 @@ class Graph:
     #: CSR by sender, sorted when it is first asked for; None: made here.
     senders: Transposed | None = field(default=None, repr=False, compare=False)
     #: Not 0: whatever is made of the edges may depend on their number alone, for CUDA graphs; see `EdgeList`.
-    one_run: int = field(default=0, repr=False, compare=False)
+    one_chunk: int = field(default=0, repr=False, compare=False)
     _edge_list: EdgeList | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class Graph:
         """
         if self._edge_list is None or self._edge_list.species is not species:
             given = self.source, self.target, self.row_ptr, species, self.senders
-            self._edge_list = EdgeList(*given, one_run=self.one_run)
+            self._edge_list = EdgeList(*given, one_chunk=self.one_chunk)
         return self._edge_list
 
 

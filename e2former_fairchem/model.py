@@ -160,7 +160,7 @@ class E2FormerV2(nn.Module):
     def _order(self, pos: Tensor | None, batch: Tensor, graph: Graph, execution: Execution) -> SpatialOrder | None:
         """Another order of the atoms, where the kernels are faster in it; edges carry all that they read."""
         edges_only = self.long_range is None and execution.form == "relative" and execution.kernels
-        return spatial_order(pos, batch, graph) if edges_only and not graph.one_run else None
+        return spatial_order(pos, batch, graph) if edges_only and not graph.one_chunk else None
 
     def evaluate(
         self,

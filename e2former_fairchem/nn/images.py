@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from e2former_fairchem.segments import Transposed, gather_rows
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph

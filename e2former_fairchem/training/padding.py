@@ -37,7 +37,7 @@ SIZES_PER_OCTAVE = 8
 PADDING_ELEMENT = 1
 #: A step that may be captured works on all edges at once, on up to so many times what the kernels take at a time
 #: otherwise: working memory (some 3 GB at most with the paper's network) for a step without the host.
-_MOST_RUNS = 2
+_MOST_CHUNKS = 2
 #: Bytes from which a tensor may start in a batch's block.
 _ALIGNMENT = 256
 
@@ -258,7 +258,7 @@ def _padded_graph(graph: Graph, sizes: Sizes) -> dict[str, Tensor]:
     }
 
 
-def padded_graph(given: Mapping[str, Tensor], pos: Tensor, cell: Tensor, cutoff: float, one_run: bool) -> Graph:
+def padded_graph(given: Mapping[str, Tensor], pos: Tensor, cell: Tensor, cutoff: float, one_chunk: bool) -> Graph:
     """The graph of a padded batch; vectors are rounded once, as those of `e2former_fairchem.graph.build_graph`."""
     nodes = pos.shape[0]
     senders = Transposed(given["source"], nodes, given["order"], given["source_ptr"])
@@ -272,7 +272,7 @@ def padded_graph(given: Mapping[str, Tensor], pos: Tensor, cell: Tensor, cutoff:
         cutoff,
         nodes,
         senders=senders,
-        one_run=_MOST_RUNS if one_run else 0,
+        one_chunk=_MOST_CHUNKS if one_chunk else 0,
     )
     with torch.autocast(pos.device.type, enabled=False):
         wide = pos.double()

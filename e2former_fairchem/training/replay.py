@@ -33,7 +33,7 @@ from e2former_fairchem.execution import takes_kernels
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.padding import PaddedBatch, Sizes, counted, padded_graph
 from e2former_fairchem.validation import log_once
-from e2former_kernels.common.runs import SeveralRuns
+from e2former_kernels.common.chunks import SeveralChunks
 from e2former_kernels.compat import foreach_copy_
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Replays:
         self._all_gradients: Tensor | None = None
         self._graphs: OrderedDict[Sizes, _Capture] = OrderedDict()
         self._steps: Counter[Sizes] = Counter()
-        self._several_runs: set[Sizes] = set()
+        self._several_chunks: set[Sizes] = set()
         self._failures = 0
 
     def __call__(self, batch: PaddedBatch) -> dict[str, Tensor]:
@@ -151,14 +151,14 @@ class Replays:
 
     def _eager(self, batch: PaddedBatch, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sizes = batch.sizes
-        if batch.captured and sizes not in self._several_runs:
+        if batch.captured and sizes not in self._several_chunks:
             self._steps[sizes] += 1
             try:
                 return self._compute(given)
-            except SeveralRuns as reason:  # launches matter little there
-                self._several_runs.add(sizes)
-                log_once(f"e2former_v2: steps of up to {sizes} run eagerly, their edges take several runs ({reason})")
-        return self._compute(given, one_run=False)
+            except SeveralChunks as reason:  # launches matter little there
+                self._several_chunks.add(sizes)
+                log_once(f"e2former_v2: steps of up to {sizes} run eagerly, their edges take several chunks ({reason})")
+        return self._compute(given, one_chunk=False)
 
     def _graph(self, batch: PaddedBatch) -> _Capture | None:
         sizes = batch.sizes
@@ -166,7 +166,7 @@ class Replays:
         if graph is not None:
             self._graphs.move_to_end(sizes)
             return graph
-        wanted = self.capture and self.refused is None and batch.captured and sizes not in self._several_runs
+        wanted = self.capture and self.refused is None and batch.captured and sizes not in self._several_chunks
         if not wanted or self._steps[sizes] < STEPS_BEFORE:
             return None
         if len(self._graphs) >= self.max_graphs:
@@ -188,15 +188,15 @@ class Replays:
         logging.info("training steps of up to %d atoms and %d edges are replayed from now on", *sizes[:2])
         return graph
 
-    def _compute(self, given: Mapping[str, Tensor], one_run: bool = True) -> dict[str, Tensor]:
-        """Losses; writes their gradients. Nothing here looks at a value: with ``one_run`` it may be captured."""
+    def _compute(self, given: Mapping[str, Tensor], one_chunk: bool = True) -> dict[str, Tensor]:
+        """Losses; writes their gradients. Nothing here looks at a value: with ``one_chunk`` it may be captured."""
         unit, backbone = self.unit, self.model.backbone
         regress = backbone.regress_config
         # leaves of this stream: autograd would have a capture wait for the stream that the parameters' own are bound to
         leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
         pos = given["pos"].detach().requires_grad_(not regress.direct_forces)
         cell = given["cell"].detach().requires_grad_(regress.stress)
-        graph = padded_graph(given, pos, cell, backbone.cutoff, one_run)
+        graph = padded_graph(given, pos, cell, backbone.cutoff, one_chunk)
         data = {key: given[key] for key in ("natoms", "batch", "atomic_numbers", "pbc") if key in given}
         data |= {"batch_full": data["batch"], "atomic_numbers_full": data["atomic_numbers"], "pos": pos, "cell": cell}
         data["prepared"] = given["charge"], given["spin"], graph, None

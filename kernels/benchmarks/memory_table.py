@@ -2,7 +2,7 @@
 
 python kernels/benchmarks/memory_table.py [--atoms 6144 24576] [--neighbours 16 32 64 96]
 
-Nothing of size edges x heads or edges x channels is in device memory, in any pass: edges are worked on in runs whose
+Nothing of size edges x heads or edges x channels is in device memory, in any pass: edges are worked on in chunks whose
 memory does not depend on their number. One layer of the paper's network; every atom hears its nearest neighbours,
 all of them within CUTOFF.
 

@@ -26,7 +26,7 @@ from e2former_fairchem.graph import Graph  # noqa: E402
 from e2former_fairchem.model import E2FormerV2  # noqa: E402
 from e2former_fairchem.nn.readouts import EnergyMLP  # noqa: E402
 from e2former_fairchem.segments import Transposed, gather_rows  # noqa: E402
-from e2former_kernels.common.runs import EdgeList  # noqa: E402
+from e2former_kernels.common.chunks import EdgeList  # noqa: E402
 
 __all__ = [
     "GIB", "PAPER", "ROOT", "TINY", "Network", "Results", "System", "attempt", "ceilings", "common_arguments",

@@ -32,7 +32,7 @@ from e2former_fairchem.training.recorders import LossRecorder
 from e2former_fairchem.training.replay import Captures, Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.schedule import warmup_cosine
 from e2former_fairchem.training.unit import TrainEvalUnit
-from e2former_kernels.common.runs import EdgeList, SeveralRuns
+from e2former_kernels.common.chunks import EdgeList, SeveralChunks
 
 GRADIENT = {"efs": {"module": "e2former_fairchem.heads.E2FormerV2GradientHead", "prefix": "omol"}}
 DIRECT = {
@@ -315,21 +315,21 @@ def test_edges_of_several_runs(build: Callable, batches: Callable, caplog: pytes
     """Up to twice the edges of a run are one run; with more the step is taken without a graph, and said once a size."""
     number = torch.arange(100)
     edges = {"source": number, "target": number, "row_ptr": torch.arange(101), "species": number}
-    (whole,) = EdgeList(**edges, one_run=2).runs_of(50)
-    assert whole.num_edges == 100 and len(EdgeList(**edges).runs_of(50)) == 2
-    with pytest.raises(SeveralRuns, match="100 edges, 49 in a run"):
-        EdgeList(**edges, one_run=2).runs_of(49)
+    (whole,) = EdgeList(**edges, one_chunk=2).chunks_of(50)
+    assert whole.num_edges == 100 and len(EdgeList(**edges).chunks_of(50)) == 2
+    with pytest.raises(SeveralChunks, match="100 edges, 49 in a chunk"):
+        EdgeList(**edges, one_chunk=2).chunks_of(49)
     expected = train(padded(unit_of(build)), batches())
     unit = padded(unit_of(build))
 
     def refuse(network: nn.Module, given: tuple) -> None:
-        if any(isinstance(graph, Graph) and graph.one_run for graph in given):
-            raise SeveralRuns("many edges")
+        if any(isinstance(graph, Graph) and graph.one_chunk for graph in given):
+            raise SeveralChunks("many edges")
 
     unit.model.module.backbone.model.register_forward_pre_hook(refuse)
     found = train(unit, [*batches(), *batches()])
     assert all(same(a, b) for a, b in zip(expected, found, strict=False))
-    assert caplog.text.count("their edges take several runs (many edges)") == len({*unit._replays._steps})
+    assert caplog.text.count("their edges take several chunks (many edges)") == len({*unit._replays._steps})
 
 
 def test_what_is_not_replayed_says_why(build: Callable, caplog: pytest.LogCaptureFixture) -> None:

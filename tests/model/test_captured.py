@@ -15,7 +15,7 @@ from e2former_fairchem.execution import Execution
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.testing import atomic_data
-from e2former_kernels.common.runs import SeveralRuns
+from e2former_kernels.common.chunks import SeveralChunks
 
 SMALL = {"lmax": 1, "sphere_channels": 8, "num_layers": 2, "num_heads": 4, "head_dim": 2, "num_radial_basis": 8}
 
@@ -75,7 +75,7 @@ def test_only_evaluations_in_a_row_are_captured() -> None:
 
     def refuse(*arguments) -> None:
         made.append(arguments)
-        raise SeveralRuns
+        raise SeveralChunks
 
     trunk, replays, execution = network(torch.float32), Replays(refuse), Execution("frozen", elements=(1, 6, 8))
     sets = [inputs(torch.float32), inputs(torch.float32)]

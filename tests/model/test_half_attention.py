@@ -11,7 +11,7 @@ from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.nn import block
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 
 ATOMS = 6
 ROUNDING = 2.0**-11
@@ -108,7 +108,7 @@ def test_no_edges(device: str, calls: list) -> None:
 
 
 def test_several_runs(device: str) -> None:
-    """A block's value and gradients with the edges in runs of at most eight.
+    """A block's value and gradients with the edges in chunks of at most eight.
 
     On a GPU products of other numbers of rows may add in another order, before their results become float16.
     """
@@ -119,7 +119,7 @@ def test_several_runs(device: str) -> None:
     found = []
     for most in (None, 8):
         edges = EdgeList(graph.source, graph.target, graph.row_ptr, numbers, max_edges=most)
-        assert most is None or len(edges.runs_of(most)) > 2
+        assert most is None or len(edges.chunks_of(most)) > 2
         execution = model._choose(graph, numbers).on(model.config, graph, edges)
         y = block.half_attention(model.blocks[0], x, system, graph, execution)
         found.append([y, *torch.autograd.grad((weight * y).sum(), (x, graph.vec), retain_graph=True)])

@@ -15,7 +15,7 @@ from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.testing import atomic_data
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 
 SMALL = {"lmax": 1, "sphere_channels": 8, "num_layers": 1, "num_heads": 4, "head_dim": 2, "num_radial_basis": 8}
 SYSTEMS = {

@@ -39,7 +39,7 @@ class LargestTensor(TorchDispatchMode):
 def largest_tensor(convolution: str, score: str, max_edges: int | None = None) -> tuple[LargestTensor, int]:
     """Largest tensor of a conserving training step of a cluster in which everybody sees everybody.
 
-    max_edges: of a run of receivers.
+    max_edges: of a chunk of receivers.
     """
     torch.manual_seed(0)
     config = E2FormerV2Config(

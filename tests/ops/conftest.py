@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # before triton is first imported, which is w
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from e2former_kernels.common.backend import Mode
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights
 from e2former_kernels.radial.reference import RadialWeights
 
@@ -37,11 +37,11 @@ def poison_uninitialised() -> Iterator[None]:
 
 @pytest.fixture
 def as_in_large_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs sum over several tiles, and atoms come in several runs: the interpreter takes minutes for as many.
+    """Programs sum over several tiles, and atoms come in several chunks: the interpreter takes minutes for as many.
 
     Of all tests this alone knows what decides it. Tiles stay as they are: `several_tiles` has sizes beyond them.
     """
-    from e2former_kernels.common.runs import node_runs
+    from e2former_kernels.common.chunks import node_chunks
     from e2former_kernels.equivariant_attention import gate
     from e2former_kernels.feedforward import op as feedforward
     from e2former_kernels.norm import op as norm
@@ -50,8 +50,8 @@ def as_in_large_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name, value in (
         *((module, "MAX_PROGRAMS", 2) for module in (gate, network, norm, op)),
-        *((module, "runs", lambda nodes, *_: node_runs(nodes, 3)) for module in (half, op)),
-        (feedforward, "node_runs", lambda nodes: node_runs(nodes, 3)),
+        *((module, "chunks", lambda nodes, *_: node_chunks(nodes, 3)) for module in (half, op)),
+        (feedforward, "node_chunks", lambda nodes: node_chunks(nodes, 3)),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -97,20 +97,20 @@ class Make:
             self(groups, outputs, scale=0.5),
         )
 
-    def edges(self, nodes: int, edges: int, run: int | None = None) -> tuple[Tensor, EdgeList]:
-        """vec and the edges, in runs of at most ``run``; atom 1 (if there is one) receives nothing."""
+    def edges(self, nodes: int, edges: int, chunk: int | None = None) -> tuple[Tensor, EdgeList]:
+        """vec and the edges, in chunks of at most ``chunk``; atom 1 (if there is one) receives nothing."""
         target = torch.randint(0, nodes, (edges,))
         target = torch.where(target == 1, torch.zeros_like(target), target).sort().values.to(self.device)
         source = torch.randint(0, nodes, (edges,)).to(self.device)
         row_ptr = torch.searchsorted(target, torch.arange(nodes + 1, device=self.device))
         species = torch.randint(0, ELEMENTS, (nodes,)).to(self.device)
-        return self(edges, 3), EdgeList(source, target, row_ptr, species, max_edges=run)
+        return self(edges, 3), EdgeList(source, target, row_ptr, species, max_edges=chunk)
 
     @staticmethod
-    def in_runs(arguments: Sequence, run: int | None) -> list:
-        """The same arguments, of an operation on edges, with edges in runs of at most ``run``."""
+    def in_chunks(arguments: Sequence, chunk: int | None) -> list:
+        """The same arguments, of an operation on edges, with edges in chunks of at most ``chunk``."""
         return [
-            EdgeList(a.source, a.target, a.row_ptr, a.species, max_edges=run) if isinstance(a, EdgeList) else a
+            EdgeList(a.source, a.target, a.row_ptr, a.species, max_edges=chunk) if isinstance(a, EdgeList) else a
             for a in arguments
         ]
 
@@ -128,7 +128,7 @@ class Make:
         basis: int = 5,
         hidden: int = 4,
         cutoff: float = 3.0,
-        run: int | None = None,
+        chunk: int | None = None,
         **options,
     ) -> tuple:
         """Positional arguments of ``equivariant_attention``."""
@@ -136,7 +136,7 @@ class Make:
             lmax=lmax, num_heads=heads, num_basis=basis, cutoff=cutoff, score=score, norm=norm, order=order, **options
         )
         rows = (lmax + 1) ** 2
-        vec, edges = self.edges(nodes, edges, run)
+        vec, edges = self.edges(nodes, edges, chunk)
         dot = dot_weights = None
         if score == "qk_dot":
             dot = self(nodes, rows, basis)
@@ -248,8 +248,8 @@ def _indices(edges: EdgeList) -> dict[str, Tensor]:
     return {n: getattr(edges, n) for n in ("source", "target", "row_ptr", "species")}
 
 
-def _edges(tensors: dict[str, Tensor], run: int | None) -> EdgeList:
-    return EdgeList(*(tensors[n] for n in ("source", "target", "row_ptr", "species")), max_edges=run)
+def _edges(tensors: dict[str, Tensor], chunk: int | None) -> EdgeList:
+    return EdgeList(*(tensors[n] for n in ("source", "target", "row_ptr", "species")), max_edges=chunk)
 
 
 def _splines(tensors: dict) -> dict:
@@ -269,7 +269,7 @@ def attention_operation(
 ) -> Operation:
     from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
-    run = sizes.get("run")
+    chunk = sizes.get("chunk")
     spec, *given, edges, radial, dot_weights, coupling = make.attention(score, edges=size, nodes=nodes, **sizes)
     names = ("query", "key", "value", "dot", "vec")
     tensors = {n: t for n, t in zip(names, given, strict=True) if t is not None} | _indices(edges)
@@ -279,7 +279,7 @@ def attention_operation(
         tensors |= {} if dot_weights.radial is None else _named("dot_weights.radial", dot_weights.radial)
 
     def arguments(t: dict[str, Tensor]) -> tuple:
-        return spec, *(t.get(n) for n in names), _edges(t, run), _radial(t), _dot_weights(t), t.get("coupling")
+        return spec, *(t.get(n) for n in names), _edges(t, chunk), _radial(t), _dot_weights(t), t.get("coupling")
 
     def kernels(t: dict[str, Tensor]) -> Tensor:
         options = {"half": t.get("half", False), "mode": mode_of(_radial(t), compiled), **_splines(t)}
@@ -294,13 +294,13 @@ def edge_degree_operation(
 ) -> Operation:
     from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 
-    run = sizes.pop("run", None)
+    chunk = sizes.pop("chunk", None)
     width, hidden, basis = sizes.get("width", 6), sizes.get("hidden", 4), sizes.get("basis", 5)
     vec, edges = make.edges(nodes, size)
     tensors = {"vec": vec} | _indices(edges) | _named("radial", make.radial(lmax + 1, width, hidden, basis))
 
     def arguments(t: dict[str, Tensor]) -> tuple:
-        return EmbeddingSpec(lmax, 3.0, basis), t["vec"], _edges(t, run), _radial(t)
+        return EmbeddingSpec(lmax, 3.0, basis), t["vec"], _edges(t, chunk), _radial(t)
 
     def kernels(t: dict[str, Tensor]) -> Tensor:
         return edge_degree_embedding(*arguments(t), mode=mode_of(_radial(t), compiled), **_splines(t))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.common.chunks import Plan
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.runs import Plan
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.equivariant_attention.score import SCORES as ALL_SCORES
 
@@ -91,8 +91,10 @@ def test_frozen_weights(make, recomputed, score: str, norm: str, order: int, lma
     reference = equivariant_attention_reference(*arguments, recompute=False)
     cotangent = torch.randn_like(reference)
     expected = of_moving(reference, arguments, cotangent)
-    for run in (None, 3):
-        assert_close(of_moving(equivariant_attention(*make.in_runs(arguments, run)), arguments, cotangent), expected)
+    for chunk in (None, 3):
+        assert_close(
+            of_moving(equivariant_attention(*make.in_chunks(arguments, chunk)), arguments, cotangent), expected
+        )
     assert not recomputed
 
 
@@ -160,19 +162,21 @@ def test_single_precision(make, spy, score: str, half: bool) -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("norm", "order", "lmax", "run"),
+    ("norm", "order", "lmax", "chunk"),
     [
         ("smooth", 1, 1, 4), ("smooth", 0, 3, None), ("molfm", 1, 4, None), ("molfm", 0, 2, 4),
         ("softplus", 1, 3, 4), ("softplus", 0, 1, None), ("sigmoid", 1, 2, None), ("sigmoid", 0, 4, 4),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("score", SCORES)
-def test_training(make, find_leaves, recomputed, score: str, norm: str, order: int, lmax: int, run: int | None) -> None:
-    """Gradients by everything, and of a function of the moving inputs' gradients, in one run and in several."""
+def test_training(
+    make, find_leaves, recomputed, score: str, norm: str, order: int, lmax: int, chunk: int | None
+) -> None:
+    """Gradients by everything, and of a function of the moving inputs' gradients, in one chunk and in several."""
     arguments = make.attention(score, norm, order, lmax=lmax)
     inputs = find_leaves(arguments)
     expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
-    assert_close(of_training(equivariant_attention(*make.in_runs(arguments, run)), arguments, inputs), expected)
+    assert_close(of_training(equivariant_attention(*make.in_chunks(arguments, chunk)), arguments, inputs), expected)
     assert not recomputed
 
 
@@ -183,7 +187,7 @@ def test_training_with_numbers_of_edges(make, find_leaves, recomputed, score: st
     arguments = make.attention(score, edges=edges, heads=5, per_head=3, lmax=2, inverse_distance="v2")
     inputs = find_leaves(arguments)
     expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
-    assert_close(of_training(equivariant_attention(*make.in_runs(arguments, 20)), arguments, inputs), expected)
+    assert_close(of_training(equivariant_attention(*make.in_chunks(arguments, 20)), arguments, inputs), expected)
     assert not recomputed
 
 
@@ -192,7 +196,7 @@ def test_training_with_numbers_of_edges(make, find_leaves, recomputed, score: st
 def test_training_the_same_bits_twice(make, find_leaves, score: str) -> None:
     arguments = make.attention(score, lmax=2)
     inputs = find_leaves(arguments)
-    a, b = (of_training(equivariant_attention(*make.in_runs(arguments, 4)), arguments, inputs) for _ in range(2))
+    a, b = (of_training(equivariant_attention(*make.in_chunks(arguments, 4)), arguments, inputs) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
 
 

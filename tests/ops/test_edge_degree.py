@@ -15,9 +15,9 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Trit
 
 
 @interpreted
-@pytest.mark.parametrize(("lmax", "norms", "run"), [(1, True, None), (2, False, 4), (4, True, None)])
-def test_equals_the_reference(make, compare, find_leaves, lmax: int, norms: bool, run: int | None) -> None:
-    edges = make.edges(4, 7, run)
+@pytest.mark.parametrize(("lmax", "norms", "chunk"), [(1, True, None), (2, False, 4), (4, True, None)])
+def test_equals_the_reference(make, compare, find_leaves, lmax: int, norms: bool, chunk: int | None) -> None:
+    edges = make.edges(4, 7, chunk)
     radial = make.radial(lmax + 1, 6, 4, 5, norms)
     arguments = (EmbeddingSpec(lmax, 3.0, 5), *edges, radial)
     op = edge_degree_embedding(*arguments)

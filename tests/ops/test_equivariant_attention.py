@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
@@ -27,7 +27,7 @@ CASES = [
 def test_equals_the_reference(make, compare, find_leaves, score: str, norm: str, order: int) -> None:
     arguments = make.attention(score, norm, order)
     compare(
-        equivariant_attention(*make.in_runs(arguments, 4)),
+        equivariant_attention(*make.in_chunks(arguments, 4)),
         equivariant_attention_reference(*arguments),
         find_leaves(arguments),
     )
@@ -95,7 +95,7 @@ def test_sum_form_of_any_rows(make, compare, find_leaves) -> None:
     edges = EdgeList(torch.randint(0, 6, (9,)), edges.target, edges.row_ptr, species)
     arguments[2], arguments[3], arguments[6] = make(6, 3, 2), make(6, 5, 6), edges
     compare(
-        equivariant_attention(*make.in_runs(arguments, 4), form="sum"),
+        equivariant_attention(*make.in_chunks(arguments, 4), form="sum"),
         equivariant_attention_reference(*arguments, form="sum"),
         find_leaves(arguments),
     )
@@ -191,7 +191,7 @@ def _single(arguments):
 
 @pytest.mark.gpu
 def test_gpu_one_atom_or_edge(make) -> None:
-    """Triton makes constants of arguments that are 1: one atom, one edge, and the runs that leave one over."""
+    """Triton makes constants of arguments that are 1: one atom, one edge, and the chunks that leave one over."""
     from e2former_kernels.query_key import QueryKeyWeights, query_key
     from e2former_kernels.radial.splines import build_splines
 

@@ -189,11 +189,11 @@ def test_wrong_arguments_are_named(operation, name: str) -> None:
 @interpreted
 @pytest.mark.parametrize("name", ["attention", "attention_dot", "edge_degree"])
 def test_runs_of_receivers_are_one_graph(operation, name: str) -> None:
-    """Atoms worked on a few at a time, down to one with more edges than a run takes, give what one run gives."""
+    """Atoms worked on a few at a time, down to one with more edges than a chunk takes, give what one chunk gives."""
     results = []
-    for run in (None, 4, 1):
+    for chunk in (None, 4, 1):
         torch.manual_seed(0)
-        case = operation(name, size=9, run=run)
+        case = operation(name, size=9, chunk=chunk)
         results.append(derivatives(case.run, case.tensors, case.moving))
     for several in results[1:]:
         assert_equal(several, results[0], 1e-12)
@@ -269,12 +269,12 @@ def test_errors_in_half_precision(operation, name: str) -> None:
 @pytest.mark.parametrize("name", [*KERNELS, "attention_dot", "attention_dot_scalar"])
 def test_frozen_weights_cost_nothing(operation, spy, name: str) -> None:
     """In forces and their derivatives, which are the reference's, nothing of the weights' gradients is computed."""
-    from e2former_kernels.common.sums import RunSums
+    from e2former_kernels.common.sums import ChunkSums
     from e2former_kernels.feedforward import op as passes
     from e2former_kernels.norm import op
     from e2former_kernels.radial.network import RadialNetwork
 
-    sums = [spy(RunSums, function) for function in ("add", "add_product")]
+    sums = [spy(ChunkSums, function) for function in ("add", "add_product")]
     networks, norms = spy(RadialNetwork, "backward"), [spy(m, "launch_norm_reverse") for m in (op, passes)]
 
     def by_weights() -> bool:

@@ -34,7 +34,7 @@ def peak(function: Callable[[], object], device: str) -> tuple[object, int]:
 
 
 def regular(case, nodes: int, neighbours: int) -> dict[str, Tensor]:
-    """Every atom hears ``neighbours`` others, the next atom the ones after those: runs have equally many senders."""
+    """Every atom hears ``neighbours`` others, the next atom the ones after those: chunks have equally many senders."""
     like = case.tensors["source"]
     target = torch.arange(nodes, device=like.device).repeat_interleave(neighbours)
     step = torch.arange(1, neighbours + 1, device=like.device).repeat(nodes)
@@ -100,23 +100,23 @@ HEADS = 128  # numbers of an edge; its vectors and indices are a tenth of that
 @interpreted
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_growth_with_neighbours(operation, collected, name: str) -> None:
-    """In runs of six edges, from three runs to six, no pass grows by a number for each head and edge."""
-    found = growth(operation, name, nodes=6, few=3, many=6, run=6, **INTERPRETED[name])
+    """In chunks of six edges, from three chunks to six, no pass grows by a number for each head and edge."""
+    found = growth(operation, name, nodes=6, few=3, many=6, chunk=6, **INTERPRETED[name])
     assert all(bytes_per_edge < 0.4 * 8 * HEADS for bytes_per_edge in found.values()), found
 
 
 @interpreted
 @pytest.mark.parametrize("name", ["attention", "edge_degree"])
 def test_the_recorder_sees_edge_tensors(operation, collected, name: str) -> None:
-    """The check can fail: with all edges in one run every pass grows by several numbers for each head and edge."""
-    found = growth(operation, name, nodes=6, few=2, many=4, run=None, **INTERPRETED[name])
+    """The check can fail: with all edges in one chunk every pass grows by several numbers for each head and edge."""
+    found = growth(operation, name, nodes=6, few=2, many=4, chunk=None, **INTERPRETED[name])
     assert all(bytes_per_edge > 8 * HEADS for bytes_per_edge in found.values()), found
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PAPER)
 def test_growth_at_full_width(make, operation, name: str) -> None:
-    """The paper's network, 20,000 atoms, 32 and 96 neighbours, in runs as the operation itself chooses them."""
+    """The paper's network, 20,000 atoms, 32 and 96 neighbours, in chunks as the operation itself chooses them."""
     make.device, make.dtype = "cuda", torch.float32
     found = growth(operation, name, nodes=20_000, few=32, many=96, **PAPER[name])
     assert all(bytes_per_edge < 0.4 * 4 * HEADS for bytes_per_edge in found.values()), found

@@ -82,7 +82,7 @@ def query_key_case(make, wide: bool = False):
 @pytest.mark.parametrize("case", [norm_case, feedforward_case, query_key_case])
 def test_training_on_forces(make, spy, request, case, large: bool) -> None:
     """First derivatives by the nodes' tensors alone, second ones by everything: none of it goes through autograd."""
-    from e2former_kernels.common.runs import Plan
+    from e2former_kernels.common.chunks import Plan
 
     if large:
         request.getfixturevalue("as_in_large_graphs")

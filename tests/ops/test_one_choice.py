@@ -28,7 +28,7 @@ NAMES = {"reference", "triton"}
 #: What a file may ask all the same, and why that decides nothing about how an evaluation runs.
 ALLOWED = {
     ("kernels/e2former_kernels/common/call.py", "requires_grad"): "of a tensor: autograd keeps no other",
-    ("kernels/e2former_kernels/common/runs.py", "requires_grad"): "of what a recomputation made",
+    ("kernels/e2former_kernels/common/chunks.py", "requires_grad"): "of what a recomputation made",
     ("kernels/e2former_kernels/common/call.py", "is_autocast_enabled"): "to switch it off, without a context's time",
     ("e2former_fairchem/captured.py", "requires_grad"): "of the edge vectors: is there a gradient to capture",
     ("e2former_fairchem/graph.py", "requires_grad"): "of the cell",

@@ -126,7 +126,7 @@ def test_compiled_whole(operation, name: str) -> None:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("option", ["bell", "runs", "sum", "splines", "splines_of_embedding"])
+@pytest.mark.parametrize("option", ["bell", "chunks", "sum", "splines", "splines_of_embedding"])
 def test_compiled_options(make, option: str) -> None:
     """Every argument beside the tensors arrives where the operation runs."""
     from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding
@@ -137,10 +137,10 @@ def test_compiled_options(make, option: str) -> None:
     kinds = {"bell": kinds}
     arguments, options = list(make.attention(edges=9, **kinds.get(option, {}))), {}
     inputs, function = arguments[1:4] + [arguments[5]], equivariant_attention
-    if option == "runs":
-        arguments = make.in_runs(arguments, 4)
+    if option == "chunks":
+        arguments = make.in_chunks(arguments, 4)
     elif option == "sum":
-        arguments = make.in_runs(arguments, 4)
+        arguments = make.in_chunks(arguments, 4)
         arguments[3] = inputs[2] = make(arguments[6].species.numel(), 5, 6)
         options = {"form": "sum"}
     elif option == "splines":

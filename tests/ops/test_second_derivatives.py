@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
-from e2former_kernels.common.runs import EdgeList
+from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import gaussian_basis, radial_hidden, radial_network
@@ -65,10 +65,10 @@ def check(make, find_leaves, called):
     """Compare with the reference, and with the recomputation that steps without a second derivative go through."""
 
     def compare(
-        arguments: tuple, form: str = "relative", run: int | None = 4, used: Sequence[int] = (0, 1, 2, 3)
+        arguments: tuple, form: str = "relative", chunk: int | None = 4, used: Sequence[int] = (0, 1, 2, 3)
     ) -> None:
         first, inputs, weight = [arguments[n] for n in (5, 1, 2, 3)], find_leaves(arguments), arguments[7].basis
-        op = lambda: equivariant_attention(*make.in_runs(arguments, run), form=form)  # noqa: E731
+        op = lambda: equivariant_attention(*make.in_chunks(arguments, chunk), form=form)  # noqa: E731
         ours = of_forces(op(), first, inputs, used)
         assert len(called) == 1 and called[0][1] is not None
         recomputed = of_forces(op(), [*first, weight], inputs, used)
@@ -90,13 +90,13 @@ def test_attention(make, check, norm: str, order: int) -> None:
 @interpreted
 @pytest.mark.parametrize("norm", NORMS)
 def test_sum_form(make, check, norm: str) -> None:
-    check(make.attention(norm=norm), form="sum", run=None)
+    check(make.attention(norm=norm), form="sum", chunk=None)
 
 
 @interpreted
 @pytest.mark.parametrize("edges", [0, 1, 37])
 def test_numbers_of_edges(make, check, edges: int) -> None:
-    check(make.attention(edges=edges, heads=5, per_head=3, lmax=2, norm="molfm"), run=None)
+    check(make.attention(edges=edges, heads=5, per_head=3, lmax=2, norm="molfm"), chunk=None)
 
 
 @interpreted
@@ -139,7 +139,7 @@ def test_equal_scores_share_the_maximum_with_the_first_edge(make, check) -> None
     vec = torch.cat([arguments[5][:3], arguments[5][:3], torch.full((1, 3), 4.0).double()])
     arguments[5] = vec.detach().requires_grad_()
     arguments[6].source.zero_()
-    check(tuple(arguments), run=None)
+    check(tuple(arguments), chunk=None)
 
 
 @interpreted
@@ -150,7 +150,7 @@ def test_missing_cotangents(make, check, used: list[int]) -> None:
 
 @interpreted
 def test_several_tiles(make, check, several_tiles, as_in_large_graphs) -> None:
-    check(make.attention(per_head=3, **several_tiles), run=30)
+    check(make.attention(per_head=3, **several_tiles), chunk=30)
 
 
 @interpreted
@@ -226,17 +226,17 @@ def test_radial_gradients(make, groups: int, norms: bool, last: bool, tangent: b
 
 @interpreted
 @pytest.mark.parametrize(
-    ("lmax", "norms", "edges", "run", "exponent"),
+    ("lmax", "norms", "edges", "chunk", "exponent"),
     [(1, True, 7, None, 5), (2, True, 37, 10, 5), (2, False, 7, 4, 1), (4, True, 7, None, 2), (2, True, 0, None, 5)],
 )
 def test_edge_degree(
-    make, find_leaves, spy, lmax: int, norms: bool, edges: int, run: int | None, exponent: int
+    make, find_leaves, spy, lmax: int, norms: bool, edges: int, chunk: int | None, exponent: int
 ) -> None:
     from e2former_kernels.edge_degree import op
 
     calls = spy(op._Embedding, "second")
     spec = EmbeddingSpec(lmax, 3.0, 5, exponent)
-    arguments = (spec, *make.edges(4, edges, run), make.radial(lmax + 1, 6, 4, 5, norms))
+    arguments = (spec, *make.edges(4, edges, chunk), make.radial(lmax + 1, 6, 4, 5, norms))
     first, inputs = [arguments[1]], find_leaves(arguments)
     ours = of_forces(edge_degree_embedding(*arguments), first, inputs)
     assert len(calls) == 1 and calls[0][1] is not None

@@ -59,7 +59,7 @@ def test_attention_with_splines(make, find_leaves, norm: str, order: int, size: 
     with torch.no_grad():  # edges around the atoms of the cutoff sphere
         arguments[5].mul_(0.8)
     splines = build_splines(arguments[7], 3.0, range(4), tolerance=1e-9)
-    op = equivariant_attention(*make.in_runs(arguments, size), splines=splines)
+    op = equivariant_attention(*make.in_chunks(arguments, size), splines=splines)
     reference = equivariant_attention_reference(*arguments)
     inputs = find_leaves(arguments)
     inside = arguments[5].detach().norm(dim=1) < 3.0

@@ -1,1 +1,1 @@
-"""Pieces shared by the operations: harmonics, envelope, evaluation in runs, float16 rows, argument checks."""
+"""Pieces shared by the operations: harmonics, envelope, evaluation in chunks, float16 rows, argument checks."""

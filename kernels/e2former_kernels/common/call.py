@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.runs import TARGET, WHOLE, Plan, node_runs, plan_of
+from e2former_kernels.common.chunks import TARGET, WHOLE, Plan, node_chunks, plan_of
 from e2former_kernels.compat import will_engine_execute_node
 
 
@@ -97,9 +97,9 @@ class NodeCall(Call):
         raise NotImplementedError
 
     def plan(self, tensors: Sequence[Tensor]) -> Plan:
-        """The reference on runs of nodes."""
+        """The reference on chunks of nodes."""
         arguments = [(TARGET if n < self.nodes else WHOLE, t) for n, t in enumerate(tensors)]
-        return plan_of(lambda run, *given: self.reference(*given), node_runs(tensors[0].shape[0]), arguments)
+        return plan_of(lambda chunk, *given: self.reference(*given), node_chunks(tensors[0].shape[0]), arguments)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

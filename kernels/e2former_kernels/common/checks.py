@@ -10,7 +10,7 @@ from torch import Tensor
 from e2former_kernels.common.backend import triton_problem
 
 if TYPE_CHECKING:
-    from e2former_kernels.common.runs import EdgeList
+    from e2former_kernels.common.chunks import EdgeList
     from e2former_kernels.radial.reference import RadialWeights
 
 #: A tensor that may be missing, its dimensions' names, its shape.

@@ -1,4 +1,4 @@
-"""Sums in a fixed order, the same bits every time: of the rows of a degree, over runs of nodes."""
+"""Sums in a fixed order, the same bits every time: of the rows of a degree, over chunks of nodes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def degree_sums(x: Tensor) -> Tensor:
     return torch.segment_reduce(x.contiguous(), "sum", offsets=pointer, axis=0, initial=0)
 
 
-class RunSums(dict[str, Tensor]):
-    """Named sums, added up in the order of the runs: the same bits every time.
+class ChunkSums(dict[str, Tensor]):
+    """Named sums, added up in the order of the chunks: the same bits every time.
 
     The first term of a name becomes its sum, so it must not be a view of something that changes later.
     """

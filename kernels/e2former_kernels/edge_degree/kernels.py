@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.harmonics import degree_of
-from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.edge_degree.reference import PAD
 from e2former_kernels.radial.splines import RadialSplines, feature, place, spline_and_slope
@@ -192,13 +192,13 @@ def spline_backward_kernel(
         tl.store(slope + l * E.to(tl.int64) + e, tl.sum(tl.sum(y[:, None] * g, axis=0) * da, axis=0))
 
 
-def place_edges(splines: RadialSplines, distance: Tensor, run: EdgeRun) -> tuple[Tensor, Tensor]:
-    """Where a run's edges lie in the splines: rows and positions. distance: [e]."""
+def place_edges(splines: RadialSplines, distance: Tensor, chunk: EdgeChunk) -> tuple[Tensor, Tensor]:
+    """Where a chunk's edges lie in the splines: rows and positions. distance: [e]."""
     row, position = torch.empty_like(distance, dtype=torch.int32), torch.empty_like(distance)
-    if run.num_edges:
-        place_kernel[(math.ceil(run.num_edges / 256),)](
-            distance, run.source, run.target, run.species, run.species[run.nodes], splines.pair_row, row, position,
-            run.num_edges, splines.pair_row.shape[0], splines.intervals, splines.scale, BLOCK=256,
+    if chunk.num_edges:
+        place_kernel[(math.ceil(chunk.num_edges / 256),)](
+            distance, chunk.source, chunk.target, chunk.species, chunk.species[chunk.nodes], splines.pair_row, row,
+            position, chunk.num_edges, splines.pair_row.shape[0], splines.intervals, splines.scale, BLOCK=256,
         )  # fmt: skip
     return row, position
 

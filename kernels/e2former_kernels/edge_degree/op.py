@@ -21,8 +21,8 @@ from torch import Tensor
 from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.call import Call, Change, apply_call
 from e2former_kernels.common.checks import check_device, check_edges, check_float, check_radial, check_same
+from e2former_kernels.common.chunks import EdgeChunk, EdgeList, Plan
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
 from e2former_kernels.edge_degree import harmonics as edge
 from e2former_kernels.edge_degree import kernels as kernel
 from e2former_kernels.edge_degree.reference import PAD, EmbeddingSpec, edge_degree_plan, last_layer
@@ -31,7 +31,7 @@ from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.splines import RadialSplines, check_splines
 
-# Working memory of a run of edges, in numbers, as in ``equivariant_attention/op.py``.
+# Working memory of a chunk of edges, in numbers, as in ``equivariant_attention/op.py``.
 FUSED_NUMBERS = 3 << 25
 TRAINING_NUMBERS = 5 << 26
 SECOND_NUMBERS = 3 << 27
@@ -39,11 +39,11 @@ SECOND_NUMBERS = 3 << 27
 
 @dataclass(frozen=True)
 class _Embedding(Call):
-    """One embedding over its runs of receivers. Result: [N, M, h + 4], see :func:`joined`.
+    """One embedding over its chunks of receivers. Result: [N, M, h + 4], see :func:`joined`.
 
     radial: the structure of the weights (which of them there are). splines: of the networks without their last layer,
-    where the weights are frozen. runs: of value and first derivative; training_runs: of gradients by weights and of the
-    second derivative.
+    where the weights are frozen. chunks: of value and first derivative; training_chunks: of gradients by weights and of
+    the second derivative.
     """
 
     spec: EmbeddingSpec
@@ -51,8 +51,8 @@ class _Embedding(Call):
     radial: RadialWeights
     trained: bool
     splines: RadialSplines | None
-    runs: list[EdgeRun]
-    training_runs: Callable[[], list[EdgeRun]]
+    chunks: list[EdgeChunk]
+    training_chunks: Callable[[], list[EdgeChunk]]
     # what the passes of a training step share: the first layers' splines, a product in float64
     cache: dict = field(default_factory=dict, compare=False)
 
@@ -76,41 +76,43 @@ class _Embedding(Call):
     def forward(self, tensors: list[Tensor]) -> Tensor:
         vec, radial = tensors[0], None if self.splines is not None else self._features(tensors)
 
-        def of_run(run: EdgeRun) -> Tensor:  # a function: nothing of a run is there when the next begins
-            part = vec[run.edges].contiguous()
+        def of_chunk(chunk: EdgeChunk) -> Tensor:  # a function: nothing of a chunk is there when the next begins
+            part = vec[chunk.edges].contiguous()
             distance, y = edge.weighted_harmonics(part, self.spec)
             if radial is None:
-                return kernel.spline_sum(y, self.splines, kernel.place_edges(self.splines, distance, run), run.row_ptr)
-            hidden, _ = radial.forward(run, part, distance, keep=False)
-            total = kernel.segment_sum(y, run.row_ptr)
-            return kernel.joined(kernel.harmonic_sum(y, hidden[0], run.row_ptr), total)
+                return kernel.spline_sum(
+                    y, self.splines, kernel.place_edges(self.splines, distance, chunk), chunk.row_ptr
+                )
+            hidden, _ = radial.forward(chunk, part, distance, keep=False)
+            total = kernel.segment_sum(y, chunk.row_ptr)
+            return kernel.joined(kernel.harmonic_sum(y, hidden[0], chunk.row_ptr), total)
 
-        parts = [of_run(run) for run in self.runs]
+        parts = [of_chunk(chunk) for chunk in self.chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
         by_vec, weights = tensors[0].new_empty(tensors[0].shape), any(n > 0 for n in wanted)
         radial = self._features(tensors) if weights or self.splines is None else None
 
-        def of_run(run: EdgeRun) -> None:
-            vec, part = tensors[0][run.edges].detach().contiguous(), grad[run.nodes]
+        def of_chunk(chunk: EdgeChunk) -> None:
+            vec, part = tensors[0][chunk.edges].detach().contiguous(), grad[chunk.nodes]
             distance, y = edge.weighted_harmonics(vec, self.spec)
             if radial is None:
-                placed = kernel.place_edges(self.splines, distance, run)
-                grad_y, slope = kernel.spline_backward(y, self.splines, placed, run.row_ptr, part.contiguous())
+                placed = kernel.place_edges(self.splines, distance, chunk)
+                grad_y, slope = kernel.spline_backward(y, self.splines, placed, chunk.row_ptr, part.contiguous())
             else:
-                features, kept = radial.forward(run, vec, distance, keep=weights)
+                features, kept = radial.forward(chunk, vec, distance, keep=weights)
                 grad_sum, grad_total = kernel.apart(part)
                 grad_hidden = torch.empty_like(features)
-                kernel.harmonic_features(y, grad_sum, run.row_ptr, grad_hidden[0])
-                grad_y = kernel.harmonic_dot(features[0], grad_sum, run.row_ptr)
-                grad_y += grad_total.index_select(0, run.target)
+                kernel.harmonic_features(y, grad_sum, chunk.row_ptr, grad_hidden[0])
+                grad_y = kernel.harmonic_dot(features[0], grad_sum, chunk.row_ptr)
+                grad_y += grad_total.index_select(0, chunk.target)
                 slope, *_ = radial.backward(grad_hidden, kept, weights)
             if 0 in wanted:
-                edge.weighted_harmonics_backward(grad_y, slope, vec, self.spec, by_vec[run.edges])
+                edge.weighted_harmonics_backward(grad_y, slope, vec, self.spec, by_vec[chunk.edges])
 
-        for run in self.training_runs() if weights else self.runs:
-            of_run(run)
+        for chunk in self.training_chunks() if weights else self.chunks:
+            of_chunk(chunk)
         found = [by_vec, *(radial.found() if weights else ())]
         return [found[n] for n in wanted]
 
@@ -124,30 +126,34 @@ class _Embedding(Call):
         by_vec = torch.empty_like(vec) if 1 in by else None
         radial = self._features(tensors)
 
-        def of_run(run: EdgeRun) -> None:
-            edges, row_ptr = (vec[run.edges], vec_dot[run.edges]), run.row_ptr
+        def of_chunk(chunk: EdgeChunk) -> None:
+            edges, row_ptr = (vec[chunk.edges], vec_dot[chunk.edges]), chunk.row_ptr
             distance, distance_dot, y, y_dot = edge.harmonics_tangent(*edges, spec)
-            features, kept = radial.forward(run, edges[0], distance, edges[1], distance_dot)
+            features, kept = radial.forward(chunk, edges[0], distance, edges[1], distance_dot)
             if by_grad is not None:
                 sums = kernel.harmonic_sum(y_dot, features[0], row_ptr)
                 sums += kernel.harmonic_sum(y, features[1], row_ptr)
-                by_grad[run.nodes] = kernel.joined(sums, kernel.segment_sum(y_dot, row_ptr))
+                by_grad[chunk.nodes] = kernel.joined(sums, kernel.segment_sum(y_dot, row_ptr))
             if by == [0]:
                 return
-            by_sum, by_total = kernel.apart(grad[run.nodes])
+            by_sum, by_total = kernel.apart(grad[chunk.nodes])
             by_features = torch.empty_like(features)
             for harmonics, part in zip((y_dot, y), by_features, strict=True):
                 kernel.harmonic_features(harmonics, by_sum, row_ptr, part)
             by_y = by_y_dot = y
             if by_vec is not None:
                 by_y = kernel.harmonic_dot(features[1], by_sum, row_ptr)
-                by_y_dot = kernel.harmonic_dot(features[0], by_sum, row_ptr).add_(by_total.index_select(0, run.target))
+                by_y_dot = kernel.harmonic_dot(features[0], by_sum, row_ptr).add_(
+                    by_total.index_select(0, chunk.target)
+                )
             by_distance, by_distance_dot, _ = radial.backward(by_features, kept, weights, by_vec is not None)
             if by_vec is not None:
-                edge.harmonics_second(by_y, by_y_dot, by_distance, by_distance_dot, *edges, spec, out=by_vec[run.edges])
+                edge.harmonics_second(
+                    by_y, by_y_dot, by_distance, by_distance_dot, *edges, spec, out=by_vec[chunk.edges]
+                )
 
-        for run in self.training_runs():
-            of_run(run)
+        for chunk in self.training_chunks():
+            of_chunk(chunk)
         found = [by_grad, by_vec, *radial.found()]
         return [found[n] for n in by]
 
@@ -169,9 +175,9 @@ def _call(
         numbers += groups * 4 * hidden + 21 * rows
     else:
         check_splines(splines, basis, groups * hidden, mode.trained)
-    runs = edges.runs(numbers, TRAINING_NUMBERS if mode.trained else FUSED_NUMBERS)
-    training_runs = partial(edges.runs, groups * 8 * hidden + 3 * spec.num_basis + 6 * rows, SECOND_NUMBERS)
-    return _Embedding(spec, edges, radial, mode.trained, splines, runs, training_runs)
+    chunks = edges.chunks(numbers, TRAINING_NUMBERS if mode.trained else FUSED_NUMBERS)
+    training_chunks = partial(edges.chunks, groups * 8 * hidden + 3 * spec.num_basis + 6 * rows, SECOND_NUMBERS)
+    return _Embedding(spec, edges, radial, mode.trained, splines, chunks, training_chunks)
 
 
 def _make_call(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Embedding:

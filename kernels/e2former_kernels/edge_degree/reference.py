@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_radial
+from e2former_kernels.common.chunks import EDGE, WHOLE, EdgeChunk, EdgeList, Plan, plan_of
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.runs import EDGE, WHOLE, EdgeList, EdgeRun, Plan, plan_of
 from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_hidden
 
 AVERAGE_DEGREE = 23.01  # the authors' constant divisor
-RUN_NUMBERS = 1 << 24  # working memory of one run, in numbers: 64 MB in float32
+CHUNK_NUMBERS = 1 << 24  # working memory of one chunk, in numbers: 64 MB in float32
 PAD = 4  # columns beside the sums of features, of which one is used: rows stay aligned
 
 
@@ -31,20 +31,20 @@ class EmbeddingSpec(NamedTuple):
 
 def edge_degree_sums(
     spec: EmbeddingSpec,
-    run: EdgeRun,
+    chunk: EdgeChunk,
     vec: Tensor,
     radial: RadialWeights,
     geometry: EdgeGeometry | None = None,
 ) -> Tensor:
-    r"""Sums over neighbours before the networks' last linear layer, for a run of receivers.
+    r"""Sums over neighbours before the networks' last linear layer, for a chunk of receivers.
 
     With y = u(d) Y / 23.01 and the networks' hidden features a: :math:`\sum_j y_{jlm} a_{jl}` and, in the column behind
     them, :math:`\sum_j y_{jlm}`, of which the bias is the weight.
 
     Args:
         spec: what to compute.
-        run: the receivers and their edges.
-        vec: [e, 3], of the run's edges.
+        chunk: the receivers and their edges.
+        vec: [e, 3], of the chunk's edges.
         radial: as :func:`edge_degree_embedding_reference` has it; ``out`` and ``out_bias`` are not read.
         geometry: of ``vec``, where it is known.
 
@@ -53,26 +53,26 @@ def edge_degree_sums(
     """
     degrees = spec.lmax + 1
     distance, basis, envelope = geometry or edge_geometry(vec, *spec[1:])
-    features = radial_hidden(basis, *run.elements, radial)
+    features = radial_hidden(basis, *chunk.elements, radial)
     harmonics = solid_harmonics(vec / distance.unsqueeze(-1), spec.lmax)
     y = (harmonics * (envelope / AVERAGE_DEGREE).unsqueeze(-1)).to(features.dtype).unsqueeze(-1)
     message = torch.cat([y * features.index_select(1, degree_of_row(degrees, vec.device)), F.pad(y, (0, PAD - 1))], -1)
-    return message.new_zeros((run.num_nodes, *message.shape[1:])).index_add(0, run.target, message)
+    return message.new_zeros((chunk.num_nodes, *message.shape[1:])).index_add(0, chunk.target, message)
 
 
 def edge_degree_plan(spec: EmbeddingSpec, vec: Tensor, edges: EdgeList, radial: RadialWeights) -> Plan:
-    """:func:`edge_degree_sums` in runs; takes vec and the weights before the last layer that there are."""
+    """:func:`edge_degree_sums` in chunks; takes vec and the weights before the last layer that there are."""
     groups, _, hidden = radial.hidden.shape
     numbers = 2 * (spec.lmax + 1) ** 2 * (hidden + PAD) + 8 * groups * hidden
     there = [t is not None for t in radial[:-2]]
 
-    def function(run: EdgeRun, vec: Tensor, *weights: Tensor) -> Tensor:
+    def function(chunk: EdgeChunk, vec: Tensor, *weights: Tensor) -> Tensor:
         rest = iter(weights)
         given = RadialWeights(*(next(rest) if t else None for t in there), None, None)
-        return edge_degree_sums(spec, run, vec, given)
+        return edge_degree_sums(spec, chunk, vec, given)
 
     arguments = [(EDGE, vec)] + [(WHOLE, t) for t in radial[:-2] if t is not None]
-    return plan_of(function, edges.runs(numbers, RUN_NUMBERS), arguments)
+    return plan_of(function, edges.chunks(numbers, CHUNK_NUMBERS), arguments)
 
 
 def last_layer(radial: RadialWeights) -> Tensor:
@@ -118,6 +118,6 @@ def edge_degree_embedding_reference(
         plan = edge_degree_plan(spec, vec, edges, radial)
         sums = evaluate(plan, vec, *(t for t in radial[:-2] if t is not None))[0]
     else:
-        (whole,) = edges.runs_of(vec.shape[0])
+        (whole,) = edges.chunks_of(vec.shape[0])
         sums = edge_degree_sums(spec, whole, vec, radial, geometry)
     return so3_linear_reference(sums, last_layer(radial)).to(sums.dtype)

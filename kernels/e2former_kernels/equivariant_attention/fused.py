@@ -1,8 +1,8 @@
-"""Value and first derivative of the attention with fused kernels, run by run; nothing of edge size is kept between.
+"""Value and first derivative of the attention with fused kernels, chunk by chunk; nothing of edge size is kept between.
 
 :class:`FusedAttention` is for score ``qk``, :class:`DirectionalAttention` for the others: gate and head (``gate.py``)
 are the features of the same kernels, and their gradients go back the same way. The second derivative of forces is in
-``second.py``; everything beyond evaluates the reference in runs. With ``half`` the rows of atoms that edges gather
+``second.py``; everything beyond evaluates the reference in chunks. With ``half`` the rows of atoms that edges gather
 are taken to float16 first (``common/half.py``).
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.call import Call, Change
+from e2former_kernels.common.chunks import EdgeChunk, EdgeList, Plan
 from e2former_kernels.common.half import Rows, half_rows
-from e2former_kernels.common.runs import EdgeList, EdgeRun, Plan
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as edge_kernel
 from e2former_kernels.equivariant_attention import kernels_reverse as attend_backward_kernel
@@ -53,7 +53,7 @@ _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)
 
 
 class Edges(NamedTuple):
-    """Geometry of a run's edges. position: in the splines' interval ``row``; or the length, without splines."""
+    """Geometry of a chunk's edges. position: in the splines' interval ``row``; or the length, without splines."""
 
     vec: Tensor
     position: Tensor
@@ -103,11 +103,11 @@ def _rows(x: Tensor, half: bool) -> Rows:
 
 @dataclass(frozen=True)
 class FusedAttention(Call):
-    """One attention over its runs of receivers: everything but the tensors that may need gradients.
+    """One attention over its chunks of receivers: everything but the tensors that may need gradients.
 
-    radial, dot_weights: as among the tensors. outline: which tensors there are. runs: of value and first derivative;
-    training_runs: of the gradients by weights and of the second derivative. coupling: [P, 3 M] or None. splines: of the
-    radial network, where its weights are frozen. half: value and first derivative gather rows in float16.
+    radial, dot_weights: as among the tensors. outline: which tensors there are. chunks: of value and first derivative;
+    training_chunks: of the gradients by weights and of the second derivative. coupling: [P, 3 M] or None. splines: of
+    the radial network, where its weights are frozen. half: value and first derivative gather rows in float16.
     trained: passes share the radial network. precision: ``input_precision`` of ``tl.dot``. cache: what a pass takes
     over from those before it.
     """
@@ -118,8 +118,8 @@ class FusedAttention(Call):
     dot_weights: DotWeights | None
     outline: Pieces
     edges: EdgeList
-    runs: list[EdgeRun]
-    training_runs: Callable[[], list[EdgeRun]]
+    chunks: list[EdgeChunk]
+    training_chunks: Callable[[], list[EdgeChunk]]
     coupling: Tensor | None
     splines: RadialSplines | None = None
     half: bool = False
@@ -155,15 +155,15 @@ class FusedAttention(Call):
         """The coupling's transpose."""
         return None if self.coupling is None else self.coupling.t().contiguous()
 
-    def _edges(self, run: EdgeRun, vec: Tensor, splines: RadialSplines | None) -> Edges:
-        vec, source, species = vec[run.edges].contiguous(), run.source, run.species
+    def _edges(self, chunk: EdgeChunk, vec: Tensor, splines: RadialSplines | None) -> Edges:
+        vec, source, species = vec[chunk.edges].contiguous(), chunk.source, chunk.species
         edges = vec.shape[0]
         position, envelope = vec.new_empty(edges), vec.new_empty(edges)
         scale = vec.new_empty(edges, self.directions)
         row = position if splines is None else torch.empty(edges, dtype=torch.int32, device=vec.device)
         if edges:
             edge_kernel.geometry_kernel[(math.ceil(edges / 256),)](
-                vec, position, envelope, scale, row, source, run.target, species, species[run.nodes],
+                vec, position, envelope, scale, row, source, chunk.target, species, species[chunk.nodes],
                 source if splines is None else splines.pair_row, E=edges,
                 Z=0 if splines is None else splines.pair_row.shape[0],
                 intervals=0 if splines is None else splines.intervals,
@@ -176,17 +176,17 @@ class FusedAttention(Call):
         vec, *rest = tensors[:_RADIAL]
         return Given(vec, *(_rows(t.contiguous(), half) for t in rest))
 
-    def _scores(self, run: EdgeRun, edges: Edges, given: Given, features: Tensor, statistics: Statistics) -> Tensor:
-        """Scores [e, H] of a run; fills its part of the softmax's statistics."""
+    def _scores(self, chunk: EdgeChunk, edges: Edges, given: Given, features: Tensor, statistics: Statistics) -> Tensor:
+        """Scores [e, H] of a chunk; fills its part of the softmax's statistics."""
         heads, width = given.query.numbers.shape[1:]
-        score = edges.vec.new_empty(run.num_edges, heads)
-        if run.num_nodes:
+        score = edges.vec.new_empty(chunk.num_edges, heads)
+        if chunk.num_nodes:
             widest, warps, together = SCORE_TILE[given.half]
             block = min(next_power(heads), widest)
-            attend_kernel.score_kernel[run.num_nodes, math.ceil(heads / block)](
-                *_arguments(given.query, run.nodes), *_arguments(given.key), features, edges.row, edges.position,
-                edges.envelope, edges.source, run.row_ptr, score, statistics.top[run.nodes],
-                statistics.total[run.nodes], 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width,
+            attend_kernel.score_kernel[chunk.num_nodes, math.ceil(heads / block)](
+                *_arguments(given.query, chunk.nodes), *_arguments(given.key), features, edges.row, edges.position,
+                edges.envelope, edges.source, chunk.row_ptr, score, statistics.top[chunk.nodes],
+                statistics.total[chunk.nodes], 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width,
                 NORM=self.spec.norm_number, SPLINE=self.splines is not None, HALF=given.half, BH=block,
                 BS=next_power(width), BE=together, num_warps=warps,
             )  # fmt: skip
@@ -202,51 +202,51 @@ class FusedAttention(Call):
         nodes, channels = given.query.numbers.shape[0], value.shape[2]
         out = value.new_empty(nodes, value.shape[1] if self.coupling is None else self.coupling.shape[0], channels)
 
-        def finish(run: EdgeRun, outer: Tensor) -> None:
-            launch_contract(self.coupling, outer.view(run.num_nodes, -1, channels), out[run.nodes], self.precision)
+        def finish(chunk: EdgeChunk, outer: Tensor) -> None:
+            launch_contract(self.coupling, outer.view(chunk.num_nodes, -1, channels), out[chunk.nodes], self.precision)
 
-        self.value_of_runs(given, tensors, None if self.coupling is None else finish, out)
+        self.value_of_chunks(given, tensors, None if self.coupling is None else finish, out)
         return out
 
-    def value_of_runs(
+    def value_of_chunks(
         self,
         given: Given,
         tensors: list[Tensor],
-        finish: Callable[[EdgeRun, Tensor], None] | None,
+        finish: Callable[[EdgeChunk, Tensor], None] | None,
         out: Tensor | None,
     ) -> None:
-        """Sums over neighbours, run by run: to ``finish`` as [n, B, R, H], or with B = 1 without it into out.
+        """Sums over neighbours, chunk by chunk: to ``finish`` as [n, B, R, H], or with B = 1 without it into out.
 
-        tensors: for the weights of the features. Keeps the softmax's statistics for :meth:`gradients_of_runs`.
+        tensors: for the weights of the features. Keeps the softmax's statistics for :meth:`gradients_of_chunks`.
         """
         gate = self.gate(tensors) if self.splines is None else None
         rows, heads = given.value_rows
         tiles = row_tiles(rows, heads, self.directions, *ATTEND_TILE)
         statistics = self._statistics(given)
 
-        def of_run(run: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
-            edges = self._edges(run, given.vec, self.splines)
+        def of_chunk(chunk: EdgeChunk) -> None:  # a function: nothing of a chunk is there when the next begins
+            edges = self._edges(chunk, given.vec, self.splines)
             if gate is None:
                 features = self.splines.knots
             else:
-                features, _ = gate.forward(run, edges.vec, edges.position, keep=False)
-            score = self._scores(run, edges, given, features, statistics)
+                features, _ = gate.forward(chunk, edges.vec, edges.position, keep=False)
+            score = self._scores(chunk, edges, given, features, statistics)
             if finish is None:
-                summed = out[run.nodes].view(run.num_nodes, 1, rows, heads)
+                summed = out[chunk.nodes].view(chunk.num_nodes, 1, rows, heads)
             else:
-                summed = given.vec.new_empty(run.num_nodes, self.directions, rows, heads)
+                summed = given.vec.new_empty(chunk.num_nodes, self.directions, rows, heads)
             if summed.numel():
-                attend_kernel.attend_kernel[run.num_nodes, math.ceil(heads / tiles["BH"])](
+                attend_kernel.attend_kernel[chunk.num_nodes, math.ceil(heads / tiles["BH"])](
                     score, features, edges.row, edges.position, edges.envelope, edges.scale, *_arguments(given.value),
-                    edges.source, run.row_ptr, statistics.top[run.nodes], statistics.total[run.nodes], summed,
+                    edges.source, chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes], summed,
                     R=rows, H=heads, NORM=self.spec.norm_number, SPLINE=gate is None, HALF=given.half,
                     B=self.directions, EACH=min(EACH, tiles["BH"]), UNROLL=ATTEND_UNROLL[given.half], **tiles,
                 )  # fmt: skip
             if finish is not None:
-                finish(run, summed)
+                finish(chunk, summed)
 
-        for run in self.runs:
-            of_run(run)
+        for chunk in self.chunks:
+            of_chunk(chunk)
         self.cache["statistics"] = statistics
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
@@ -255,20 +255,20 @@ class FusedAttention(Call):
         given, channels, grad = self._given(tensors, half), tensors[_VALUE].shape[2], grad.contiguous()
         coupling = self.transposed()
 
-        def outer(run: EdgeRun) -> Rows:
-            part = _rows(grad[run.nodes], half)
+        def outer(chunk: EdgeChunk) -> Rows:
+            part = _rows(grad[chunk.nodes], half)
             if coupling is None:
                 return part
-            into = part.numbers.new_empty(run.num_nodes, coupling.shape[0], channels)
+            into = part.numbers.new_empty(chunk.num_nodes, coupling.shape[0], channels)
             launch_contract(coupling, part.numbers, into, self.precision)
             return part._replace(numbers=into)
 
-        return self.gradients_of_runs(given, outer, tensors, wanted)
+        return self.gradients_of_chunks(given, outer, tensors, wanted)
 
-    def gradients_of_runs(
-        self, given: Given, outer: Callable[[EdgeRun], Rows], tensors: list[Tensor], wanted: list[int]
+    def gradients_of_chunks(
+        self, given: Given, outer: Callable[[EdgeChunk], Rows], tensors: list[Tensor], wanted: list[int]
     ) -> list[Tensor]:
-        """Gradients of the wanted inputs, run by run. outer: gradient by a run's sums over neighbours, [n, B, R, H]."""
+        """Gradients of wanted inputs, by chunks. outer: gradient by a chunk's sums over neighbours, [n, B, R, H]."""
         vec = given.vec
         rows, heads = given.value_rows
         width = given.query.numbers.shape[2]
@@ -280,8 +280,8 @@ class FusedAttention(Call):
             self.cache.pop("networks", None)
         known = self.cache.get("statistics") if splines is self.splines else None
         statistics = self._statistics(given) if known is None else known
-        runs = self.training_runs() if weights else self.runs
-        fresh = vec.new_empty if len(runs) == 1 else vec.new_zeros
+        chunks = self.training_chunks() if weights else self.chunks
+        fresh = vec.new_empty if len(chunks) == 1 else vec.new_zeros
         grad_vec, grad_query = torch.empty_like(vec), vec.new_empty(given.query.numbers.shape)
         by_sender = _KEY in wanted or _VALUE in wanted
         grad_key, grad_value = (fresh(t.numbers.shape) if by_sender else vec for t in (given.key, given.value))
@@ -289,16 +289,16 @@ class FusedAttention(Call):
         blocks, each = math.ceil(heads / tiles["BH"]), min(EACH, tiles["BH"])
         sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
 
-        def of_run(run: EdgeRun) -> None:
-            edges = self._edges(run, vec, splines)
-            number, receivers = run.num_edges, run.num_nodes
+        def of_chunk(chunk: EdgeChunk) -> None:
+            edges = self._edges(chunk, vec, splines)
+            number, receivers = chunk.num_edges, chunk.num_nodes
             if gate is None:
                 features = splines.knots
             else:
-                features, kept = gate.forward(run, edges.vec, edges.position, keep=weights)
+                features, kept = gate.forward(chunk, edges.vec, edges.position, keep=weights)
             if known is None and norm <= 1:
-                self._scores(run, edges, given, features, statistics)
-            part = outer(run)
+                self._scores(chunk, edges, given, features, statistics)
+            part = outer(chunk)
             weight, pair = (vec.new_empty(number, heads) for _ in range(2))
             mean = vec.new_empty(receivers, heads)
             best = torch.empty(receivers if norm == 1 else 0, heads, dtype=torch.int64, device=vec.device)
@@ -306,43 +306,44 @@ class FusedAttention(Call):
             grad_parts = vec.new_empty(directions + 1 + (splines is not None), blocks, number)
             if receivers:
                 of_features = features, edges.row, edges.position, edges.envelope
-                of_softmax = statistics.top[run.nodes], statistics.total[run.nodes]
+                of_softmax = statistics.top[chunk.nodes], statistics.total[chunk.nodes]
                 root, width_tile = 1.0 / math.sqrt(width), next_power(width)
                 constants = {"H": heads, "S": width, "NORM": norm, "SPLINE": splines is not None, "HALF": half}
                 if number:  # it reads ahead
                     attend_backward_kernel.attend_backward_kernel[receivers, blocks](
-                        *_arguments(given.query, run.nodes), *_arguments(given.key), *of_features, edges.scale,
-                        *_arguments(given.value), *_arguments(part), edges.source, run.row_ptr, *of_softmax, pair,
+                        *_arguments(given.query, chunk.nodes), *_arguments(given.key), *of_features, edges.scale,
+                        *_arguments(given.value), *_arguments(part), edges.source, chunk.row_ptr, *of_softmax, pair,
                         weight, mean, best, grad_parts[:directions], number, root, R=rows, B=directions, BS=width_tile,
                         EACH=each, **constants, **tiles,
                     )  # fmt: skip
                 attend_backward_kernel.score_backward_kernel[receivers, blocks](
-                    *_arguments(given.key), *of_features, edges.source, run.row_ptr, *of_softmax, mean, best, pair,
-                    weight, grad_features, grad_parts[directions:], grad_query[run.nodes], number, root,
+                    *_arguments(given.key), *of_features, edges.source, chunk.row_ptr, *of_softmax, mean, best, pair,
+                    weight, grad_features, grad_parts[directions:], grad_query[chunk.nodes], number, root,
                     self.spec.softmax_constant, 0.0 if splines is None else splines.scale, BH=tiles["BH"],
                     EACH=each, BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
                 )  # fmt: skip
-            if by_sender and run.order_ptr.numel() > 1:
-                grid = run.order_ptr.numel() - 1, math.ceil(heads / sender_tiles["BH"])
+            if by_sender and chunk.order_ptr.numel() > 1:
+                grid = chunk.order_ptr.numel() - 1, math.ceil(heads / sender_tiles["BH"])
                 attend_backward_kernel.sender_kernel[grid](
-                    weight, pair, edges.scale, *_arguments(part), *_arguments(given.query, run.nodes), run.target,
-                    run.order, run.order_ptr, run.order if run.senders is None else run.senders, grad_value, grad_key,
-                    R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width), UNROLL=SENDER_UNROLL[half],
-                    ACCUMULATE=run.senders is not None, EACH=min(EACH, sender_tiles["BH"]), **sender_tiles,
+                    weight, pair, edges.scale, *_arguments(part), *_arguments(given.query, chunk.nodes), chunk.target,
+                    chunk.order, chunk.order_ptr, chunk.order if chunk.senders is None else chunk.senders, grad_value,
+                    grad_key, R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
+                    UNROLL=SENDER_UNROLL[half], ACCUMULATE=chunk.senders is not None,
+                    EACH=min(EACH, sender_tiles["BH"]), **sender_tiles,
                 )  # fmt: skip
             grad_distance, grad_harmonics = grad_parts, None
             if gate is not None:
                 grad_distance, _, grad_harmonics = gate.backward(grad_features.view_as(features), kept, weights)
             if number:
                 edge_kernel.geometry_backward_kernel[(math.ceil(number / 256),)](
-                    edges.vec, grad_distance, grad_parts, grad_vec[run.edges], E=number, S=blocks,
+                    edges.vec, grad_distance, grad_parts, grad_vec[chunk.edges], E=number, S=blocks,
                     PARTS=splines is not None, **edge_kernel.constants_of(self.spec, directions, 256),
                 )  # fmt: skip
             if grad_harmonics is not None:
-                gate.add_by_vec(grad_harmonics, kept, grad_vec[run.edges])
+                gate.add_by_vec(grad_harmonics, kept, grad_vec[chunk.edges])
 
-        for run in runs:
-            of_run(run)
+        for chunk in chunks:
+            of_chunk(chunk)
         found = [grad_vec, grad_query, grad_key, grad_value, *(gate.found() if gate is not None else ())]
         return [found[n] for n in wanted]
 

@@ -1,4 +1,4 @@
-"""Gate and head of the directional scores on a run of receivers, with their gradients, and with tangents (``_dot``).
+"""Gate and head of the directional scores on a chunk of receivers, with their gradients, and with tangents (``_dot``).
 
 docs/network.md, section 6.2. The input of the gate's linear layers comes from radial networks, harmonics and the
 receiver's rows; the products are cuBLAS's. Score ``qk`` has gate and head from a radial network alone.
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.harmonics import harmonic_scales
-from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.equivariant_attention import kernels_gate as kernel
 from e2former_kernels.equivariant_attention.score import DotWeights
@@ -39,12 +39,12 @@ UNIT = {"qk_dot": True, "qk_dot_scalar": False}
 
 
 class GateKept(NamedTuple):
-    """What the reverse pass of a run takes over; T values, then changes, of everything on edges.
+    """What the reverse pass of a chunk takes over; T values, then changes, of everything on edges.
 
     The last three, for gradients by weights, are None where nothing is kept for them.
     """
 
-    run: EdgeRun
+    chunk: EdgeChunk
     vec: Tensor  # [e, 3]
     vec_dot: Tensor | None
     network: Kept
@@ -105,7 +105,7 @@ class DirectionalGate(RadialFeatures):
         """Grid and constants of the harmonics' kernels."""
         return (math.ceil(edges / 128),), {"E": edges, "L": self.spec.lmax, "UNIT": self.unit, "BLOCK": 128}
 
-    def _on_receivers(self, tangent: bool, run: EdgeRun) -> tuple[list[Tensor], tuple[int, int], dict, int]:
+    def _on_receivers(self, tangent: bool, chunk: EdgeChunk) -> tuple[list[Tensor], tuple[int, int], dict, int]:
         """Rows of the receivers, grid and constants of the contraction's kernels, blocks of columns of a degree."""
         rows, width = self.dot.shape[1:]
         columns, numbers = PAIR_TILE if tangent else TILE
@@ -115,8 +115,8 @@ class DirectionalGate(RadialFeatures):
             "M": rows, "D": width, "K": self.columns, "BM": padded, "BK": block,
             "TANGENT": tangent, "num_warps": min(max(padded * block // numbers, 1), 8),
         }  # fmt: skip
-        dots = [x[run.nodes] for x in (self.dot, self.dot_dot if tangent else self.dot)]
-        return dots, (run.num_nodes, (self.spec.lmax + 1) * blocks), constants, blocks
+        dots = [x[chunk.nodes] for x in (self.dot, self.dot_dot if tangent else self.dot)]
+        return dots, (chunk.num_nodes, (self.spec.lmax + 1) * blocks), constants, blocks
 
     def _scales(self, like: Tensor) -> Tensor:
         divisor = math.sqrt(4 * math.pi) if self.unit else 1.0
@@ -135,7 +135,7 @@ class DirectionalGate(RadialFeatures):
 
     def forward(
         self,
-        run: EdgeRun,
+        chunk: EdgeChunk,
         vec: Tensor,
         distance: Tensor,
         vec_dot: Tensor | None = None,
@@ -143,12 +143,12 @@ class DirectionalGate(RadialFeatures):
         keep: bool = True,
     ) -> tuple[Tensor, GateKept]:
         """Features [T, e, 1, 2H], gate and head, and what :meth:`backward` takes."""
-        number, heads, w, tangent = run.num_edges, self.spec.num_heads, self.weights, vec_dot is not None
+        number, heads, w, tangent = chunk.num_edges, self.spec.num_heads, self.weights, vec_dot is not None
         parts = 2 if tangent else 1
         features = vec.new_empty(parts, number, 1, 2 * heads)
         gate, head = features.view(-1, 2 * heads).split(heads, 1)
         harmonics = vec.new_empty(parts, number, self.dot.shape[1])
-        hidden, network = self.network.forward(distance, *run.elements, distance_dot, keep)
+        hidden, network = self.network.forward(distance, *chunk.elements, distance_dot, keep)
         hidden = hidden.view(parts * number, self.network.hidden)
         last, last_of_factor = self._last_layers()
         _linear(hidden, *last, number, head)
@@ -157,16 +157,16 @@ class DirectionalGate(RadialFeatures):
             factor = vec.new_empty(parts * number, self.columns)
             _linear(hidden, *last_of_factor, number, factor)
         else:
-            factor, factors = self.factors.forward(distance, *run.elements, distance_dot, keep)
+            factor, factors = self.factors.forward(distance, *chunk.elements, distance_dot, keep)
             factor = factor.view(parts * number, self.columns)
         x = torch.empty_like(factor)
         if number:
             grid, constants = self._on_edges(number)
-            rows, on_receivers, columns, _ = self._on_receivers(tangent, run)
+            rows, on_receivers, columns, _ = self._on_receivers(tangent, chunk)
             scales = self._scales(vec)
             changed = vec_dot if tangent else vec
             kernel.harmonics_kernel[grid](vec, changed, scales, harmonics, TANGENT=tangent, **constants)
-            kernel.directional_kernel[on_receivers](harmonics, *rows, factor, run.row_ptr, x, number, **columns)
+            kernel.directional_kernel[on_receivers](harmonics, *rows, factor, chunk.row_ptr, x, number, **columns)
         scalar = activated = None
         if self.unit:
             _linear(x, w.weight, w.bias, number, gate)
@@ -177,12 +177,12 @@ class DirectionalGate(RadialFeatures):
                 grid, constants, _ = self._on_layer(number, tangent, keep, False)
                 layers.layer_kernel[grid](scalar, w.bias, w.norm_weight, w.norm_bias, activated, **constants)
             _linear(activated, w.out, w.out_bias, number, gate)
-        kept = GateKept(run, vec, vec_dot, network, factors, factor, harmonics, scalar, hidden, x, activated)
+        kept = GateKept(chunk, vec, vec_dot, network, factors, factor, harmonics, scalar, hidden, x, activated)
         return features, kept if keep else kept._replace(hidden=None, x=None, activated=None)
 
     def _through_scalar(self, by_gate: Tensor, kept: GateKept, weights: bool) -> tuple[Tensor, Tensor | None]:
         """Gradient by the products of the first linear layer, and sums [3, H]: by norm_weight, norm_bias and bias."""
-        w, number, tangent = self.weights, kept.run.num_edges, kept.vec_dot is not None
+        w, number, tangent = self.weights, kept.chunk.num_edges, kept.vec_dot is not None
         by_gate = torch.mm(by_gate, w.out)
         if not number:
             return by_gate, by_gate.new_zeros(3, self.spec.num_heads) if weights else None
@@ -196,15 +196,15 @@ class DirectionalGate(RadialFeatures):
 
     def _through_rows(self, by_x: Tensor, kept: GateKept) -> Tensor:
         """Turns the gradient by x into that by the factor, fills that by dot; returns that by harmonics, in parts."""
-        run, tangent = kept.run, kept.vec_dot is not None
-        rows, grid, constants, blocks = self._on_receivers(tangent, run)
+        chunk, tangent = kept.chunk, kept.vec_dot is not None
+        rows, grid, constants, blocks = self._on_receivers(tangent, chunk)
         by_harmonics = by_x.new_empty(blocks, *kept.harmonics.shape)
         if self.by_dot is None:
             self.by_dot = torch.empty_like(self.dot)
-        if run.num_nodes:
+        if chunk.num_nodes:
             kernel.directional_backward_kernel[grid](
-                by_x, kept.harmonics, *rows, kept.factor, run.row_ptr, by_x, by_harmonics, self.by_dot[run.nodes],
-                run.num_edges, **constants,
+                by_x, kept.harmonics, *rows, kept.factor, chunk.row_ptr, by_x, by_harmonics, self.by_dot[chunk.nodes],
+                chunk.num_edges, **constants,
             )  # fmt: skip
         return by_harmonics
 
@@ -212,7 +212,7 @@ class DirectionalGate(RadialFeatures):
         self, grad: Tensor, kept: GateKept, weights: bool, by_vec: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients by distance and distance_dot and, for :meth:`add_by_vec`, by harmonics. ``kept`` is used up."""
-        number, heads, w = kept.run.num_edges, self.spec.num_heads, self.weights
+        number, heads, w = kept.chunk.num_edges, self.spec.num_heads, self.weights
         by_gate, by_head = grad.view(-1, 2 * heads).split(heads, 1)
         by_scalar, norm_sums = (by_gate, None) if self.unit else self._through_scalar(by_gate, kept, weights)
         by_factor = torch.mm(by_scalar, w.weight)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.half import (
     Rows,
     from_products,
@@ -23,7 +24,6 @@ from e2former_kernels.common.half import (
     row_bias,
     rows_from_products,
 )
-from e2former_kernels.common.runs import EdgeRun
 from e2former_kernels.equivariant_attention.fused import FusedAttention, Given
 from e2former_kernels.equivariant_attention.kernels_value import contract_rows, launch_contract
 from e2former_kernels.linear.op import apply_groups, apply_so3, so3_rows
@@ -134,14 +134,14 @@ class HalfAttention:
         bias = self.weights.out_bias
         del h
 
-        def finish(run: EdgeRun, outer: Tensor) -> None:
-            summed = outer.view(run.num_nodes, -1, channels)
+        def finish(chunk: EdgeChunk, outer: Tensor) -> None:
+            summed = outer.view(chunk.num_nodes, -1, channels)
             rows, factor = contract_rows(self.call.coupling, summed, self.call.precision)
-            products = rows.new_empty(run.num_nodes, *x.shape[1:])
+            products = rows.new_empty(chunk.num_nodes, *x.shape[1:])
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, False, products.flatten(1))
-            from_products(products, factor, self.out.factors, y[run.nodes], bias, x[run.nodes])
+            from_products(products, factor, self.out.factors, y[chunk.nodes], bias, x[chunk.nodes])
 
-        self.call.value_of_runs(given, self.tensors, finish, None)
+        self.call.value_of_chunks(given, self.tensors, finish, None)
         self.kept = query, key
         return y
 
@@ -152,15 +152,15 @@ class HalfAttention:
         channels, coupling = x.shape[2], self.out.back
         paths = coupling.shape[1]
 
-        def outer(run: EdgeRun) -> Rows:
-            rows, factor = half_rows(grad[run.nodes])
-            products = rows.new_empty(run.num_nodes, paths, channels)
+        def outer(chunk: EdgeChunk) -> Rows:
+            rows, factor = half_rows(grad[chunk.nodes])
+            products = rows.new_empty(chunk.num_nodes, paths, channels)
             apply_groups(rows.flatten(1), self.out.weights, self.degrees, True, products.flatten(1))
-            into = rows.new_empty(run.num_nodes, coupling.shape[0], channels)
+            into = rows.new_empty(chunk.num_nodes, coupling.shape[0], channels)
             launch_contract(coupling, products, into, self.call.precision)
             return Rows(into, factor * self.out.largest)
 
-        found = self.call.gradients_of_runs(given, outer, self.tensors, [0, 1, 2, 3])
+        found = self.call.gradients_of_chunks(given, outer, self.tensors, [0, 1, 2, 3])
         del given
         by_vec, by_query, by_key, by_value = found
         del found

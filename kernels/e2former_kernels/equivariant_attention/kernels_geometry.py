@@ -61,7 +61,7 @@ def geometry_kernel(
     """Envelope, message scale (direction and harmonics of degree 2; direction; 1/d; or 1) and length of every edge.
 
     SPLINE: instead of the length its position in the spline's interval, 0 to 1, and in ``row`` the interval's
-    first row. species: of the senders; target_species: of the run's receivers. pair_row: [Z, Z].
+    first row. species: of the senders; target_species: of the chunk's receivers. pair_row: [Z, Z].
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E

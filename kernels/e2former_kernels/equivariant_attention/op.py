@@ -1,7 +1,7 @@
-"""Equivariant attention with Triton kernels: no tensor with an edge dimension outlives a bounded run of edges.
+"""Equivariant attention with Triton kernels: no tensor with an edge dimension outlives a bounded chunk of edges.
 
 Value, first and second derivative have fused kernels (``fused.py``, ``second.py``). Derivatives beyond, and second ones
-of gradients by weights, evaluate the reference run by run
+of gradients by weights, evaluate the reference chunk by chunk
 (:func:`e2former_kernels.equivariant_attention.reference.attention_plan`).
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.call import apply_call
 from e2former_kernels.common.checks import check_device, check_float, check_radial, check_same, check_tensors
+from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.common.runs import EdgeList
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
 from e2former_kernels.equivariant_attention.kernels_value import NORMS
 from e2former_kernels.equivariant_attention.reference import Form, Pieces, check_nodes_and_edges
@@ -26,10 +26,10 @@ from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.splines import RadialSplines, check_splines
 
-# Working memory of a run, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
-# everything fits in one run (1.3 GB in float32, which a CUDA graph can replay), as always in training, and where it
+# Working memory of a chunk, in numbers (not bytes), whatever the number of atoms and edges: of the fused kernels where
+# everything fits in one chunk (1.3 GB in float32, which a CUDA graph can replay), as always in training, and where it
 # does not (1.1 GB), and of second derivatives and weight gradients (2.7 GB; 1.6 GB where there is no directional gate
-# and everything does not fit in one run).
+# and everything does not fit in one chunk).
 SINGLE_NUMBERS = 5 << 26
 FUSED_NUMBERS = 1 << 28
 GATE_NUMBERS = 5 << 27
@@ -99,8 +99,8 @@ def make_call(
         spec=spec,
         form=form,
         edges=edges,
-        runs=edges.runs(numbers, budget, SINGLE_NUMBERS),
-        training_runs=partial(edges.runs, second[0] + directions * per_row // 32, second[1], GATE_NUMBERS),
+        chunks=edges.chunks(numbers, budget, SINGLE_NUMBERS),
+        training_chunks=partial(edges.chunks, second[0] + directions * per_row // 32, second[1], GATE_NUMBERS),
         coupling=coupling.flatten(1).contiguous() if relative else None,
         splines=splines,
         half=half,

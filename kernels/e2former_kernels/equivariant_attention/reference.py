@@ -21,15 +21,15 @@ from torch.nn import functional as F
 
 from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_same, check_shape
+from e2former_kernels.common.chunks import EDGE, SOURCE, TARGET, WHOLE, EdgeChunk, EdgeList, Plan, plan_of
 from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.runs import EDGE, SOURCE, TARGET, WHOLE, EdgeList, EdgeRun, Plan, plan_of
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights, OnEdges
 from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
 
 Form = Literal["dense", "relative", "sum"]
-# Working memory of one run where runs are recomputed, in numbers (not bytes): 64 MB in float32.
-RUN_NUMBERS = 1 << 24
+# Working memory of one chunk where chunks are recomputed, in numbers (not bytes): 64 MB in float32.
+CHUNK_NUMBERS = 1 << 24
 MAX_PADDING = 4  # padded edges for one real one
 
 
@@ -219,7 +219,7 @@ class Pieces(NamedTuple):
         return cls(*tensors[:middle], RadialWeights(*radial), dot_weights)
 
     def flat(self) -> list[tuple[str, Tensor]]:
-        """(kind, tensor) of every tensor there is; kinds as in :mod:`e2former_kernels.common.runs`."""
+        """(kind, tensor) of every tensor there is; kinds as in :mod:`e2former_kernels.common.chunks`."""
         kinds = itertools.chain((EDGE, TARGET, SOURCE, SOURCE, TARGET), itertools.repeat(WHOLE))
         return [(kind, t) for kind, t in zip(kinds, self.every(), strict=False) if t is not None]
 
@@ -234,39 +234,39 @@ class Pieces(NamedTuple):
 
 
 def edge_weights(
-    spec: AttentionSpec, run: EdgeRun, given: Pieces, geometry: EdgeGeometry | None = None
+    spec: AttentionSpec, chunk: EdgeChunk, given: Pieces, geometry: EdgeGeometry | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weights w [E, H] of a run's edges, and their lengths [E], Å; arguments of :func:`attention_of_run`."""
-    query = given.query.index_select(0, run.target)
-    dot = None if given.dot is None else given.dot.index_select(0, run.target)
+    """Weights w [E, H] of a chunk's edges, and their lengths [E], Å; arguments of :func:`attention_of_chunk`."""
+    query = given.query.index_select(0, chunk.target)
+    dot = None if given.dot is None else given.dot.index_select(0, chunk.target)
     if geometry is None:
         geometry = edge_geometry(given.vec, spec.cutoff, spec.num_basis, spec.envelope_exponent, spec.bell)
     distance, basis, envelope = geometry
 
     def network(weights: RadialWeights) -> Tensor:
-        return radial_network(basis, *run.elements, weights).squeeze(1)
+        return radial_network(basis, *chunk.elements, weights).squeeze(1)
 
     on_edges = OnEdges(given.vec, distance, dot, network(given.radial), network)
     gate, head = SCORES[spec.score].gate_and_head(spec, on_edges, given.dot_weights)
     score = gate * (query * given.key).sum(-1) / math.sqrt(query.shape[-1])
-    return attention_weights(score, head, envelope, run.target, run.num_nodes, spec.norm), distance
+    return attention_weights(score, head, envelope, chunk.target, chunk.num_nodes, spec.norm), distance
 
 
-def attention_of_run(
+def attention_of_chunk(
     spec: AttentionSpec,
     form: Form,
-    run: EdgeRun,
+    chunk: EdgeChunk,
     given: Pieces,
     coupling: Tensor | None,
     geometry: EdgeGeometry | None = None,
 ) -> Tensor:
-    """The attention of a run of receivers from what :func:`attention_plan` hands it; geometry: of its edges."""
-    weights, distance = edge_weights(spec, run, given, geometry)
-    return aggregate(spec, form, weights, distance, given.vec, given.value, run.target, run.num_nodes, coupling)
+    """The attention of a chunk of receivers from what :func:`attention_plan` hands it; geometry: of its edges."""
+    weights, distance = edge_weights(spec, chunk, given, geometry)
+    return aggregate(spec, form, weights, distance, given.vec, given.value, chunk.target, chunk.num_nodes, coupling)
 
 
 def attention_plan(spec: AttentionSpec, form: Form, pieces: Pieces, edges: EdgeList, coupling: Tensor | None) -> Plan:
-    """The attention in runs, differentiable to any order (:func:`e2former_kernels.common.call.evaluate`).
+    """The attention in chunks, differentiable to any order (:func:`e2former_kernels.common.call.evaluate`).
 
     Takes the tensors of ``pieces.flat()``; other arguments as in :func:`equivariant_attention_reference`.
     """
@@ -274,10 +274,10 @@ def attention_plan(spec: AttentionSpec, form: Form, pieces: Pieces, edges: EdgeL
     numbers = 6 * rows * channels + 16 * pieces.radial.hidden.shape[-1] + 8 * pieces.radial.out.shape[-2]
     outline = pieces.outline()
 
-    def function(run: EdgeRun, *tensors: Tensor) -> Tensor:
-        return attention_of_run(spec, form, run, outline.like(tensors), coupling)
+    def function(chunk: EdgeChunk, *tensors: Tensor) -> Tensor:
+        return attention_of_chunk(spec, form, chunk, outline.like(tensors), coupling)
 
-    return plan_of(function, edges.runs(numbers, RUN_NUMBERS), pieces.flat())
+    return plan_of(function, edges.chunks(numbers, CHUNK_NUMBERS), pieces.flat())
 
 
 def check_nodes_and_edges(
@@ -344,7 +344,7 @@ def equivariant_attention_reference(
         dot_weights: weights of the directional gate, for the ``qk_dot*`` scores.
         coupling: [P, B, M], coefficients of the path rows; for orders 1 and 2 but with ``form="sum"``.
         form: see the module.
-        recompute: evaluate in runs and recompute in every derivative, so that nothing of edge size outlives a run;
+        recompute: evaluate in chunks and recompute in every derivative, so that nothing of edge size outlives a chunk;
             False keeps edge tensors for the backward pass, which is faster for small systems.
         geometry: of ``vec``, where a caller has it for several layers; only without recomputation.
 
@@ -362,6 +362,6 @@ def equivariant_attention_reference(
     if recompute:
         plan = attention_plan(spec, form, pieces, edges, coupling)
         return evaluate(plan, *(t for _, t in pieces.flat()))[0]
-    (whole,), source = edges.runs_of(vec.shape[0]), edges.source
+    (whole,), source = edges.chunks_of(vec.shape[0]), edges.source
     pieces = pieces._replace(key=key.index_select(0, source), value=value.index_select(0, source))
-    return attention_of_run(spec, form, whole, pieces, coupling, geometry)
+    return attention_of_chunk(spec, form, whole, pieces, coupling, geometry)

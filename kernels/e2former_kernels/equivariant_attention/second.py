@@ -1,10 +1,10 @@
-r"""Second derivative of the attention with fused kernels, run by run: what training on forces asks for.
+r"""Second derivative of the attention with fused kernels, chunk by chunk: what training on forces asks for.
 
 The first derivative's results are J^T grad, with J the derivative of the output by (vec, query, key, value). So
 L = <c, J^T grad> = <grad, J c>, where J c, the output's change along the cotangents c, is also the gradient of L by
 grad. One pass gives value and change of everything (``_dot``: the change), one reverse pass the gradients of both.
 
-Runs are longer than those of the first derivative (``op.SECOND_NUMBERS``), as a CUDA graph is of one: some 2,800
+Chunks are longer than those of the first derivative (``op.SECOND_NUMBERS``), as a CUDA graph is of one: some 2,800
 numbers of working memory for an edge of a network with 128 heads and a radial network 128 wide; more with a
 directional gate (``gate.py``).
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.call import Change
-from e2former_kernels.common.runs import EdgeRun
+from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as geometry_kernel
 from e2former_kernels.equivariant_attention import kernels_second as kernel
@@ -39,7 +39,7 @@ _VEC, _QUERY, _KEY, _VALUE, _RADIAL = range(5)  # the tensors of the operation, 
 
 
 class Geometry(NamedTuple):
-    """A run's edges and their changes."""
+    """A chunk's edges and their changes."""
 
     vec: Tensor  # [e, 3]
     vec_dot: Tensor
@@ -52,7 +52,7 @@ class Geometry(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A run's attention weights and their changes, and the receivers' softmax (``kernels_second.py``)."""
+    """A chunk's attention weights and their changes, and the receivers' softmax (``kernels_second.py``)."""
 
     pair: Tensor  # [e, H]
     pair_dot: Tensor
@@ -78,7 +78,7 @@ def _geometry(spec: AttentionSpec, directions: int, vec: Tensor, vec_dot: Tensor
 
 def _scores(
     spec: AttentionSpec,
-    run: EdgeRun,
+    chunk: EdgeChunk,
     source: Tensor,
     edges: Geometry,
     query: tuple[Tensor, Tensor],
@@ -87,15 +87,15 @@ def _scores(
 ) -> Scores:
     """query, key: value and change; features: [2, e, 1, 2 H]."""
     heads, width = query[0].shape[1:]
-    on_edges = features.new_empty(4, run.num_edges, heads).unbind(0)
-    on_nodes = features.new_empty(4, run.num_nodes, heads).unbind(0)
+    on_edges = features.new_empty(4, chunk.num_edges, heads).unbind(0)
+    on_nodes = features.new_empty(4, chunk.num_nodes, heads).unbind(0)
     molfm = spec.norm == "molfm"
-    best = torch.empty(run.num_nodes if molfm else 1, heads, dtype=torch.int64, device=features.device)
-    if run.num_nodes and heads:
+    best = torch.empty(chunk.num_nodes if molfm else 1, heads, dtype=torch.int64, device=features.device)
+    if chunk.num_nodes and heads:
         block = min(next_power(heads), WEIGHTS_TILE[0])
-        kernel.weights_tangent_kernel[run.num_nodes, math.ceil(heads / block)](
-            *(q[run.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
-            run.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
+        kernel.weights_tangent_kernel[chunk.num_nodes, math.ceil(heads / block)](
+            *(q[chunk.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
+            chunk.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
             NORM=spec.norm_number, BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
         )  # fmt: skip
     return Scores(*on_edges, *on_nodes, best)
@@ -128,7 +128,7 @@ def _pair_sum(
 def second_derivative(call: FusedAttention, change: Change, tensors: list[Tensor], by: list[int]) -> list[Tensor]:
     """``Call.second`` of :class:`FusedAttention` (common/call.py), where no weights are among ``change.wanted``.
 
-    Long: a run's launches in order, each of which takes what the ones before it made.
+    Long: a chunk's launches in order, each of which takes what the ones before it made.
     """
     spec, directions, first_weight, given = call.spec, call.directions, call.first_weight, change.along()
     primal = [t.contiguous() for t in tensors[:first_weight]]
@@ -143,8 +143,8 @@ def second_derivative(call: FusedAttention, change: Change, tensors: list[Tensor
     weights = any(n > first_weight for n in by)
     by_scale = spec.order > 0 and 1 + _VEC in by
     gate = call.gate(tensors, *dots[_RADIAL:])
-    runs = call.training_runs()
-    fresh = torch.empty_like if len(runs) == 1 else torch.zeros_like
+    chunks = call.training_chunks()
+    fresh = torch.empty_like if len(chunks) == 1 else torch.zeros_like
     by_grad = torch.empty_like(grad) if 0 in by else None
     by_vec = torch.empty_like(vec) if 1 + _VEC in by else None
     by_query = torch.empty_like(query[0]) if 1 + _QUERY in by else None
@@ -156,35 +156,35 @@ def second_derivative(call: FusedAttention, change: Change, tensors: list[Tensor
     blocks = math.ceil(heads / message_tiles["BH"])
     transposed = call.transposed()
 
-    def of_run(run: EdgeRun) -> None:  # a function: nothing of a run is there when the next begins
-        number, receivers, source = run.num_edges, run.num_nodes, run.source
-        edges = _geometry(spec, directions, vec[run.edges], vec_dot[run.edges])
-        features, kept = gate.forward(run, edges.vec, edges.distance, edges.vec_dot, edges.distance_dot)
-        scores = _scores(spec, run, source, edges, query, key, features)
+    def of_chunk(chunk: EdgeChunk) -> None:  # a function: nothing of a chunk is there when the next begins
+        number, receivers, source = chunk.num_edges, chunk.num_nodes, chunk.source
+        edges = _geometry(spec, directions, vec[chunk.edges], vec_dot[chunk.edges])
+        features, kept = gate.forward(chunk, edges.vec, edges.distance, edges.vec_dot, edges.distance_dot)
+        scores = _scores(spec, chunk, source, edges, query, key, features)
         messages = (scores.weight, scores.weight_dot, edges.scale, edges.scale_dot)
         outer = grad.new_empty(receivers, directions, rows, heads)
         if by_grad is not None:
             if receivers:
                 kernel.aggregate_tangent_kernel[receivers, math.ceil(heads / tiles["BH"])](
-                    *messages, *per_head, source, run.row_ptr, outer, rows, heads, B=directions, **tiles
+                    *messages, *per_head, source, chunk.row_ptr, outer, rows, heads, B=directions, **tiles
                 )
             if call.coupling is None:
-                by_grad[run.nodes] = outer.view(receivers, value_rows, channels)
+                by_grad[chunk.nodes] = outer.view(receivers, value_rows, channels)
             else:
                 summed = outer.view(receivers, -1, channels)
-                launch_contract(call.coupling, summed, by_grad[run.nodes], call.precision)
+                launch_contract(call.coupling, summed, by_grad[chunk.nodes], call.precision)
         if by == [0]:
             return
         if transposed is None:
-            outer = grad[run.nodes].view_as(outer)
+            outer = grad[chunk.nodes].view_as(outer)
         else:
-            launch_contract(transposed, grad[run.nodes], outer.view(receivers, -1, channels), call.precision)
+            launch_contract(transposed, grad[chunk.nodes], outer.view(receivers, -1, channels), call.precision)
         by_weight = grad.new_empty(2, number, heads)
         sums = grad.new_empty(2, receivers, heads)
         scale_parts = grad.new_empty(blocks if by_scale else 1, number, 2 * directions)
         if receivers:
             kernel.message_second_kernel[receivers, blocks](
-                *per_head, outer, *messages, source, run.row_ptr, *by_weight, scale_parts, *sums, number, rows,
+                *per_head, outer, *messages, source, chunk.row_ptr, *by_weight, scale_parts, *sums, number, rows,
                 heads, B=directions, SCALE=by_scale, **message_tiles,
             )  # fmt: skip
         by_features = torch.empty_like(features)
@@ -194,21 +194,21 @@ def second_derivative(call: FusedAttention, change: Change, tensors: list[Tensor
             block = max(WEIGHTS_NUMBERS // padded, 1)
             kernel.weights_second_kernel[(math.ceil(number / block),)](
                 *by_weight, scores.pair, scores.pair_dot, *features, edges.envelope, edges.envelope_dot,
-                run.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
+                chunk.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
                 1.0 / math.sqrt(width), spec.softmax_constant,
                 NORM=spec.norm_number, BH=padded, BE=block, num_warps=4,
             )  # fmt: skip
         if by_query is not None:
-            _pair_sum(scores, key, source, None, run.row_ptr, by_query[run.nodes])
+            _pair_sum(scores, key, source, None, chunk.row_ptr, by_query[chunk.nodes])
         if by_key is not None:
-            local = tuple(q[run.nodes] for q in query)
-            _pair_sum(scores, local, run.target, run.order, run.order_ptr, by_key, run.senders)
-        if by_value is not None and run.order_ptr.numel() > 1:
-            grid = run.order_ptr.numel() - 1, math.ceil(heads / sender_tiles["BH"])
+            local = tuple(q[chunk.nodes] for q in query)
+            _pair_sum(scores, local, chunk.target, chunk.order, chunk.order_ptr, by_key, chunk.senders)
+        if by_value is not None and chunk.order_ptr.numel() > 1:
+            grid = chunk.order_ptr.numel() - 1, math.ceil(heads / sender_tiles["BH"])
             kernel.aggregate_transposed_second_kernel[grid](
-                *messages, outer, run.target, run.order, run.order_ptr,
-                run.order if run.senders is None else run.senders, by_value, rows, heads,
-                B=directions, ACCUMULATE=run.senders is not None, **sender_tiles,
+                *messages, outer, chunk.target, chunk.order, chunk.order_ptr,
+                chunk.order if chunk.senders is None else chunk.senders, by_value, rows, heads,
+                B=directions, ACCUMULATE=chunk.senders is not None, **sender_tiles,
             )  # fmt: skip
         if by_vec is None and all(n <= _RADIAL for n in by):
             return
@@ -217,12 +217,12 @@ def second_derivative(call: FusedAttention, change: Change, tensors: list[Tensor
         if by_vec is not None and number:
             geometry_kernel.geometry_second_kernel[(math.ceil(number / 128),)](
                 edges.vec, edges.vec_dot, by_distance, by_distance_dot, *by_envelope, scale_parts,
-                by_vec[run.edges], E=number, tiles=blocks, **geometry_kernel.constants_of(spec, directions, 128),
+                by_vec[chunk.edges], E=number, tiles=blocks, **geometry_kernel.constants_of(spec, directions, 128),
             )  # fmt: skip
             if by_harmonics is not None:
-                gate.add_by_vec(by_harmonics, kept, by_vec[run.edges])
+                gate.add_by_vec(by_harmonics, kept, by_vec[chunk.edges])
 
-    for run in runs:
-        of_run(run)
+    for chunk in chunks:
+        of_chunk(chunk)
     found = [by_grad, by_vec, by_query, by_key, by_value, *gate.found()]
     return [found[n] for n in by]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import float32_products
+from e2former_kernels.common.chunks import node_chunks
 from e2former_kernels.common.half import Rows, from_products, half_rows, half_weight, new_rows, row_bias
-from e2former_kernels.common.runs import node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import kernels as kernel
 from e2former_kernels.feedforward.kernels import launch_power, launch_power_backward
@@ -91,21 +91,21 @@ def _gate_arguments(y: Rows, gates: Tensor, weights: HalfWeights) -> tuple[Tenso
 def half_value(x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
     """The network on x [N, M, C], contiguous; plus x itself with ``residual``."""
     out = torch.empty_like(x)
-    for run in node_runs(x.shape[0]) if x.numel() else ():
-        part = x[run.nodes]
+    for chunk in node_chunks(x.shape[0]) if x.numel() else ():
+        part = x[chunk.nodes]
         y, gates = _first(_normal(part, half.given), half)
         z = new_rows(part, *part.shape)
         kernel.half_gate_kernel[(part.shape[0],)](*_gate_arguments(y, gates, half), *z, part.shape[2], **_launch(part))
         products = apply_so3(z.numbers, half.weight2.numbers, False, torch.empty_like(z.numbers))
-        from_products(products, z.factor, half.last, out[run.nodes], half.last_bias, part if residual else None)
+        from_products(products, z.factor, half.last, out[chunk.nodes], half.last_bias, part if residual else None)
     return out
 
 
 def half_gradient(grad: Tensor, x: Tensor, half: HalfWeights, residual: bool) -> Tensor:
     """Gradient by x of <grad, result>. grad, x: [N, M, C], contiguous."""
     by_x = torch.empty_like(x)
-    for run in node_runs(x.shape[0]) if x.numel() else ():
-        part, by_out = x[run.nodes], grad[run.nodes]
+    for chunk in node_chunks(x.shape[0]) if x.numel() else ():
+        part, by_out = x[chunk.nodes], grad[chunk.nodes]
         normal = _normal(part, half.given)
         y, gates = _first(normal, half)
         rows, factor = half_rows(by_out)
@@ -122,6 +122,6 @@ def half_gradient(grad: Tensor, x: Tensor, half: HalfWeights, residual: bool) ->
             by_power = (by_h[:, 0] * of_scalars) @ half.given.power_weight
             launch_power_backward(normal, by_power, Rows(by_h, common), half.back)
         launch_norm_rows_reverse(
-            part, half.given.norm_weight, Rows(by_h, common), half.back, by_out if residual else None, by_x[run.nodes]
+            part, half.given.norm_weight, Rows(by_h, common), half.back, by_out if residual else None, by_x[chunk.nodes]
         )
     return by_x

@@ -16,10 +16,10 @@ from torch import Tensor
 from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.call import Change, NodeCall, apply_call
 from e2former_kernels.common.checks import check_nodes
+from e2former_kernels.common.chunks import node_chunks
 from e2former_kernels.common.half import Rows
 from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.runs import node_runs
-from e2former_kernels.common.sums import RunSums, degree_sums
+from e2former_kernels.common.sums import ChunkSums, degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import kernels as kernel
 from e2former_kernels.feedforward.half import HalfWeights, half_gradient, half_value
@@ -60,9 +60,9 @@ def gradients(
     """
     by_x = torch.empty_like(x)
     change = None if x_dot is None else torch.empty_like(x)
-    sums = RunSums() if by_weights else None
-    for run in node_runs(x.shape[0]) if x.numel() else ():
-        nodes = run.nodes
+    sums = ChunkSums() if by_weights else None
+    for chunk in node_chunks(x.shape[0]) if x.numel() else ():
+        nodes = chunk.nodes
         if x_dot is None:
             _first_derivative(grad[nodes], x[nodes], weights, by_x[nodes], sums, residual)
         else:
@@ -73,7 +73,7 @@ def gradients(
 
 
 def _first_derivative(
-    grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: RunSums | None, residual: bool
+    grad: Tensor, x: Tensor, weights: Weights, by_x: Tensor, sums: ChunkSums | None, residual: bool
 ) -> None:
     normal = launch_norm(x, weights.norm_weight, weights.norm_bias, None)
     if weights.power_weight is not None:
@@ -105,7 +105,7 @@ def _first_derivative(
 
 
 def _second_derivative(
-    grad: Tensor, x: Tensor, x_dot: Tensor, weights: Weights, by_x: Tensor, change: Tensor, sums: RunSums | None
+    grad: Tensor, x: Tensor, x_dot: Tensor, weights: Weights, by_x: Tensor, change: Tensor, sums: ChunkSums | None
 ) -> None:
     normal, normal_dot = launch_norm_tangent(x, x_dot, weights.norm_weight, weights.norm_bias)
     if weights.power_weight is not None:
@@ -148,7 +148,7 @@ def _second_derivative(
         sums.add_columns(gate_bias=gates, bias1=y_dot[:, 0], norm_bias=by_normal[:, 0])
 
 
-def _of_weights(sums: RunSums) -> Weights:
+def _of_weights(sums: ChunkSums) -> Weights:
     found: dict[str, Tensor] = dict(sums)
     if found:
         found |= {name: degree_sums(found[name]) for name in ("weight1", "weight2")}
@@ -181,13 +181,13 @@ class _FeedForward(NodeCall):
         if isinstance(weights, HalfWeights):
             return half_value(x, weights, self.residual)
         out = torch.empty_like(x)
-        for run in node_runs(x.shape[0]) if x.numel() else ():
-            normal = launch_norm(x[run.nodes], weights.norm_weight, weights.norm_bias, None)
+        for chunk in node_chunks(x.shape[0]) if x.numel() else ():
+            normal = launch_norm(x[chunk.nodes], weights.norm_weight, weights.norm_bias, None)
             if weights.power_weight is not None:
                 normal[:, 0].addmm_(launch_power(Rows(normal, None)), weights.power_weight.t())
             y, gates = _first(normal, weights)
             _gate(kernel.gate_kernel, y, y, gates)
-            apply_so3(y, weights.weight2, False, out[run.nodes])
+            apply_so3(y, weights.weight2, False, out[chunk.nodes])
         out[:, 0].add_(weights.bias2)
         return out.add_(x) if self.residual else out
 

@@ -19,7 +19,7 @@ from e2former_kernels.common.backend import EXACT, Mode, float32_products
 from e2former_kernels.common.call import Change, NodeCall, apply_call
 from e2former_kernels.common.checks import check_tensors
 from e2former_kernels.common.registered import Settings, register
-from e2former_kernels.common.sums import RunSums, degree_sums
+from e2former_kernels.common.sums import ChunkSums, degree_sums
 from e2former_kernels.linear.reference import degree_of_row, grouped_linear_reference, so3_linear_reference
 
 
@@ -30,7 +30,7 @@ def _degree_of_row(degrees: int, device: torch.device) -> Tensor:
 
 
 def so3_rows(weight: Tensor) -> Tensor:
-    """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several runs."""
+    """Weights [L+1, O, I] of the degrees as those of the rows, [(L+1)^2, O, I]: for callers with several chunks."""
     return weight.index_select(0, _degree_of_row(weight.shape[0], weight.device))
 
 
@@ -69,7 +69,7 @@ def apply_so3(x: Tensor, weight: Tensor, transpose: bool, out: Tensor) -> Tensor
     return out
 
 
-def add_so3_outer(sums: RunSums, name: str, grad: Tensor, x: Tensor) -> None:
+def add_so3_outer(sums: ChunkSums, name: str, grad: Tensor, x: Tensor) -> None:
     """Add the gradient by the weight of :func:`apply_so3` to a sum, still row by row (``degree_sums`` adds rows up).
 
     grad: [n, M, O]; x: [n, M, I].

@@ -15,18 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from e2former_kernels.common.chunks import NodeChunk, node_chunks
 from e2former_kernels.common.half import Rows, from_products, half_matrices, half_rows, half_weight, new_rows
-from e2former_kernels.common.runs import NodeRun, node_runs
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.linear.op import apply_so3, so3_rows
 from e2former_kernels.query_key import kernels as kernel
 from e2former_kernels.query_key.reference import LAYER_NORM_EPS, QueryKeyWeights
 
-# Working memory of a run of nodes, in bytes: half of the nodes' within these limits. More runs cost launches, and where
-# a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
+# Working memory of a chunk of nodes, in bytes: half of the nodes' within these limits. More chunks cost launches, and
+# where a few of them take all the memory that the rest of a layer leaves, fewer are no faster.
 LEAST_BYTES = 1 << 27
 MOST_BYTES = 1 << 29
-TRAINING_BYTES = 1 << 30  # of a run in training, whose second derivatives keep more beside
+TRAINING_BYTES = 1 << 30  # of a chunk in training, whose second derivatives keep more beside
 SMALLEST = 1e-37  # bound of a gradient that is zero
 TILE_NUMBERS = 1024  # numbers of one tile of the hidden layer's kernels
 
@@ -47,8 +47,8 @@ class HalfWeights(NamedTuple):
     out: Rows
 
 
-class Run(NamedTuple):
-    """What a run of n nodes keeps for its gradient: products P [M, n, 4 G] and those of the hidden layer [2, n, G]."""
+class Chunk(NamedTuple):
+    """What n nodes keep for their gradient: products P [M, n, 4 G] and those of the hidden layer [2, n, G]."""
 
     both: Tensor
     middle: Rows  # the factors are of the layer's inputs
@@ -66,10 +66,10 @@ def half_weights(weights: QueryKeyWeights) -> HalfWeights:
 
 
 @functools.lru_cache(maxsize=64)
-def runs(nodes: int, size: int, trained: bool = False) -> Sequence[NodeRun]:
-    """Runs of nodes whose products P take ``size`` bytes each; longer ones in training."""
+def chunks(nodes: int, size: int, trained: bool = False) -> Sequence[NodeChunk]:
+    """Chunks of nodes whose products P take ``size`` bytes each; longer ones in training."""
     budget = TRAINING_BYTES if trained else min(max(nodes * size // 2, LEAST_BYTES), MOST_BYTES)
-    return node_runs(nodes, max(-(-budget // size), 16)) if nodes else ()
+    return node_chunks(nodes, max(-(-budget // size), 16)) if nodes else ()
 
 
 def _invariants_launch(weights: HalfWeights) -> dict:
@@ -91,7 +91,7 @@ def _norm_weights(weights: HalfWeights) -> tuple[Tensor, Tensor, Tensor]:
     return weights.given.hidden_bias, weights.given.norm_weight, weights.given.norm_bias
 
 
-def _forward_run(h: Rows, weights: HalfWeights) -> Run:
+def _forward_chunk(h: Rows, weights: HalfWeights) -> Chunk:
     nodes, rows, _ = h.numbers.shape
     width, inputs = weights.given.hidden_weight.shape[1:]
     both = h.numbers.new_empty(rows, nodes, weights.rows.shape[1])
@@ -106,33 +106,33 @@ def _forward_run(h: Rows, weights: HalfWeights) -> Run:
     kernel.half_layer_kernel[grid](
         *middle, weights.hidden.factor, *_norm_weights(weights), *hidden, nodes, width, **constants
     )
-    return Run(both, middle, hidden)
+    return Chunk(both, middle, hidden)
 
 
-def _reverse_run(grad: Rows, h: Rows, run: Run, weights: HalfWeights, bounds: Tensor) -> None:
-    """h's numbers become the gradient by h over ``bounds`` [n] and row_factors. grad: [2, n, O]. Uses up ``run``."""
+def _reverse_chunk(grad: Rows, h: Rows, chunk: Chunk, weights: HalfWeights, bounds: Tensor) -> None:
+    """h's numbers become the gradient by h over ``bounds`` [n] and row_factors. grad: [2, n, O]. Uses up ``chunk``."""
     nodes, width = bounds.shape[0], weights.given.hidden_weight.shape[1]
     columns = weights.given.bias.shape[0]
     by_hidden = torch.bmm(grad.numbers, weights.out.numbers)
-    up = run.hidden  # nothing reads it any more
+    up = chunk.hidden  # nothing reads it any more
     grid, constants = _layer(nodes, weights)
     kernel.half_layer_backward_kernel[grid](
-        by_hidden, grad.factor.contiguous(), weights.out.factor, *run.middle, weights.hidden.factor,
+        by_hidden, grad.factor.contiguous(), weights.out.factor, *chunk.middle, weights.hidden.factor,
         *_norm_weights(weights), *up, nodes, width, **constants,
     )  # fmt: skip
     by_s = torch.bmm(up.numbers, weights.hidden.numbers)
     kernel.half_invariants_backward_kernel[(nodes,)](
-        run.both, weights.given.bias, by_s, up.factor, weights.hidden.factor, h.factor, weights.degrees,
+        chunk.both, weights.given.bias, by_s, up.factor, weights.hidden.factor, h.factor, weights.degrees,
         weights.largest, bounds, nodes, columns, SMALLEST, **_invariants_launch(weights),
     )  # fmt: skip
-    apply_so3(run.both.transpose(0, 1), weights.rows, True, h.numbers)
+    apply_so3(chunk.both.transpose(0, 1), weights.rows, True, h.numbers)
 
 
 def query_key_products(h: Rows, weights: HalfWeights) -> Rows:
     """Products of the last layer [2, N, O], without its bias, and their factors [2, N]. h: [N, M, C]."""
     products = new_rows(h.factor, 2, h.numbers.shape[0], weights.given.out_weight.shape[1], leading=2)
-    for (nodes,) in runs(h.factor.numel(), weights.rows[..., 0].nbytes):
-        hidden = _forward_run(Rows(*(t[nodes] for t in h)), weights).hidden
+    for (nodes,) in chunks(h.factor.numel(), weights.rows[..., 0].nbytes):
+        hidden = _forward_chunk(Rows(*(t[nodes] for t in h)), weights).hidden
         torch.bmm(hidden.numbers, weights.out.numbers.transpose(1, 2), out=products.numbers[:, nodes])
         products.factor[:, nodes] = hidden.factor
     return products
@@ -144,9 +144,9 @@ def query_key_reverse(grad: Rows, h: Rows, weights: HalfWeights) -> Rows:
     Uses up h: its numbers become the gradient's.
     """
     bounds = torch.empty_like(h.factor)
-    for (nodes,) in runs(h.factor.numel(), weights.rows[..., 0].nbytes):
+    for (nodes,) in chunks(h.factor.numel(), weights.rows[..., 0].nbytes):
         part = Rows(*(t[nodes] for t in h))
-        _reverse_run(Rows(*(t[:, nodes] for t in grad)), part, _forward_run(part, weights), weights, bounds[nodes])
+        _reverse_chunk(Rows(*(t[:, nodes] for t in grad)), part, _forward_chunk(part, weights), weights, bounds[nodes])
     return Rows(h.numbers, bounds)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
+@triton.jit(do_not_specialize=["N"])  # a chunk of one node would make N a constant, which has no .to
 def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr):
     """s[n, l, g] = sum over m of degree l of (P[m, n, g] + delta_l0 b[g]) P[m, n, G + g], and its tangent.
 
@@ -44,7 +44,7 @@ def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, 
             tl.store(out + column + (N.to(tl.int64) * D + l) * width, total_dot, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
+@triton.jit(do_not_specialize=["N"])  # a chunk of one node would make N a constant, which has no .to
 def invariants_backward_kernel(
     both, bias, grad, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr
 ):
@@ -102,7 +102,7 @@ def _degree_sum(both, g, inside, b, stride, G, factor, L: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["N"])  # a run of one node would make N a constant, which has no .to
+@triton.jit(do_not_specialize=["N"])  # a chunk of one node would make N a constant, which has no .to
 def half_invariants_kernel(both, bias, out, out_factor, rows, degrees, N, G, D: tl.constexpr, BG: tl.constexpr):
     """s[n, l, g] of one node as in invariants_kernel, as rows out [2, N, D, W] (query, key), and factors [2, N].
 

@@ -1,4 +1,4 @@
-r"""Queries and keys with Triton kernels: the products of size rows x 4 G exist for a bounded run of nodes only.
+r"""Queries and keys with Triton kernels: the products of size rows x 4 G exist for a bounded chunk of nodes only.
 
 With c the cotangent of the gradient by h, the second derivative is that of L = <c, gradient> = <grad, J c>: a forward
 pass with the tangent :math:`\dot q` = J c along :math:`\dot h` = c, which is dL by ``grad``, then one reverse pass
@@ -20,10 +20,10 @@ from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.call import Change, NodeCall, apply_call
 from e2former_kernels.common.checks import check_nodes
 from e2former_kernels.common.registered import register
-from e2former_kernels.common.sums import RunSums, degree_sums
+from e2former_kernels.common.sums import ChunkSums, degree_sums
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
-from e2former_kernels.query_key.half import HalfWeights, query_key_gradient, query_key_value, runs
+from e2former_kernels.query_key.half import HalfWeights, chunks, query_key_gradient, query_key_value
 from e2former_kernels.query_key.kernels import invariants_backward_kernel, invariants_kernel
 from e2former_kernels.query_key.reference import QueryKeyWeights, query_key_reference
 from e2former_kernels.radial.kernels import layer_kernel, layer_reverse_kernel, row_launch
@@ -32,8 +32,8 @@ TILE_NUMBERS = 1024  # numbers of one tile of the row kernels
 MAX_PROGRAMS = 256  # programs that write partial sums of weight gradients, for query and key each
 
 
-class Run(NamedTuple):
-    """What the forward pass makes for a run of n nodes. T = 1, or 2: value and tangent."""
+class Chunk(NamedTuple):
+    """What the forward pass makes for a chunk of n nodes. T = 1, or 2: value and tangent."""
 
     both: Tensor  # P, [T, M, n, 4 G]
     invariants: Tensor  # [2, T, n, (L+1) G]
@@ -70,8 +70,8 @@ def _launch(middle: Tensor, sums: bool) -> tuple[tuple[int, int], dict, int]:
     return row_launch(nodes, groups, width, TILE_NUMBERS, programs, **flags)
 
 
-def forward_run(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Run:
-    """All but the last product, for the nodes of a run. h, h_dot: [n, M, C]."""
+def forward_chunk(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Chunk:
+    """All but the last product, for the nodes of a chunk. h, h_dot: [n, M, C]."""
     nodes, rows, _ = h.shape
     weights, weight = row_weights
     given = [h] if h_dot is None else [h, h_dot]
@@ -86,24 +86,24 @@ def forward_run(h: Tensor, h_dot: Tensor | None, row_weights: RowWeights) -> Run
     torch.bmm(s.flatten(1, 2), weights.hidden_weight.transpose(1, 2), out=middle.flatten(1, 2))
     grid, constants, _ = _launch(middle, False)
     layer_kernel[grid](middle, weights.hidden_bias, weights.norm_weight, weights.norm_bias, hidden, **constants)
-    return Run(both, s, middle, hidden)
+    return Chunk(both, s, middle, hidden)
 
 
-def _reverse_run(
+def _reverse_chunk(
     grad: Tensor,
     h: Tensor,
     h_dot: Tensor | None,
-    run: Run,
+    chunk: Chunk,
     row_weights: RowWeights,
     by_h: Tensor,
-    sums: RunSums | None,
+    sums: ChunkSums | None,
 ) -> None:
-    """Writes the gradient by h, and adds those by the weights to ``sums``. Uses up ``run``. grad: [2, n, O]."""
-    both, s, up, hidden = run
+    """Writes the gradient by h, and adds those by the weights to ``sums``. Uses up ``chunk``. grad: [2, n, O]."""
+    both, s, up, hidden = chunk
     weights, weight = row_weights
     if sums is not None:
         sums.add_product("out_weight", grad.transpose(1, 2), hidden[:, -1])
-    # nothing reads run.hidden any more: it becomes the gradient by itself, which is zero for a value beside its tangent
+    # nothing reads chunk.hidden any more: it becomes the gradient by itself, zero for a value beside its tangent
     if h_dot is not None:
         hidden[:, 0].zero_()
     torch.bmm(grad, weights.out_weight, out=hidden[:, -1])
@@ -137,23 +137,23 @@ def gradients(
     """
     by_h, weights = torch.empty_like(h), rows.given
     tangent = None if h_dot is None else torch.empty_like(grad)
-    sums = RunSums() if by_weights else None
+    sums = ChunkSums() if by_weights else None
 
-    def of_run(nodes: slice) -> None:  # a function: nothing of a run is there when the next begins
+    def of_chunk(nodes: slice) -> None:  # a function: nothing of a chunk is there when the next begins
         part_dot = None if h_dot is None else h_dot[nodes]
-        run = forward_run(h[nodes], part_dot, rows)
+        chunk = forward_chunk(h[nodes], part_dot, rows)
         if tangent is not None:
-            torch.bmm(run.hidden[:, 1], weights.out_weight.transpose(1, 2), out=tangent[:, nodes])
-        _reverse_run(grad[:, nodes], h[nodes], part_dot, run, rows, by_h[nodes], sums)
+            torch.bmm(chunk.hidden[:, 1], weights.out_weight.transpose(1, 2), out=tangent[:, nodes])
+        _reverse_chunk(grad[:, nodes], h[nodes], part_dot, chunk, rows, by_h[nodes], sums)
 
     parts = 1 if h_dot is None else 2
-    for run in runs(h.shape[0], parts * rows.rows[..., 0].nbytes, trained):
-        of_run(run.nodes)
+    for chunk in chunks(h.shape[0], parts * rows.rows[..., 0].nbytes, trained):
+        of_chunk(chunk.nodes)
     by_grad = None if tangent is None else tangent.transpose(0, 1)
     return [by_grad, by_h, *(() if sums is None else _of_weights(sums, weights))]
 
 
-def _of_weights(sums: RunSums, weights: QueryKeyWeights) -> QueryKeyWeights:
+def _of_weights(sums: ChunkSums, weights: QueryKeyWeights) -> QueryKeyWeights:
     if not sums:  # no nodes
         return QueryKeyWeights(*map(torch.zeros_like, weights))
     by_norm_weight, by_norm_bias, by_hidden_bias = sums["rows"].view(3, *weights.hidden_bias.shape)
@@ -199,10 +199,10 @@ class _QueryKey(NodeCall):
         if isinstance(weights, HalfWeights):
             return query_key_value(h, weights).transpose(0, 1)
         out = h.new_empty(2, h.shape[0], weights.given.out_weight.shape[1])
-        for run in runs(h.shape[0], weights.rows[..., 0].nbytes, self.trained):
-            hidden, given = forward_run(h[run.nodes], None, weights).hidden[:, 0], weights.given
+        for chunk in chunks(h.shape[0], weights.rows[..., 0].nbytes, self.trained):
+            hidden, given = forward_chunk(h[chunk.nodes], None, weights).hidden[:, 0], weights.given
             last = given.out_bias.unsqueeze(1), hidden, given.out_weight.transpose(1, 2)
-            torch.baddbmm(*last, out=out[:, run.nodes])
+            torch.baddbmm(*last, out=out[:, chunk.nodes])
         return out.transpose(0, 1)  # in memory queries and keys lie apart, as the attention reads them
 
     def backward(self, grad: Tensor, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:

@@ -2,7 +2,7 @@ r"""Radial networks without a graph: cuBLAS's matrix products, with row kernels 
 
 The value, the change :math:`\dot F = F'(d)\,\dot d` of the features along a change of the distances (the tangent), and
 one reverse pass over both, for second derivatives; without a tangent the same pass gives the first ones. Callers pass
-edges in runs of bounded length. In float32 the first layer, a function of
+edges in chunks of bounded length. In float32 the first layer, a function of
 the distance alone, is piecewise cubic with knots made from the weights of the moment (:func:`first_layer_knots`). Sums
 over edges are matrix products and partial sums in a fixed order.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from e2former_kernels.common.runs import EdgeRun
+from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.radial import kernels as kernel
 from e2former_kernels.radial.reference import RadialWeights
@@ -71,7 +71,7 @@ class Kept(NamedTuple):
 
 
 class RadialNetwork:
-    """Radial networks, evaluated on runs of edges; their weights are those of the moment.
+    """Radial networks, evaluated on chunks of edges; their weights are those of the moment.
 
     cutoff: Å. last: with the last linear layer (K results) or without it (K = h results).
     """
@@ -252,22 +252,22 @@ class RadialNetwork:
 
 @dataclass(eq=False)
 class RadialFeatures:
-    """Features of runs of edges, with gradients by the weights added up over runs: None as long as none are wanted."""
+    """Features of chunks of edges, with gradients by the weights added up over them: None where none are wanted."""
 
     network: RadialNetwork
     weights_found: tuple[Tensor | None, ...] | None = None
 
     def forward(
         self,
-        run: EdgeRun,
+        chunk: EdgeChunk,
         vec: Tensor,
         distance: Tensor,
         vec_dot: Tensor | None = None,
         distance_dot: Tensor | None = None,
         keep: bool = True,
     ) -> tuple[Tensor, Kept]:
-        """As :meth:`RadialNetwork.forward`, for the edges of a run."""
-        return self.network.forward(distance, *run.elements, distance_dot, keep)
+        """As :meth:`RadialNetwork.forward`, for the edges of a chunk."""
+        return self.network.forward(distance, *chunk.elements, distance_dot, keep)
 
     def backward(
         self, grad: Tensor, kept: Kept, weights: bool, by_vec: bool = True
@@ -281,12 +281,12 @@ class RadialFeatures:
         return by_distance, by_distance_dot, None
 
     def found(self) -> list[Tensor]:
-        """Gradients by the tensors that the features are made of, all runs together."""
+        """Gradients by the tensors that the features are made of, all chunks together."""
         return [t for t in self.weights_found or () if t is not None]
 
 
 def add_gradients(total: RadialWeights | None, more: RadialWeights | None) -> RadialWeights | None:
-    """Sum of the gradients of two runs; that of ``total`` is used up."""
+    """Sum of the gradients of two chunks; that of ``total`` is used up."""
     if total is None or more is None:
         return more if total is None else total
     for a, b in zip(total, more, strict=True):

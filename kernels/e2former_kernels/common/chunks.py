@@ -1,10 +1,10 @@
-"""Edges in runs of whole receivers: what kernels need to know of a run, and any function of edges evaluated run by run.
+"""Edges in chunks of whole receivers: what kernels need to know of one, and functions of edges, chunk by chunk.
 
-Messages are summed over edges. Sorted by receiver, the edges split into runs of whole receivers, and the
+Messages are summed over edges. Sorted by receiver, the edges split into chunks of whole receivers, and the
 sum splits with them: its value, its vector-Jacobian product, the product's own vector-Jacobian product, and so on, are
-all "for every run: gather, compute, scatter". :class:`Plan` uses this one observation for all of them, so no tensor
-with an edge dimension outlives its run in forward, backward, double backward or beyond, while the per-edge computation
-is written once, as ordinary differentiable PyTorch.
+all "for every chunk: gather, compute, scatter". :class:`Plan` uses this one observation for all of them, so no tensor
+with an edge dimension outlives its chunk in forward, backward, double backward or beyond, while the per-edge
+computation is written once, as ordinary differentiable PyTorch.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MIN_RUN_EDGES = 64  # however wide the network
-MAX_RUN_NODES = 8192  # nodes worked on at a time by operations on nodes
+MIN_CHUNK_EDGES = 64  # however wide the network
+MAX_CHUNK_NODES = 8192  # nodes worked on at a time by operations on nodes
 
 
-class NodeRun(NamedTuple):
+class NodeChunk(NamedTuple):
     """Consecutive nodes."""
 
     nodes: slice
 
 
 @functools.lru_cache(maxsize=64)
-def node_runs(number: int, size: int = MAX_RUN_NODES) -> Sequence[NodeRun]:
-    """All nodes in as few runs of at most ``size`` as there can be, of equal length."""
-    runs = max(-(-number // size), 1)
-    bounds = [number * n // runs for n in range(runs + 1)]
-    return tuple(NodeRun(slice(*pair)) for pair in itertools.pairwise(bounds))
+def node_chunks(number: int, size: int = MAX_CHUNK_NODES) -> Sequence[NodeChunk]:
+    """All nodes in as few chunks of at most ``size`` as there can be, of equal length."""
+    chunks = max(-(-number // size), 1)
+    bounds = [number * n // chunks for n in range(chunks + 1)]
+    return tuple(NodeChunk(slice(*pair)) for pair in itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeRun:
-    """A run of receivers and all their edges.
+class EdgeChunk:
+    """A chunk of receivers and all their edges.
 
     nodes, edges: slices of the receivers and of the edge list, and their lengths. source: [e] sender of each edge.
-    target: [e] receiver from the run's first. row_ptr: [n+1]. species: of all atoms. senders: [s] atoms that send to
-    this run, ascending, or None where every atom counts (one run for the whole graph). order, order_ptr: [e], [s+1],
-    the run's edges sorted by sender.
+    target: [e] receiver from the chunk's first. row_ptr: [n+1]. species: of all atoms. senders: [s] atoms that send to
+    this chunk, ascending, or None where every atom counts (one chunk for the whole graph). order, order_ptr: [e],
+    [s+1], the chunk's edges sorted by sender.
     """
 
     nodes: slice
@@ -70,7 +70,7 @@ def _pointer(sorted_index: Tensor, rows: int) -> Tensor:
 
 
 def _boundaries(row_ptr: Tensor, max_edges: int) -> list[tuple[int, int, int, int]]:
-    """(first node, last node + 1, first edge, last edge + 1) of runs of at most ``max_edges`` edges."""
+    """(first node, last node + 1, first edge, last edge + 1) of chunks of at most ``max_edges`` edges."""
     ptr = row_ptr.cpu()
     nodes, bounds, start = ptr.numel() - 1, [], 0
     while start < nodes:
@@ -82,8 +82,8 @@ def _boundaries(row_ptr: Tensor, max_edges: int) -> list[tuple[int, int, int, in
     return bounds
 
 
-class SeveralRuns(RuntimeError):
-    """More edges than one run takes, of an :class:`EdgeList` with ``one_run``."""
+class SeveralChunks(RuntimeError):
+    """More edges than one chunk takes, of an :class:`EdgeList` with ``one_chunk``."""
 
 
 class EdgeList:
@@ -95,10 +95,10 @@ class EdgeList:
         species: [N'], atomic numbers of the senders; receivers come first.
         transpose: gives the stable permutation [E] that sorts the edges by sender and its pointer [senders + 1]; made
             here when None.
-        one_run: all that is made depends on the number of edges alone, not on the edges. For CUDA graphs, whose replays
-            see other edges in the same memory. A number above one: for up to so many times the edges that a run takes
-            otherwise; :class:`SeveralRuns` for more.
-        max_edges: of a run; None: what fits in a working memory that does not depend on the number of edges.
+        one_chunk: all that is made depends on the number of edges alone, not on the edges. For CUDA graphs, whose
+            replays see other edges in the same memory. A number above one: for up to so many times the edges that a
+            chunk takes otherwise; :class:`SeveralChunks` for more.
+        max_edges: of a chunk; None: what fits in a working memory that does not depend on the number of edges.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class EdgeList:
         species: Tensor,
         transpose: Callable[[], tuple[Tensor, Tensor]] | None = None,
         *,
-        one_run: int = 0,
+        one_chunk: int = 0,
         max_edges: int | None = None,
     ) -> None:
         index = (source, target, row_ptr, species)
         self.source, self.target, self.row_ptr, self.species = (t.contiguous() for t in index)
-        self.transpose, self.one_run, self.max_edges = transpose, one_run, max_edges
-        self._runs: dict[int, list[EdgeRun]] = {}
+        self.transpose, self.one_chunk, self.max_edges = transpose, one_chunk, max_edges
+        self._chunks: dict[int, list[EdgeChunk]] = {}
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], max_edges: int | None) -> EdgeList:
@@ -133,11 +133,11 @@ class EdgeList:
         order = torch.argsort(self.source, stable=True)
         return order, _pointer(self.source.index_select(0, order), self.species.numel())
 
-    def runs(self, numbers: int, budget: int, single: int | None = None) -> list[EdgeRun]:
-        """Runs of whole receivers whose edges take at most ``budget`` numbers; a receiver with more gets its own.
+    def chunks(self, numbers: int, budget: int, single: int | None = None) -> list[EdgeChunk]:
+        """Chunks of whole receivers whose edges take at most ``budget`` numbers; a receiver with more gets its own.
 
-        numbers: working memory of an edge. single: all edges are one run where they take at most so many (default: the
-        budget). One run needs no list of its senders and can be captured in a CUDA graph.
+        numbers: working memory of an edge. single: all edges are one chunk where they take at most so many (default:
+        the budget). One chunk needs no list of its senders and can be captured in a CUDA graph.
         """
         edges = max(self.source.numel(), 1)
         if self.max_edges is not None:
@@ -145,71 +145,71 @@ class EdgeList:
         elif edges * numbers <= (budget if single is None else single):
             size = edges
         else:
-            size = max(budget // numbers, MIN_RUN_EDGES)
-        return self.runs_of(size)
+            size = max(budget // numbers, MIN_CHUNK_EDGES)
+        return self.chunks_of(size)
 
-    def runs_of(self, max_edges: int) -> list[EdgeRun]:
-        """Runs of whole receivers with at most ``max_edges`` edges; a receiver with more gets a run of its own."""
-        max_edges = min(max_edges, max(self.source.numel(), 1))  # one run is one run
-        if self.one_run:
-            if self.source.numel() > self.one_run * max_edges:
-                raise SeveralRuns(f"{self.source.numel()} edges, {max_edges} in a run")
+    def chunks_of(self, max_edges: int) -> list[EdgeChunk]:
+        """Chunks of whole receivers with at most ``max_edges`` edges; a receiver with more gets a chunk of its own."""
+        max_edges = min(max_edges, max(self.source.numel(), 1))  # one chunk is one chunk
+        if self.one_chunk:
+            if self.source.numel() > self.one_chunk * max_edges:
+                raise SeveralChunks(f"{self.source.numel()} edges, {max_edges} in a chunk")
             max_edges = max(self.source.numel(), 1)
-        if max_edges not in self._runs:
+        if max_edges not in self._chunks:
             with torch.no_grad():
-                self._runs[max_edges] = self._build(max_edges)
-        return self._runs[max_edges]
+                self._chunks[max_edges] = self._build(max_edges)
+        return self._chunks[max_edges]
 
-    def _build(self, max_edges: int) -> list[EdgeRun]:
+    def _build(self, max_edges: int) -> list[EdgeChunk]:
         source, target, row_ptr = self.source, self.target, self.row_ptr
-        nodes, edges, runs = row_ptr.numel() - 1, source.numel(), []
+        nodes, edges, chunks = row_ptr.numel() - 1, source.numel(), []
         if edges <= max_edges:
             whole = slice(0, nodes), slice(0, edges), nodes, edges
-            return [EdgeRun(*whole, source, target, row_ptr, self.species, None, *self.by_sender())]
+            return [EdgeChunk(*whole, source, target, row_ptr, self.species, None, *self.by_sender())]
         for start, stop, first, last in _boundaries(row_ptr, max_edges):
             senders, local = torch.unique(source[first:last], return_inverse=True)
             order = torch.argsort(local, stable=True)
             places = slice(start, stop), slice(first, last), stop - start, last - first
             own = source[first:last], target[first:last] - start, row_ptr[start : stop + 1] - first
             pointer = _pointer(local.index_select(0, order), senders.numel())
-            runs.append(EdgeRun(*places, *own, self.species, senders, order, pointer))
-        return runs
+            chunks.append(EdgeChunk(*places, *own, self.species, senders, order, pointer))
+        return chunks
 
 
-# How an argument or a result relates to a run. A node tensor of kind SOURCE arrives gathered to the run's edges (and is
-# scattered back by addition), TARGET is the slice of the run's receivers, EDGE the slice of its edges, WHOLE is seen in
-# full (and results of that kind are summed over runs).
+# How an argument or a result relates to a chunk. A node tensor of kind SOURCE arrives gathered to the chunk's edges
+# (and is scattered back by addition), TARGET is the slice of the chunk's receivers, EDGE the slice of its edges, WHOLE
+# is seen in full (and results of that kind are summed over chunks).
 SOURCE, TARGET, EDGE, WHOLE = "source", "target", "edge", "whole"
 
 
-def _take(x: Tensor, kind: str, run: EdgeRun | NodeRun) -> Tensor:
+def _take(x: Tensor, kind: str, chunk: EdgeChunk | NodeChunk) -> Tensor:
     if kind == SOURCE:
-        return x.index_select(0, run.source)
+        return x.index_select(0, chunk.source)
     if kind == TARGET:
-        return x[run.nodes]
-    return x[run.edges] if kind == EDGE else x
+        return x[chunk.nodes]
+    return x[chunk.edges] if kind == EDGE else x
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A function of one run, what its arguments and results are, and the runs."""
+    """A function of one chunk, what its arguments and results are, and the chunks."""
 
     function: Callable[..., Sequence[Tensor]]
-    runs: Sequence[EdgeRun | NodeRun]
+    chunks: Sequence[EdgeChunk | NodeChunk]
     arguments: tuple[str, ...]
     results: tuple[str, ...]
     rows: tuple[int | None, ...]  # number of rows of each SOURCE result
 
     def values(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The results of all runs, put together."""
+        """The results of all chunks, put together."""
         parts: list[list[Tensor]] = [[] for _ in self.results]
         sums: list[Tensor | None] = [None] * len(self.results)
-        # detached, or an argument's own history would join two arguments inside a run's derivative
+        # detached, or an argument's own history would join two arguments inside a chunk's derivative
         tensors = [t.detach() for t in tensors]
         with torch.no_grad():
-            for run in self.runs:
-                given = [_take(t, k, run) for t, k in zip(tensors, self.arguments, strict=True)]
-                values = self.function(run, *given)
+            for chunk in self.chunks:
+                given = [_take(t, k, chunk) for t, k in zip(tensors, self.arguments, strict=True)]
+                values = self.function(chunk, *given)
                 for n, (value, kind) in enumerate(zip(values, self.results, strict=True)):
                     if kind in (TARGET, EDGE):
                         parts[n].append(value)
@@ -218,21 +218,21 @@ class Plan:
                     else:
                         if sums[n] is None:
                             sums[n] = value.new_zeros((self.rows[n], *value.shape[1:]))
-                        sums[n].index_add_(0, run.source, value)
+                        sums[n].index_add_(0, chunk.source, value)
         return tuple((p[0] if len(p) == 1 else torch.cat(p)) if p else s for p, s in zip(parts, sums, strict=True))
 
     def vjp(self, wanted: Sequence[int], tensors: Sequence[Tensor]) -> Plan:
         """The plan of (gradients of the results, arguments) -> gradients of the wanted arguments."""
         function, num_results = self.function, len(self.results)
 
-        def pullback(run: EdgeRun | NodeRun, *args: Tensor) -> list[Tensor]:
+        def pullback(chunk: EdgeChunk | NodeChunk, *args: Tensor) -> list[Tensor]:
             create_graph = torch.is_grad_enabled()
             cotangents, primals = args[:num_results], list(args[num_results:])
             for n in wanted:
                 if not primals[n].requires_grad:
                     primals[n] = primals[n].detach().requires_grad_()
             with torch.enable_grad():
-                values = function(run, *primals)
+                values = function(chunk, *primals)
                 used = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
                 inputs = [primals[n] for n in wanted]
                 if not used:
@@ -243,16 +243,16 @@ class Plan:
 
         kinds = tuple(self.arguments[n] for n in wanted)
         rows = tuple(tensors[n].shape[0] if k == SOURCE else None for n, k in zip(wanted, kinds, strict=True))
-        return Plan(pullback, self.runs, self.results + self.arguments, kinds, rows)
+        return Plan(pullback, self.chunks, self.results + self.arguments, kinds, rows)
 
 
 def plan_of(
-    function: Callable[..., Tensor], runs: Sequence[EdgeRun | NodeRun], arguments: Sequence[tuple[str, Tensor]]
+    function: Callable[..., Tensor], chunks: Sequence[EdgeChunk | NodeChunk], arguments: Sequence[tuple[str, Tensor]]
 ) -> Plan:
-    """The plan of ``function(run, *arguments) -> [receivers of the run, ...]``.
+    """The plan of ``function(chunk, *arguments) -> [receivers of the chunk, ...]``.
 
     function: differentiable; tensors that need gradients must come in as arguments, whatever else it uses it may close
     over. arguments: (kind, tensor) in call order.
     """
     kinds = tuple(k for k, _ in arguments)
-    return Plan(lambda run, *args: (function(run, *args),), runs, kinds, (TARGET,), (None,))
+    return Plan(lambda chunk, *args: (function(chunk, *args),), chunks, kinds, (TARGET,), (None,))
