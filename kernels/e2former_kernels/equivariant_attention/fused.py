@@ -327,9 +327,8 @@ class FusedAttention(Call):
                 attend_backward_kernel.sender_kernel[grid](
                     weight, pair, edges.scale, *_arguments(part), *_arguments(given.query, chunk.nodes), chunk.target,
                     chunk.order, chunk.order_ptr, chunk.order if chunk.senders is None else chunk.senders, grad_value,
-                    grad_key, R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width),
-                    UNROLL=SENDER_UNROLL[half], ACCUMULATE=chunk.senders is not None,
-                    EACH=min(EACH, sender_tiles["BH"]), **sender_tiles,
+                    grad_key, R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width), **sender_tiles,
+                    UNROLL=SENDER_UNROLL[half], EACH=min(EACH, sender_tiles["BH"]), ACCUMULATE=chunk.senders is not None,
                 )  # fmt: skip
             grad_distance, grad_harmonics = grad_parts, None
             if gate is not None:
