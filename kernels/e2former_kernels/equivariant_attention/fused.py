@@ -287,7 +287,7 @@ class FusedAttention(Call):
         grad_key, grad_value = (fresh(t.numbers.shape) if by_sender else vec for t in (given.key, given.value))
         tiles = row_tiles(rows, heads, directions, *BACKWARD_TILE[half])
         blocks, each = math.ceil(heads / tiles["BH"]), min(EACH, tiles["BH"])
-        sender_tiles = row_tiles(rows, heads, 2, *SENDER_TILE[half])
+        sender_tiles, unroll = row_tiles(rows, heads, 2, *SENDER_TILE[half]), SENDER_UNROLL[half]
 
         def of_chunk(chunk: EdgeChunk) -> None:
             edges = self._edges(chunk, vec, splines)
@@ -327,8 +327,8 @@ class FusedAttention(Call):
                 attend_backward_kernel.sender_kernel[grid](
                     weight, pair, edges.scale, *_arguments(part), *_arguments(given.query, chunk.nodes), chunk.target,
                     chunk.order, chunk.order_ptr, chunk.order if chunk.senders is None else chunk.senders, grad_value,
-                    grad_key, R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width), **sender_tiles,
-                    UNROLL=SENDER_UNROLL[half], EACH=min(EACH, sender_tiles["BH"]), ACCUMULATE=chunk.senders is not None,
+                    grad_key, R=rows, H=heads, S=width, B=directions, HALF=half, BS=next_power(width), UNROLL=unroll,
+                    EACH=min(EACH, sender_tiles["BH"]), ACCUMULATE=chunk.senders is not None, **sender_tiles,
                 )  # fmt: skip
             grad_distance, grad_harmonics = grad_parts, None
             if gate is not None:
