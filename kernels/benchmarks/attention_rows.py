@@ -42,11 +42,11 @@ class AttentionCase:
         self.value = random(n, rows, self.channels)
         self.vec = _leaf(self.system.graph(self.system.pos).vec)
         self.dot = None
-        tables = layer.target_embedding.weight, layer.source_embedding.weight
-        self.radial = RadialWeights(*(_leaf(t) for t in layer.radial(*tables)))
+        embeddings = layer.target_embedding.weight, layer.source_embedding.weight
+        self.radial = RadialWeights(*(_leaf(t) for t in layer.radial(*embeddings)))
         self.dot_weights = None
         if layer.dot is not None:
-            weights = layer.dot(*tables)
+            weights = layer.dot(*embeddings)
             inner = None if weights.radial is None else RadialWeights(*(_leaf(t) for t in weights.radial))
             self.dot_weights = DotWeights(inner, *(_leaf(t) for t in weights[1:]))
             self.dot = _leaf(layer.dot.project(torch.randn(n, rows, self.channels, device=device)))
@@ -87,7 +87,7 @@ class AttentionCase:
         widths = (self.spec.num_rows, self.channels, self.spec.num_heads, self.width)
         return Shape(*widths, paths, nonzeros, basis, hidden, self.radial.out.shape[1])
 
-    def table(self) -> RadialSplines | None:
+    def splines(self) -> RadialSplines | None:
         """Splines of the radial network, which inference with frozen weights takes; None where there are none."""
         if self.spec.score != "qk":
             return None
@@ -97,7 +97,7 @@ class AttentionCase:
         for weight in self.weights:
             weight.requires_grad_(not frozen)
 
-    def call(self, form: str, table: RadialSplines | None = None) -> Tensor:
+    def call(self, form: str, splines: RadialSplines | None = None) -> Tensor:
         """``triton``, or ``dense``: the edge-materialised PyTorch implementation."""
         s = self.system
         weights = self.radial, self.dot_weights, self.coupling
@@ -105,22 +105,22 @@ class AttentionCase:
         if form == "triton":
             trained = any(w.requires_grad for w in self.weights)
             mode = Mode(trained, precision=torch.get_float32_matmul_precision())
-            options = {"table": table, "half": not trained and mode.precision != "highest", "mode": mode}
+            options = {"splines": splines, "half": not trained and mode.precision != "highest", "mode": mode}
             return equivariant_attention(*arguments, **options)
         return equivariant_attention_reference(*arguments, form="dense", recompute=False)
 
-    def forward(self, form: str, table: RadialSplines | None = None) -> Tensor:
+    def forward(self, form: str, splines: RadialSplines | None = None) -> Tensor:
         """Value, no graph."""
         with torch.no_grad():
-            return self.call(form, table)
+            return self.call(form, splines)
 
-    def forward_backward(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
+    def forward_backward(self, form: str, splines: RadialSplines | None = None) -> list[Tensor]:
         """Value and its gradient by the features: what an evaluation of forces needs. Weights frozen."""
-        return list(torch.autograd.grad(self.call(form, table), self.features, self.grad))
+        return list(torch.autograd.grad(self.call(form, splines), self.features, self.grad))
 
-    def second(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
+    def second(self, form: str, splines: RadialSplines | None = None) -> list[Tensor]:
         """Training on forces: gradient by the features, and of a functional of it by features and weights."""
-        first = torch.autograd.grad(self.call(form, table), self.features, self.grad, create_graph=True)
+        first = torch.autograd.grad(self.call(form, splines), self.features, self.grad, create_graph=True)
         functional = sum((g * c).sum() for g, c in zip(first, self.cotangents, strict=True))
         inputs = [*self.features, *self.weights]
         return list(torch.autograd.grad(functional, inputs, allow_unused=True, materialize_grads=True))

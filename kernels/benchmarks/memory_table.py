@@ -93,28 +93,28 @@ class EdgeDegree:
         for weight in self.weights:
             weight.requires_grad_(not frozen)
 
-    def table(self) -> RadialSplines | None:
+    def splines(self) -> RadialSplines | None:
         """Splines of the radial networks without their last layer; None where there are none."""
         return build_splines(self.radial, CUTOFF, sorted(set(self.system.numbers.tolist())), last=False)
 
-    def call(self, form: str, table: RadialSplines | None = None) -> Tensor:
+    def call(self, form: str, splines: RadialSplines | None = None) -> Tensor:
         """``triton``, or ``dense``: PyTorch."""
         given = self.spec, self.vec, self.system.edge_list(), self.radial
         if form == "triton":
             trained = torch.is_grad_enabled() and any(w.requires_grad for w in self.weights)
             mode = Mode(trained, precision=torch.get_float32_matmul_precision())
-            return edge_degree_embedding(*given, splines=table, mode=mode)
+            return edge_degree_embedding(*given, splines=splines, mode=mode)
         return edge_degree_embedding_reference(*given, recompute=False)
 
-    def forward(self, form: str, table: RadialSplines | None = None) -> Tensor:
+    def forward(self, form: str, splines: RadialSplines | None = None) -> Tensor:
         with torch.no_grad():
-            return self.call(form, table)
+            return self.call(form, splines)
 
-    def forward_backward(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
-        return list(torch.autograd.grad(self.call(form, table), [self.vec], self.grad))
+    def forward_backward(self, form: str, splines: RadialSplines | None = None) -> list[Tensor]:
+        return list(torch.autograd.grad(self.call(form, splines), [self.vec], self.grad))
 
-    def second(self, form: str, table: RadialSplines | None = None) -> list[Tensor]:
-        (first,) = torch.autograd.grad(self.call(form, table), [self.vec], self.grad, create_graph=True)
+    def second(self, form: str, splines: RadialSplines | None = None) -> list[Tensor]:
+        (first,) = torch.autograd.grad(self.call(form, splines), [self.vec], self.grad, create_graph=True)
         inputs = [self.vec, *self.weights]
         functional = (first * self.cotangent).sum()
         return list(torch.autograd.grad(functional, inputs, allow_unused=True, materialize_grads=True))
@@ -138,7 +138,7 @@ def check_edge_degree(args) -> dict:
         for c in (case, exact):
             c.frozen(name != "second")
         wanted = as_list(exact.passes()[name]("dense"))
-        spline = None if name == "second" else case.table()
+        spline = None if name == "second" else case.splines()
         found[name] = difference(as_list(case.passes()[name]("triton", spline)), wanted)
         found[f"{name}_dense"] = difference(as_list(case.passes()[name]("dense")), wanted)
         allowed = max(TOLERANCE[torch.get_float32_matmul_precision()], 2 * found[f"{name}_dense"])
@@ -153,7 +153,7 @@ def rows_of(operation: str, atoms: int, args, results: Results) -> None:
     for neighbours in args.neighbours:
         system = System(atoms, neighbours, args.device, cutoff=CUTOFF)
         case.connect(system)
-        spline = case.table()
+        spline = case.splines()
         for name in args.passes:
             case.frozen(name != "second")
             forms = {operation: ("triton", None if name == "second" else spline)}

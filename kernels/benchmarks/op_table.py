@@ -53,7 +53,7 @@ def check_attention(score: str, args) -> dict:
     for name in PASSES:
         for c in (case, exact):
             c.frozen(name != "second")
-        tables = (None, case.table()) if name != "second" else (None,)
+        tables = (None, case.splines()) if name != "second" else (None,)
         wanted = as_list(exact.passes()[name]("dense"))
         for spline in tables:
             key = name if spline is None else f"{name}_spline"
@@ -85,7 +85,7 @@ def attention_table(atoms: int, score: str, args, results: Results, limits: dict
     """Rows of one score at one size; a case that does not fit is a row too."""
     try:
         case = AttentionCase(atoms, score, args.device, args.tiny)
-        spline = case.table()
+        spline = case.splines()
     except Exception as error:
         results.add(f"attention/{score}/inputs/{atoms}", attempt(lambda e=error: _raise(e)))
         return
