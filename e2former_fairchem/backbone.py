@@ -161,7 +161,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self.register_buffer("elements_seen", torch.ones_like(self.elements_seen), persistent=False)
 
     def keep_neighbors(self, skin: float) -> None:
-        """Search neighbours within the cutoff and a skin (Å), and again only when an atom has moved half of it.
+        """Search neighbours within the cutoff and a skin (Å), and anew only when an atom has moved half of it.
 
         For inputs that change little from call to call: dynamics, relaxations. Results are the same to the last bit,
         and another structure is found out and searched anew. 0 searches at every call, as without.

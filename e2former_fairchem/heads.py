@@ -239,7 +239,7 @@ def _forces_and_stress(
     Args:
         data: the batch.
         energy: [B], eV.
-        create_graph: they are differentiated again.
+        create_graph: they are differentiated once more.
         with_stress: the stress is wanted, too.
         parallel: the gradients are this worker's part.
 

@@ -174,7 +174,7 @@ def _frame(position: Tensor, constants: EAASConstants) -> tuple[Tensor, list[Ten
 
 
 def _full_precision(function: Callable) -> Callable:
-    """Without autocast, which would take products of the frame's matrices in half precision and mix dtypes."""
+    """Without autocast, which would take products of the frame's matrices in 16 bits and mix dtypes."""
 
     @functools.wraps(function)
     def run(ctx, x: Tensor, *args):

@@ -178,7 +178,7 @@ def equivariant_attention(
     rows of atoms that edges gather are float16 with a factor (``common/half.py``), for float32 inputs whose products
     may be rounded as TF32 does and weights without gradient.
 
-    Half-precision inputs (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
+    Inputs of 16 bits (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input; value, first and second derivative have the same
     bits every time. Raises ValueError,
     TypeError or RuntimeError for arguments that do not fit or a device without Triton. Where ``mode`` is compiled,

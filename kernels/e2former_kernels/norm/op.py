@@ -188,7 +188,7 @@ def equivariant_rms_norm(
 ) -> Tensor:
     """The function of :func:`equivariant_rms_norm_reference` with Triton kernels; differentiable to any order.
 
-    A shift in half precision (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for
+    A shift of 16 bits (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for
     arguments that do not fit or a device without Triton. Compiled: see :mod:`e2former_kernels.common.registered`.
     """
     if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
