@@ -206,7 +206,7 @@ def partition_atoms(pos: Tensor) -> Partition:
 def sum_over_workers(values: Tensor) -> Tensor:
     """Sum over the workers, on every worker; the gradient goes to each worker's part as it is.
 
-    Every worker computes the same function of the sum, so an adjoint that added up their gradients once more would count
+    Every worker computes the same function of the sum, so an adjoint that also added up their gradients would count
     them once for each worker. This is what fairchem's heads and losses rely on, whose own sum returns a tensor of
     another class, still on its way.
     """
