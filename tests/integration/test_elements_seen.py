@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2former_fairchem import validation
 from e2former_fairchem.data.make_sample import write_folder
+from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import (
     initialize_from_checkpoint,
     load_for_evaluation,
@@ -280,4 +281,6 @@ def test_validation_sets_are_not_seen(
         launch(repo / "configs" / "quickstart.yaml", *tiny, *settings, f"runner.callbacks=[{saving}]")
     found = load_for_evaluation(str(elsewhere / "seen.pt")).module.backbone
     assert found.elements == ("H", "C", "N", "O", "F")
+    card = read_card(read_checkpoint(elsewhere / "seen.pt"))
+    assert card["data"] == "train" and "level_of_theory" not in card, "not the sample's, which quickstart.yaml has"
     assert any("never saw Cu:" in message for message in said(caplog))
