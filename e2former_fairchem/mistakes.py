@@ -111,9 +111,11 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def in_command(folder: Path | None) -> None:
-    """In fairchem's own command: mistakes in one line, and fairchem's notes left out of runs of our files.
+    """In fairchem's own command: mistakes in one line, and fairchem's notes left out.
 
-    LOGLEVEL in the environment, which fairchem reads, brings the notes back, and LOGLEVEL=DEBUG tracebacks.
+    Where the run's file is ours or names this package, as those of `e2former-fairchem train` and of checkpoints do;
+    mistakes also where an override names it. LOGLEVEL in the environment, which fairchem reads, brings the notes back,
+    and LOGLEVEL=DEBUG tracebacks. Runs on a cluster keep their notes: logs are for later.
 
     Args:
         folder: of the run's file.
@@ -125,17 +127,18 @@ def in_command(folder: Path | None) -> None:
     if place is None or place + 1 >= len(words):
         return
     config, overrides = Path(words[place + 1]), words[:place] + words[place + 2 :]
-    ours = folder is not None and folder.resolve().is_relative_to(RUN_FILES.resolve())
-    named = not config.is_file() or any("e2former" in text for text in [*overrides, config.read_text()])
+    text = config.read_text() if config.is_file() else ""
+    ours = PACKAGE.name in text or (folder is not None and folder.resolve().is_relative_to(RUN_FILES.resolve()))
+    named = ours or not text or any("e2former" in word for word in overrides)
     level, before = os.environ.get("LOGLEVEL", ""), sys.excepthook
-    if ours and not level and not any("slurm" in text.lower() for text in overrides):  # a cluster's logs are for later
+    if ours and not level and not any("slurm" in word.lower() for word in overrides) and "mode: SLURM" not in text:
         from e2former_fairchem.launch import without_notes
 
         os.environ["LOGLEVEL"] = "WARNING"  # fairchem sets its level once more
         without_notes(logging.WARNING)
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        said = describe(error, config, overrides) if (ours or named) and level.upper() != "DEBUG" else None
+        said = describe(error, config, overrides) if named and level.upper() != "DEBUG" else None
         if said is None:
             before(kind, error, trace)
         else:  # past torch's hook, which puts the rank before every line
