@@ -49,7 +49,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def without_notes(level: int | str) -> None:
-    """From now on, nothing below this level and none of fairchem's warnings that are no news."""
+    """From now on, nothing below this level, none of fairchem's warnings that are no news, and none of torch's own."""
+    warnings.filterwarnings("ignore", module=r"(torch|torchtnt|fairchem)\.")
     root = logging.getLogger()
     root.setLevel(level)
     root.addFilter(_is_news)
@@ -63,10 +64,9 @@ def quietly() -> Iterator[None]:
     """
     root, level, environment = logging.getLogger(), logging.getLogger().level, os.environ.get("LOGLEVEL")
     os.environ.setdefault("LOGLEVEL", "WARNING")
-    without_notes(os.environ["LOGLEVEL"].upper())
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(torch|torchtnt|fairchem)\.")
+            without_notes(os.environ["LOGLEVEL"].upper())
             yield
     finally:
         root.removeFilter(_is_news)

@@ -39,6 +39,8 @@ LEAST_SCALE = 0.1
 FARTHEST = 20.0
 #: Frames from which references are moved to another level of theory.
 MAX_PREDICTED = 2000
+#: What a resumed run's file has at the top.
+_RESUMED = ("job", "runner")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ def train(
             raise ValueError("--resume: expected the training's folder, --output FOLDER, got none")
         folder = _folder(files, output)
         config = where_to_resume(folder, files)
+        if fixed := [one for one in overrides if one.lstrip("+~").partition("=")[0].partition(".")[0] not in _RESUMED]:
+            raise ValueError(
+                f"--resume: expected no keys but those of {', '.join(_RESUMED)}, got {', '.join(fixed)}: a training "
+                "goes on as it began"
+            )
     else:
         folder = _folder(files, output)
         if size is not None and from_checkpoint is not None:

@@ -319,6 +319,11 @@ def test_train_fine_tune_and_their_table(
     assert "is there already; --resume" in capsys.readouterr().err
     assert main(["train", "--resume", "--output", "run"]) == 2
     assert "is finished" in capsys.readouterr().err
+    (final,) = Path("run").glob("*/checkpoints/final")
+    final.rename(final.with_name("step_2"))
+    assert main(["train", "--resume", "--output", "run", "epochs=9", "job.seed=0"]) == 2
+    assert "--resume: expected no keys but those of job, runner, got epochs=9: " in capsys.readouterr().err
+    final.with_name("step_2").rename(final)
     assert Path("run/inference_ckpt.pt").read_bytes() == before
 
     # The other level of theory: energies moved by elements. The network starts as good as it was, and at a learning
@@ -392,6 +397,18 @@ def test_mistakes_end_in_one_line(
     assert err.startswith("e2former-fairchem train: ") and message in err
     assert "Traceback" not in err
     assert {p.name for p in elsewhere.rglob("*") if p.is_file()} == files
+
+
+def test_the_table_of_sizes(repo: Path) -> None:
+    """Shapes and parameters that docs/own_data.md has of each size are the networks'."""
+    page = (repo / "docs" / "own_data.md").read_text()
+    for name, size in run_file.SIZES.items():
+        overrides = [f"backbone={size.backbone}", "heads=e2former_v2_conserving", "job.device_type=CPU"]
+        config = compose(repo / "configs" / "quickstart.yaml", overrides).runner.train_eval_unit.model
+        parameters = sum(parameter.numel() for parameter in hydra.utils.instantiate(config).parameters())
+        backbone = config.backbone
+        shape = f"{backbone.num_layers} layers of {backbone.sphere_channels} channels, {backbone.cutoff:g} Å"
+        assert re.search(rf"^\| `{name}` \| {shape}[^|]*\| {parameters:,} \|", page, re.MULTILINE), (shape, parameters)
 
 
 def test_help_and_version_do_not_import_fairchem(repo: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
             if distutils.initialized():
                 distutils.cleanup()
 
-    yield run
+    with warnings.catch_warnings():
+        yield run
     root.setLevel(before)
     root.removeFilter(_is_news)
 
