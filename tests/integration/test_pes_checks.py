@@ -335,8 +335,8 @@ def test_default_systems_consist_of_the_samples_elements(defaults, repo: Path) -
 def test_systems_with_elements_never_seen_are_left_out_and_named() -> None:
     potential, lines = Fake(), []
     potential.elements = ("H", "C", "F", "O")
-    plan = select_checks(["reflection"], {"reflection": {"systems": ["H2O2", "CHFClBr"]}}, None)
-    found = run_checks(potential, plan, 0, lines.append)["reflection"]
+    chosen = select_checks(["reflection"], {"reflection": {"systems": ["H2O2", "CHFClBr"]}}, None)
+    found = run_checks(potential, chosen, 0, lines.append)["reflection"]
     assert found["H2O2"].verdict == "pass" and found["CHFClBr"].verdict == "skipped"
     assert "reflection CHFClBr: skipped (training never saw Br, Cl)" in lines[1]
     assert "training never saw Br, Cl" in render(rows({"reflection": found}))
@@ -405,10 +405,10 @@ def test_an_exception_ends_its_own_check_only() -> None:
         return 0.0, 0.0
 
     lines: list[str] = []
-    plan = select_checks(
+    chosen = select_checks(
         ["forces", "extensivity"], {"forces": {"systems": ["H2O", "N2"]}, "extensivity": {"systems": ["H2O"]}}, None
     )
-    found = run_checks(Fake(sulks), plan, 0, lines.append)
+    found = run_checks(Fake(sulks), chosen, 0, lines.append)
     assert summarize(found) == {"forces": "pass", "extensivity": "error"}
     broken = found["extensivity"]["H2O"]
     assert broken.error == "RuntimeError: no | dimers\nplease" and "sulks" in broken.traceback
