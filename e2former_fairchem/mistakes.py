@@ -17,6 +17,7 @@ import hydra
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 PACKAGE = Path(__file__).parent
 #: A clone's `configs` is a link to it.
@@ -33,7 +34,7 @@ _UNKNOWN_KEY = (
 def describe(error: BaseException, config: str | Path, overrides: Sequence[str] = ()) -> str | None:
     """One line on a mistake in a run's file, its overrides or what they name; None where the error is of another kind.
 
-    Mistakes are what Hydra and OmegaConf refuse, what this package refuses by name, and files that cannot be read.
+    Mistakes are what YAML, Hydra and OmegaConf refuse, what this package refuses, and files that cannot be read.
 
     Args:
         error: what `fairchem -c CONFIG OVERRIDES` raised.
@@ -55,7 +56,7 @@ def describe(error: BaseException, config: str | Path, overrides: Sequence[str] 
     for pattern in _UNKNOWN_KEY:
         if found := pattern.search(said):
             return _unknown_key(found[1], config, overrides)
-    of_config = isinstance(cause, HydraException | OmegaConfBaseException | OSError)
+    of_config = isinstance(cause, HydraException | OmegaConfBaseException | YAMLError | OSError)
     of_ours = isinstance(cause, ValueError | TypeError | ImportError) and _raised_here(cause)
     return " ".join(said.split()) if of_config or of_ours else None
 

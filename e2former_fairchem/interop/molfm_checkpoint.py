@@ -146,7 +146,10 @@ def read_molfm_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ValueError(f"config: expected the flattened MolFM YAML, got {path}, which cannot be read: {err}") from err
+        said = " ".join(str(err).split())
+        raise ValueError(
+            f"config: expected the flattened MolFM YAML, got {path}, which cannot be read: {said}"
+        ) from err
     if not isinstance(content, dict):
         raise ValueError(f"config: expected keys and values in {path}, got {type(content).__name__}")
     return content

@@ -43,6 +43,7 @@ def test_a_run_says_what_it_does_and_nothing_else(
     ("arguments", "message"),
     [
         (["absent"], "expected a file or one of baselines/"),
+        (["broken.yaml"], "while parsing a flow sequence in "),
         (["quickstart", "foo=1"], "run_files/quickstart.yaml; expected backbone, batch_size, card"),
         (["quickstart", "batchsize=3"], "batchsize: no key of "),
         (["quickstart", "batchsize=3"], "run_files/quickstart.yaml; did you mean batch_size?"),
@@ -60,8 +61,9 @@ def test_a_run_says_what_it_does_and_nothing_else(
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str], message: str, launch: Callable, capfd: pytest.CaptureFixture
+    arguments: list[str], message: str, launch: Callable, elsewhere: Path, capfd: pytest.CaptureFixture
 ) -> None:
+    (elsewhere / "broken.yaml").write_text("runner: [1")
     assert main(["run", *arguments]) == 2
     err = capfd.readouterr().err
     assert err.startswith("e2former-fairchem run: ") and message in err
