@@ -27,6 +27,8 @@ def bundle(source: Path, errors: Path, destination: Path) -> Path:
     mean = json.loads(errors.read_text())["all"]
     new = {"energy": mean["energy"] / 1000, "forces": mean["forces"] / 1000}
     card = dict(read_card(checkpoint)) | {"licence": LICENCE}
+    for training in card.get("trained_before", []):  # the file has its name from now on
+        training["name"] = f"earlier {training['name'].removeprefix('earlier ')}"
     card["validation"] = card["validation"] | {"molecules that training has not seen": new}
     counter = int(averaged["n_averaged"])
     made = make_checkpoint(checkpoint.model_config, weights, checkpoint.tasks_config, counter, card)
