@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import get_args
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "e2former_kernels"
@@ -50,3 +51,10 @@ def test_kernels_on_float16_rows_are_named_in_one_place() -> None:
     marks = re.compile(r"\bHALF: tl\.constexpr|def half_\w+_kernel")
     found = {path for path in KERNELS.rglob("*.py") if marks.search(path.read_text())}
     assert {str(path.relative_to(KERNELS)) for path in found} == told
+
+
+def test_kernels_know_the_norms_by_their_place() -> None:
+    from e2former_kernels.equivariant_attention.kernels_value import NORMS
+    from e2former_kernels.equivariant_attention.spec import Norm
+
+    assert get_args(Norm) == NORMS
