@@ -62,9 +62,11 @@ def describe(error: BaseException, config: str | Path, overrides: Sequence[str] 
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether this package raised it, and not something that it called."""
+    """Whether a ``raise`` of this package is its origin, or an import that it lacks; an error of Python's is a bug."""
     places = traceback.extract_tb(error.__traceback__)
-    return bool(places) and Path(places[-1].filename).is_relative_to(PACKAGE)
+    if not places or not Path(places[-1].filename).is_relative_to(PACKAGE):
+        return False
+    return isinstance(error, ImportError) or (places[-1].line or "").startswith("raise")
 
 
 def _unknown_key(key: str, config: Path, overrides: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from fairchem.core.common import distutils
 
 from e2former_fairchem.compat import fairchem_main
 from e2former_fairchem.launch import _is_news, find, run_files
+from e2former_fairchem.validation import symbol
 from e2former_fairchem_cli import main
 
 
@@ -133,9 +134,9 @@ def test_fairchems_own_command_ends_in_one_line(
 def test_errors_of_other_kinds_keep_their_traceback(
     command: Callable, launch: Callable, repo: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
-    """A bug, another package's errors, foreign run files, and whoever asks for tracebacks."""
+    """A bug, of this package too; another package's errors, foreign run files, and whoever asks for tracebacks."""
     md = repo / "configs" / "md.yaml"
-    for broken in (lambda *_: int("three"), lambda *_: {}["gone"]):
+    for broken in (lambda *_: int("three"), lambda *_: {}["gone"], lambda *_: symbol(None)):
         monkeypatch.setattr("e2former_fairchem.runners.md._read_structure", lambda s, broken=broken: broken(s))
         command(md, "structure=given.xyz")
         assert "Traceback" in capfd.readouterr().err
