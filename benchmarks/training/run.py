@@ -1,6 +1,6 @@
 """Speed of training as fairchem's trainer runs it: `fairchem -c configs/quickstart.yaml`, eager beside replayed.
 
-Beside it fairchem's eSCN-MD with 64 channels and 3 layers, from configs/baselines/escn_md_quickstart.yaml.
+Beside it fairchem's eSCN-MD and AllScAIP with 64 channels and 3 layers, from configs/baselines.
 
     python benchmarks/training/run.py
     python benchmarks/training/run.py small large --steps 40 --name quick
@@ -49,6 +49,7 @@ PAPER = ("backbone=e2former_v2_omol25_conserving",)
 ESCN = (
     "backbone.sphere_channels=64", "backbone.hidden_channels=64", "backbone.edge_channels=64", "backbone.num_layers=3",
 )  # fmt: skip
+ALLSCAIP = ("backbone.hidden_size=64", "backbone.num_layers=3")  # a head of 64 channels, as fairchem's own
 #: Overrides, kind of structures, structures in a batch, run file.
 CASES = {
     "small": (SMALL, "molecules", 11, "quickstart.yaml"),
@@ -59,6 +60,8 @@ CASES = {
     "paper_6144": (PAPER, "waters", 97, "quickstart.yaml"),
     "escn_small": (ESCN, "molecules", 11, "baselines/escn_md_quickstart.yaml"),
     "escn_large": (ESCN, "molecules", 115, "baselines/escn_md_quickstart.yaml"),
+    "allscaip_small": (ALLSCAIP, "molecules", 11, "baselines/allscaip_quickstart.yaml"),
+    "allscaip_large": (ALLSCAIP, "molecules", 115, "baselines/allscaip_quickstart.yaml"),
 }
 
 
@@ -154,7 +157,7 @@ def train(case: str, replay: str, data: Path, options: argparse.Namespace) -> di
         "element_references=spice", "dataset.max_energy_residual=null",
         f"dataset.train.combined_dataset_config.sampling.ratios={{omol.train: {repeats}}}",
         f"num_workers={options.workers}", f"+runner.train_eval_unit.tf32={str(options.tf32).lower()}",
-        *(() if case.startswith("escn") else (f"runner.train_eval_unit.replay={replay}",)),
+        *(() if config.startswith("baselines/") else (f"runner.train_eval_unit.replay={replay}",)),
         f"runner.max_steps={total}", "runner.max_epochs=null", "runner.cpu_threads=null",
         f"runner.callbacks=[{callback},{metrics}]", "~checkpoint_every", f"job.run_dir={data / 'runs'}",
         f"job.run_name={case}_{replay}", f"job.scheduler.ranks_per_node={options.ranks}",
@@ -198,7 +201,7 @@ def main() -> None:
             write_folder(frames, data / kind)
         write_folder(structures("molecules", 8, seed=1), data / "val")
         for case in options.cases or CASES:
-            for replay in ("off",) if case.startswith("escn") else options.replay:
+            for replay in ("off",) if CASES[case][3].startswith("baselines/") else options.replay:
                 record = train(case, replay, data, options)
                 records["cases"].setdefault(case, {})[replay] = record
                 shown = {key: round(value, 2) for key, value in record.items() if isinstance(value, int | float)}

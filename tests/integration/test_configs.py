@@ -15,7 +15,9 @@ import hydra
 import pytest
 import torch
 import yaml
+from ase.build import molecule
 from fairchem.core._cli import get_hydra_config_from_yaml
+from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -164,7 +166,10 @@ def test_backbone_groups_have_only_the_designs_keys(group: Path) -> None:
     assert backbone.cutoff == config["cutoff"]
 
 
-@pytest.mark.parametrize("name", ["quickstart.yaml", "evaluate/omol25.yaml", "baselines/escn_md_quickstart.yaml"])
+BASELINES = ("baselines/allscaip_quickstart.yaml", "baselines/escn_md_quickstart.yaml")
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "evaluate/omol25.yaml", *BASELINES])
 def test_run_files_compose_from_any_folder(name: str, repo: Path, elsewhere: Path, write_checkpoint: Callable) -> None:
     checkpoint = write_checkpoint(elsewhere / "checkpoint.pt")  # whose tasks become a part of the config
     overrides = [f"checkpoint={checkpoint}"] if "evaluate" in name else []
@@ -174,6 +179,21 @@ def test_run_files_compose_from_any_folder(name: str, repo: Path, elsewhere: Pat
     assert Path(config["job"]["run_dir"]).parents[1] == elsewhere
     assert "${" not in str(config)
     assert not list(elsewhere.glob("runs*"))  # composing writes nothing
+
+
+def test_allscaip_has_all_keys_that_it_is_given(repo: Path) -> None:
+    """AllScAIP takes any key and ignores those that it does not know; energies and forces are those of our tasks."""
+    overrides = ("backbone.hidden_size=64", "backbone.num_layers=3")  # of benchmarks/training/run.py
+    config = compose(repo / "configs" / BASELINES[0], *overrides)["runner"]["train_eval_unit"]["model"]
+    model = instantiate(config)
+    parts = ("global_cfg", "molecular_graph_cfg", "gnn_cfg", "reg_cfg")
+    taken = {key: value for part in parts for key, value in vars(getattr(model.backbone, part)).items()}
+    given = {key: value for key, value in config["backbone"].items() if key != "model"}
+    assert given == {key: taken.get(key) for key in given}
+    atoms = AtomicData.from_ase(molecule("CH4"), task_name="omol")
+    output = model(atomicdata_list_to_batch([atoms, atoms]))
+    assert output["omol_energy"]["energy"].shape == (2,)
+    assert output["omol_forces"]["forces"].shape == (10, 3)
 
 
 def test_two_processes_on_one_machine(
