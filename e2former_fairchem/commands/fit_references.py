@@ -41,13 +41,15 @@ def run(args: argparse.Namespace) -> int:
     number = len(fitted.residuals)
     content = {
         "element_references": {str(z): round(value, 6) for z, value in table.items()},
+        "charge_reference": round(float(fitted.table[0]), 6),
         "unit": "eV",
         "data": data,
         "structures": number,
         "residual_eV_per_atom": {"median": round(median, 6), "largest": round(largest, 6)},
     }
     write_text(Path(args.output).absolute(), json.dumps(content, indent=1) + "\n")
-    print(", ".join(f"{chemical_symbols[z]} {value:.3f}" for z, value in table.items()) + " eV")
+    said = [f"{chemical_symbols[z]} {value:.3f}" for z, value in table.items()]
+    print(", ".join([*said, f"a charge of +1 {fitted.table[0]:.3f}"] if fitted.table[0] else said) + " eV")
     print(f"left of the energies of {number:,} structures: median {median:.3g}, largest {largest:.3g} eV/atom")
     if fitted.undetermined:
         print(

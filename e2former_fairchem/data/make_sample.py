@@ -27,7 +27,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase_db_backends.aselmdb import decode_bytestream, encode_object
 
-from e2former_fairchem.data.references import fit_element_references
+from e2former_fairchem.data.references import fit_element_references, reference_energy
 
 #: Molecules that training never sees, by name, in any charge, multiplicity or number.
 HELD_OUT_MOLECULES = (
@@ -131,9 +131,10 @@ def statistics(splits: Mapping[str, Sequence[Atoms]]) -> dict:
     references; `zero_force_mae`: the mean absolute force component of each part (eV/Å), what predicting zero would get.
     """
     train = splits["train"]
-    fitted = fit_element_references([a.numbers for a in train], [a.get_potential_energy() for a in train])
+    charges = [a.info["charge"] for a in train]
+    fitted = fit_element_references([a.numbers for a in train], [a.get_potential_energy() for a in train], charges)
     references = np.nan_to_num(fitted.table)  # zero for elements that do not occur
-    residual = [a.get_potential_energy() - references[a.numbers].sum() for a in train]
+    residual = [a.get_potential_energy() - reference_energy(references, a) for a in train]
     forces = np.concatenate([a.get_forces().ravel() for a in train])
     return {
         "element_references": [round(float(x), 6) for x in references],

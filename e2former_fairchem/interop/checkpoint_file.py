@@ -32,7 +32,7 @@ SUFFIX = ".safetensors"
 # What a configuration may name. Whole names: a dotted path reaches whatever a module has imported.
 _ALLOWED = re.compile(
     r"""e2former_v2(_\w+)?                                      # registered short names
-    |e2former_fairchem\.(hydra_model|backbone|heads|training\.losses)\.[A-Z]\w*
+    |e2former_fairchem\.(hydra_model|backbone|heads|training\.(losses|references))\.[A-Z]\w*
     |fairchem\.core\.models\.base\.HydraModel(V2)?
     |fairchem\.core\.models\.uma\.escn_md\.\w+_Head
     |fairchem\.core\.modules\.loss\.\w+Loss

@@ -235,7 +235,7 @@ def _tasks(task: str, references: list[float], parsed: MolFMConfig) -> list[dict
         "out_spec": {"dim": [1], "dtype": "float32"},
         "normalizer": dict(normalizer),
         "element_references": {
-            "_target_": f"{_NORMALIZATION}.element_references.ElementReferences",
+            "_target_": "e2former_fairchem.training.references.ElementAndChargeReferences",
             "element_references": {"_target_": "torch.DoubleTensor", "_args_": [references]},
         },
         "datasets": [task],

@@ -15,7 +15,7 @@ from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_ba
 from fairchem.core.units.mlip_unit import MLIPPredictUnit, load_predict_unit
 
 from e2former_fairchem.data.checks import count_structures
-from e2former_fairchem.data.references import spread
+from e2former_fairchem.data.references import reference_energy, spread
 
 #: Structures of a data set that are compared, evenly spread.
 MAX_COMPARED = 2000
@@ -95,9 +95,9 @@ def _batches(structures: Iterable[Atoms]) -> Iterator[list[Atoms]]:
 
 
 def compare(structures: list[Atoms], size: int, predicted: Predictions, shift: np.ndarray | None = None) -> Errors:
-    """Errors against the structures' labels. shift: added to the energies, eV by atomic number."""
+    """Errors against the structures' labels. shift: references added to the energies, eV."""
     natoms = np.array([len(atoms) for atoms in structures])
-    energies = predicted.energies + (0 if shift is None else [shift[atoms.numbers].sum() for atoms in structures])
+    energies = predicted.energies + (0 if shift is None else [reference_energy(shift, atoms) for atoms in structures])
     labels = [atoms.calc.results for atoms in structures]
     forces = np.concatenate([label["forces"] for label in labels])
     stress = None

@@ -18,7 +18,7 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from e2former_fairchem.data.make_sample import write_folder
-from e2former_fairchem.data.references import dense_table
+from e2former_fairchem.data.references import dense_table, reference_energy
 from e2former_fairchem.files import read_json, write_json
 from e2former_fairchem.launch import launch, quietly
 from e2former_fairchem.own_data import errors, run_file
@@ -254,7 +254,7 @@ class _Prepared:
             backbone |= {"dataset_mapping": {"omol": "omol"}}
         left = residuals(self.training, table)
         found = {z for frame in self.training for z in frame.atoms.numbers.tolist()}
-        own = {z: table[z] for z in sorted(found)}
+        own = {z: table[z] for z in sorted(found)} | ({0: table[0]} if table[0] else {})
         _say_references(own, undetermined, left, sorted(isolated_atoms(self.training)), checkpoint is not None)
         values |= run_file.choose(chosen, len(self.training), atoms, checkpoint is not None, given)
         values["energy_coef"], values["force_coef"] = 10, 10
@@ -284,9 +284,10 @@ class _Prepared:
         }
         if backbone:
             content["backbone"] = backbone
-        per_z = {str(z): round(float(v), 6) for z, v in enumerate(table) if z in found or (v and math.isfinite(v))}
-        content = run_file.with_overrides(content, given)
-        return content, {"element_references": per_z, "unit": "eV", "structures": len(self.training)}
+        kept = found | {z for z, v in enumerate(table) if z and v and math.isfinite(v)}
+        per_z = {str(z): round(float(table[z]), 6) for z in sorted(kept)}
+        references = {"element_references": per_z, "charge_reference": round(float(table[0]), 6), "unit": "eV"}
+        return run_file.with_overrides(content, given), references | {"structures": len(self.training)}
 
     def _summary(self, files: Sequence[str | Path]) -> dict[str, Any]:
         return {
@@ -340,7 +341,7 @@ class _Start:
 
 def _refuse_outliers(frames: Sequence[Frame], predicted: np.ndarray, shift: np.ndarray) -> None:
     """A trained network is near to every sound energy, up to the references."""
-    off = np.array([frame.energy - shift[frame.atoms.numbers].sum() for frame in frames]) - predicted
+    off = np.array([frame.energy - reference_energy(shift, frame.atoms) for frame in frames]) - predicted
     off /= [len(frame.atoms) for frame in frames]
     worst = int(np.abs(off).argmax())
     if abs(off[worst]) > FARTHEST:
@@ -352,7 +353,7 @@ def _refuse_outliers(frames: Sequence[Frame], predicted: np.ndarray, shift: np.n
 
 
 def _references_of(task: dict[str, Any]) -> np.ndarray:
-    """References of a checkpoint's energy task, eV by atomic number; zero where it has none."""
+    """References of a checkpoint's energy task, eV by atomic number and charge (0); zero where it has none."""
     node = (task.get("element_references") or {}).get("element_references")
     if isinstance(node, dict):
         node = node.get("_args_", [None])[0]
@@ -386,7 +387,7 @@ def _symbols(numbers: set[int] | Sequence[int]) -> str:
 def _say_references(
     table: Mapping[int, float], undetermined: Sequence[str], left: np.ndarray, isolated: Sequence[int], moved: bool
 ) -> None:
-    listed = ", ".join(f"{chemical_symbols[z]} {v:.3f}" for z, v in table.items())
+    listed = ", ".join(f"{chemical_symbols[z] if z else 'a charge of +1'} {v:.3f}" for z, v in table.items())
     how = "fitted"
     if moved:
         how = "the checkpoint's, moved to these energies"

@@ -120,7 +120,7 @@ class LabelCollater:
 
 
 def references_of(task: Task) -> Tensor | None:
-    """Element references of an energy task, eV by atomic number, or None where it has none."""
+    """Element references of an energy task, eV by atomic number (0: charge), or None where it has none."""
     return None if task.element_references is None else task.element_references.element_references
 
 
@@ -200,7 +200,7 @@ def residual(data: AtomicData, task: Task) -> float:
     """Energy less the element references, eV per atom."""
     energy = getattr(data, task.name).double().sum()
     if (references := references_of(task)) is not None:
-        energy = energy - references.double()[data.atomic_numbers].sum()
+        energy = energy - references.double()[data.atomic_numbers].sum() - float(data.charge) * float(references[0])
     return float(energy) / int(data.natoms)
 
 

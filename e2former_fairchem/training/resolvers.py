@@ -68,7 +68,7 @@ def sample(part: str) -> str:
 
 
 def element_references(name: str) -> ListConfig:
-    """Energies per element, eV, [119] by atomic number (index 0 unused), of a bundled table or a JSON file.
+    """Energies per element, eV, [119] by atomic number (0: per unit of charge), of a bundled table or a JSON file.
 
     Elements without one are NaN: training and evaluation refuse structures with them. `e2former-fairchem
     fit-references` makes such a file.

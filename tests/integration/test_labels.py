@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
+from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from fairchem.core.datasets.mt_concat_dataset import ConcatDataset
 from fairchem.core.modules.loss import DDPMTLoss, L2NormLoss, PerAtomMAELoss
 from fairchem.core.modules.normalization.element_references import ElementReferences
@@ -32,6 +33,7 @@ from e2former_fairchem.data.references import fit_element_references, read_eleme
 from e2former_fairchem.data.structures import check_cell
 from e2former_fairchem.training import labels, resolvers
 from e2former_fairchem.training.labels import LabelCollater, check_labels, check_residuals, get_dataloader
+from e2former_fairchem.training.references import ElementAndChargeReferences
 from e2former_fairchem.training.sampler import StructureBatchSampler
 
 A2G = {"r_energy": True, "r_forces": True, "r_data_keys": ["spin", "charge"]}
@@ -328,6 +330,34 @@ def test_fitted_references_are_those_of_the_energies() -> None:
     assert np.isnan(np.delete(fitted.table, [0, 1, 6, 8])).all()  # an element that is not there has no reference
     assert fitted.residuals.max() < 1e-9
     assert fitted.undetermined == []
+
+
+def test_charges_have_a_reference_of_their_own(tmp_path: Path) -> None:
+    """Fitted where charges differ, written and read, taken off the labels and added to what is predicted."""
+    systems = [molecule(name) for name in ("H2", "H2O", "CO", "CH4", "CH3OH")] * 2
+    charges = [0, 1, -1, 0, 2] * 2
+    energies = [energy_of(a) + 5.5 * q for a, q in zip(systems, charges, strict=True)]
+    fitted = fit_element_references([a.numbers for a in systems], energies, charges)
+    assert fitted.table[0] == pytest.approx(5.5) and fitted.residuals.max() < 1e-9
+    assert fit_element_references([a.numbers for a in systems], energies, [1] * 10).table[0] == 0.0  # as good as none
+    file = tmp_path / "references.json"
+    file.write_text(json.dumps({"element_references": {"1": -13.0, "8": -2040.0}, "charge_reference": 5.5}))
+    table = read_element_references(file)
+    assert (table[0], table[1], table[8]) == (5.5, -13.0, -2040.0)
+    references = ElementAndChargeReferences(torch.tensor(table, dtype=torch.float64))
+    water, hydroxide = molecule("H2O"), molecule("OH")
+    water.info |= {"charge": 1, "spin": 2}
+    hydroxide.info |= {"charge": -1, "spin": 1}
+    batch = atomicdata_list_to_batch(
+        [AtomicData.from_ase(a, task_name="omol", r_data_keys=["spin", "charge"]) for a in (water, hydroxide)]
+    )
+    batch.batch_full, batch.atomic_numbers_full = batch.batch, batch.atomic_numbers  # as the backbone does
+    energy = torch.tensor([-2066.0 + 5.5, -2053.0 - 5.5], dtype=torch.float64)
+    assert references.apply_refs(batch, energy).tolist() == [0.0, 0.0]
+    assert references.undo_refs(batch, torch.zeros(2)).tolist() == energy.tolist()
+    file.write_text(json.dumps({"element_references": {"1": -13.0}, "charge_reference": "5.5"}))
+    with pytest.raises(ValueError, match=r"element_references: expected an energy \(eV\) per unit of charge .* '5.5'"):
+        read_element_references(file, key="element_references")
 
 
 @pytest.mark.parametrize(("energy", "near"), [(-2079.0 - 9.6, "omol25"), (-9.6, "zero")])
