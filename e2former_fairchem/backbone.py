@@ -28,6 +28,7 @@ from e2former_fairchem.inference_mode import outside_inference_mode
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.parallel import OWN_ATOMS, Partition, active, agree, partition_atoms
 from e2former_fairchem.parallel_guard import ParallelGuard
+from e2former_fairchem.states import SeenStates
 from e2former_fairchem.training.arguments import number
 from e2former_fairchem.validation import (
     check_batch,
@@ -71,7 +72,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
     The buffer ``elements_seen`` [max_num_elements + 1] is 1 for the atomic numbers of the batches that the weights were
     trained on, by any worker, and 2 for those that only an earlier training saw, from whose weights this one started.
     Its entry 0 is 0, and all others 1, until training begins; all are 1 where nothing is known, as in checkpoints
-    without the buffer.
+    without the buffer. ``states_seen`` has the charges and multiplicities of a checkpoint's card
+    (`e2former_fairchem.states.SeenStates`); None where nothing is known, as in training.
 
     Args:
         max_neighbors: keep only the nearest so many neighbours (the authors: 32); None, the default, keeps every atom
@@ -82,7 +84,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         regress_stress: heads that differentiate return stress.
         dataset_mapping: names of the data sets whose tasks this backbone accepts (to the name of their head), or None
             for any.
-        strict_elements: refuse structures with elements that training never saw, instead of a warning.
+        strict_elements: refuse structures with elements, or a charge and multiplicity, that training never saw, instead
+            of a warning.
 
     Raises:
         TypeError: an unknown key.
@@ -119,7 +122,8 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         self.dataset_mapping = given["dataset_mapping"]
         self.strict_elements = strict_elements
         self.register_buffer("elements_seen", (torch.arange(config.max_num_elements + 1) > 0).long())
-        self.register_load_state_dict_pre_hook(_complete_state)
+        self.states_seen: SeenStates | None = None
+        self.register_load_state_dict_pre_hook(_take_records)
         # What fairchem's heads read.
         self.lmax = config.lmax
         self.sphere_channels = config.sphere_channels
@@ -153,6 +157,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
 
     def begin_anew(self) -> None:
         """Weights that were trained go into another training: what has been seen was seen before."""
+        self.states_seen = None  # the card of the next checkpoint has both trainings'
         if self.elements is not None:
             self.elements_seen[1:].mul_(2).clamp_(max=2)
 
@@ -207,7 +212,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         learning = self.training and any(p.requires_grad for p in self.parameters())
         check = partial(check_batch, data, self.max_num_elements)
         if not learning:
-            check = partial(check, self.elements_seen, self.strict_elements)
+            check = partial(check, self.elements_seen, self.states_seen, self.strict_elements)
         partition = self._partition(data) if active() else None
         charge, spin = check()
         data["atomic_numbers"] = numbers = data["atomic_numbers"].long()
@@ -243,6 +248,7 @@ class E2FormerV2Backbone(nn.Module, BackboneInterface):
         Args:
             there: [max_num_elements + 1] int64, 0 for atomic numbers that no batch has.
         """
+        self.states_seen = None
         seen = self.elements_seen
         seen.mul_(seen[0].clone())  # before training began, no element was held to be unseen
         seen[:1].fill_(1)
@@ -474,11 +480,14 @@ def _check_own_keys(given: Mapping[str, Any]) -> None:
         raise ValueError(f"dataset_mapping: expected values among its keys {sorted(mapping)}, got {strangers}")
 
 
-def _complete_state(backbone: E2FormerV2Backbone, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before loading weights without a record of the elements seen: nothing is known of them."""
+def _take_records(backbone: E2FormerV2Backbone, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before loading weights: of what has no record beside them, elements or states, nothing is known."""
+    states = state.pop(f"{prefix}states_seen", None)
+    if not any(name.startswith(f"{prefix}model.") for name in state):
+        return
+    backbone.states_seen = None if states is None else SeenStates.from_rows(states)
     key = f"{prefix}elements_seen"
-    wanted = "elements_seen" in backbone.state_dict() and any(name.startswith(f"{prefix}model.") for name in state)
-    if wanted and key not in state:
+    if "elements_seen" in backbone.state_dict() and key not in state:
         state[key] = torch.ones_like(backbone.elements_seen)
 
 

@@ -20,6 +20,8 @@ from e2former_fairchem.data.structures import whole_number
 if TYPE_CHECKING:
     from fairchem.core.datasets.atomic_data import AtomicData
 
+    from e2former_fairchem.states import SeenStates
+
 __all__ = [
     "check_batch",
     "check_keys",
@@ -130,20 +132,25 @@ def check_keys(owner: str, unknown: Mapping[str, Any], function: Callable[..., A
 
 
 def check_batch(
-    data: AtomicData, max_num_elements: int, seen: Tensor | None = None, strict: bool = False
+    data: AtomicData,
+    max_num_elements: int,
+    seen: Tensor | None = None,
+    states: SeenStates | None = None,
+    strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Charge and spin [B] int64 of a batch whose elements, charges, spins and positions are in range.
 
-    Everything is reduced on the device and read in one synchronisation. spin 0 means not given, as fairchem's LAMMPS
-    and benchmark inputs send it, and is said once in the log; so are elements that training never saw, and positions
-    so far from the origin that their precision is too coarse.
+    What every atom has is reduced on the device; all is read in one synchronisation. spin 0 means not given, as
+    fairchem's LAMMPS and benchmark inputs send it, and is said once in the log; so are elements, charges and
+    multiplicities that training never saw, and positions so far from the origin that their precision is too coarse.
 
     Args:
         data: the batch.
         max_num_elements: largest atomic number.
         seen: [max_num_elements + 1] int64, 0 for atomic numbers that training never saw, 2 for those that only an
             earlier training saw; None does not ask.
-        strict: refuse both.
+        states: charges and multiplicities that training saw; None does not ask.
+        strict: refuse what training never saw, or only an earlier one.
 
     Raises:
         ValueError: names the first offending atoms or structures.
@@ -152,30 +159,33 @@ def check_batch(
     numbers, pos, cell = data["atomic_numbers"], data["pos"].detach(), data["cell"].detach()
     if numbers.numel() == 0:
         raise ValueError("expected at least one atom, got an empty batch")
-    integers, reals = [numbers, charge, spin], [pos, cell]
+    integers, reals = [numbers], [pos, cell]
     if seen is not None:  # clamped, because nothing is known of the numbers yet
         integers.append(seen.index_select(0, numbers.long().clamp(0, max_num_elements)))
     # extremes of coordinates are finite where all of them are, in one operation instead of isfinite's five
-    kinds = [torch.stack([end for values in kind for end in torch.aminmax(values)]) for kind in (integers, reals)]
-    wide = torch.promote_types(kinds[1].dtype, torch.float32)
-    summary = torch.cat([kind.to(wide) for kind in kinds]).tolist()
-    ends, real_ends = list(map(int, summary[: 2 * len(integers)])), summary[2 * len(integers) :]
-    low_z, high_z, low_charge, high_charge, low_spin, high_spin = ends[:6]
-    if low_z < 1 or high_z > max_num_elements:
+    ends = [torch.stack([end for values in kind for end in torch.aminmax(values)]) for kind in (integers, reals)]
+    wide = torch.promote_types(ends[1].dtype, torch.float32)
+    summary = torch.cat([torch.cat([ends[0], charge, spin]).to(wide), ends[1].to(wide)]).tolist()
+    whole, real_ends = list(map(int, summary[: -2 * len(reals)])), summary[-2 * len(reals) :]
+    systems = charge.numel()
+    charges, spins = whole[-2 * systems : -systems], whole[-systems:]
+    if whole[0] < 1 or whole[1] > max_num_elements:
         _raise_atoms(data, (numbers < 1) | (numbers > max_num_elements), max_num_elements)
-    for key, values, low, high, bounds in (
-        ("charge", charge, low_charge, high_charge, CHARGE_RANGE),
-        ("spin", spin, low_spin, high_spin, SPIN_RANGE),
+    for key, values, read, (low, high) in (
+        ("charge", charge, charges, CHARGE_RANGE),
+        ("spin", spin, spins, SPIN_RANGE),
     ):
-        if low < bounds[0] or high > bounds[1]:
-            bad = int(((values < bounds[0]) | (values > bounds[1])).nonzero()[0])
-            raise ValueError(f"{key} of structure {bad}: expected {bounds[0]} to {bounds[1]}, got {int(values[bad])}")
+        if min(read) < low or max(read) > high:
+            bad = next(i for i, value in enumerate(read) if not low <= value <= high)
+            raise ValueError(f"{key} of structure {bad}: expected {low} to {high}, got {int(values[bad])}")
     if not all(map(math.isfinite, real_ends)):
         _raise_not_finite(data)
     _check_precision(data, max(-real_ends[0], real_ends[1]))
-    if seen is not None and (ends[6] == 0 or ends[7] == 2):
+    if seen is not None and (whole[2] == 0 or whole[3] == 2):
         _unseen(data, seen, strict)
-    if low_spin == 0:
+    if states is not None:
+        states.check(charges, spins, strict)
+    if 0 in spins:
         log_once(
             "e2former_v2: a structure has spin 0, which stands for a spin multiplicity that is not given. Set "
             "atoms.info['spin'] (1 for a singlet) and, for data sets, a2g_args.r_data_keys: [spin, charge]."

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from e2former_fairchem.files import replacing
-from e2former_fairchem.training.card import read_card
+from e2former_fairchem.training.card import read_card, set_card
 from e2former_fairchem.training.checkpoint import read_checkpoint
 
 __all__ = ["export_safetensors", "import_safetensors", "make_checkpoint", "read_tensors", "write_checkpoint"]
@@ -66,7 +66,7 @@ def make_checkpoint(
         ema_state_dict={"n_averaged": torch.tensor(n_averaged), **{f"module.{k}": v for k, v in weights.items()}},
         tasks_config=OmegaConf.create(list(tasks)),
     )
-    made.card = dict(card or {})
+    set_card(made, card or {})
     return made
 
 

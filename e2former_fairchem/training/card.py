@@ -29,6 +29,7 @@ from ase.data import chemical_symbols
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 
 from e2former_fairchem.files import replacing
+from e2former_fairchem.states import SeenStates, described
 from e2former_fairchem.validation import plain
 
 #: What a config may say of its data.
@@ -36,7 +37,7 @@ GIVEN = ("data", "level_of_theory", "licence", "started_from")
 #: Property: its metric among fairchem's.
 METRICS = {"energy": "per_atom_mae", "forces": "mae", "stress": "mae"}
 _UNITS = {"energy": (1000.0, "meV/atom"), "forces": (1000.0, "meV/Å"), "stress": (1000.0, "meV/Å^3")}
-_SEEN = "backbone.elements_seen"
+_SEEN, _STATES = "backbone.elements_seen", "backbone.states_seen"
 #: Entries of a card that the cards of checkpoints keep that are trained on from it.
 _KEPT = ("level_of_theory", "data", "structures", "states", "licence")
 
@@ -100,10 +101,22 @@ def _joined(numbers: Sequence[int]) -> str:
     return ", ".join(chemical_symbols[z] for z in numbers)
 
 
+def set_card(checkpoint: MLIPInferenceCheckpoint, card: Mapping[str, Any]) -> None:
+    """Give a checkpoint its card, and its weights the card's states: fairchem loads nothing else into a backbone."""
+    checkpoint.card = dict(card)
+    states = SeenStates.from_card(card)
+    if states is None:
+        return
+    rows = states.rows()
+    for weights in filter(None, (checkpoint.model_state_dict, checkpoint.ema_state_dict)):
+        for key in [key for key in weights if key.endswith(_SEEN)]:
+            weights[key.removesuffix(_SEEN) + _STATES] = rows
+
+
 def write_card(path: Path, card: Mapping[str, Any]) -> None:
     """Put a card into the file of an inference checkpoint that was just written."""
     content = torch.load(path, map_location="cpu", weights_only=False)
-    content.card = dict(card)
+    set_card(content, card)
     with replacing(path) as handle:
         torch.save(content, handle)
 
@@ -153,7 +166,7 @@ def describe(checkpoint: MLIPInferenceCheckpoint) -> Iterator[str]:
 
 
 def _states(card: Mapping[str, Any]) -> str:
-    return ", ".join(f"{charge:+d} and {spin}" for charge, spin in sorted(card.get("states", ())))
+    return described(sorted(card.get("states", ())))
 
 
 def _text(value: Any) -> str:

@@ -25,7 +25,8 @@ from e2former_fairchem.training.card import trainings
 BACKBONE = "e2former_fairchem.backbone.E2FormerV2Backbone"
 BACKBONE_NAMES = (BACKBONE, "e2former_v2")
 _HEADS = "output_heads."
-_RECORD = "backbone.elements_seen"  # checkpoints of earlier versions have none, and load as such
+# Checkpoints of earlier versions have none, and load as such; of states a model's own state has none.
+_RECORD, _STATES = "backbone.elements_seen", "backbone.states_seen"
 
 
 def _kind_of(path: Path) -> str:
@@ -227,7 +228,7 @@ def initialize_from_checkpoint(
     own = {k: v for k, v in target.items() if not k.startswith(_HEADS)}
     theirs = {k: v for k, v in source.items() if not k.startswith(_HEADS)}
     misfits = [f"{k} is missing" for k in own.keys() - theirs.keys() - {_RECORD}]
-    misfits += [f"{k} is unknown" for k in theirs.keys() - own.keys()]
+    misfits += [f"{k} is unknown" for k in theirs.keys() - own.keys() - {_STATES}]
     misfits += [
         f"{k} has the shape {tuple(theirs[k].shape)} instead of {tuple(own[k].shape)}"
         for k in own.keys() & theirs.keys()

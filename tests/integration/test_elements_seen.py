@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2former_fairchem import validation
 from e2former_fairchem.data.make_sample import write_folder
+from e2former_fairchem.states import SeenStates
 from e2former_fairchem.training.card import read_card
 from e2former_fairchem.training.checkpoint import (
     initialize_from_checkpoint,
@@ -87,7 +88,7 @@ def test_a_refusal_where_asked(build, batch_of, structures) -> None:
 
 
 def test_the_question_is_part_of_the_one_summary(trained, batch_of, structures, monkeypatch) -> None:
-    """Three small operations more, and no other read; a conversion that went makes them two for float32."""
+    """Three small operations for elements, and none for states: charges and spins are in what is read anyway."""
     counted: list[str] = []
 
     class Count(TorchDispatchMode):
@@ -97,11 +98,11 @@ def test_the_question_is_part_of_the_one_summary(trained, batch_of, structures, 
 
     data = batch_of(structures["ethanol"], dtype=torch.float32)
     with Count():
-        validation.check_batch(data, 118, trained.backbone.elements_seen)
+        validation.check_batch(data, 118, trained.backbone.elements_seen, SeenStates(frozenset({(0, 1)})))
     launches = sorted({name.split(".")[1] for name in counted} - {"promote_types", "detach", "view"})
     assert launches == ["_to_copy", "aminmax", "cat", "clamp", "index_select", "stack"]
     numbers = {name: sum(f".{name}." in one for one in counted) for name in launches}
-    assert numbers == {"_to_copy": 1, "aminmax": 6, "cat": 1, "clamp": 1, "index_select": 1, "stack": 2}
+    assert numbers == {"_to_copy": 1, "aminmax": 4, "cat": 2, "clamp": 1, "index_select": 1, "stack": 2}
 
 
 def write(path: Path, source: Path, change: Callable) -> Path:
@@ -284,3 +285,4 @@ def test_validation_sets_are_not_seen(
     card = read_card(read_checkpoint(elsewhere / "seen.pt"))
     assert card["data"] == "train" and "level_of_theory" not in card, "not the sample's, which quickstart.yaml has"
     assert any("never saw Cu:" in message for message in said(caplog))
+    assert found.states_seen == SeenStates(frozenset({(0, 1)}))
