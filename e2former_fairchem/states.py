@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,23 +55,22 @@ class SeenStates:
         kinds = ((self.last, 1), (self.before, 2))
         return torch.tensor([(*state, kind) for states, kind in kinds for state in sorted(states)], dtype=torch.int64)
 
-    def check(self, charges: Sequence[int], multiplicities: Sequence[int], strict: bool) -> None:
+    def check(self, states: Set[State], structures: Sequence[State], strict: bool) -> None:
         """Name the states of a batch that the last training never saw, each one once; or refuse them.
 
         Args:
-            charges: of the structures.
-            multiplicities: of the structures.
+            states: of the batch, each once.
+            structures: those of its structures.
             strict: refuse.
 
         Raises:
             ValueError: names the states and the first structure of each.
         """
-        given = list(zip(charges, multiplicities, strict=True))
-        strange = set(given) - self.last
+        strange = states - self.last
         if strict and strange:
             got = "; ".join(
                 f"{_name(state)}{' of an earlier training' if state in self.before else ''} (structure "
-                f"{given.index(state)})"
+                f"{structures.index(state)})"
                 for state in sorted(strange)
             )
             raise ValueError(

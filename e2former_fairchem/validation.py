@@ -163,29 +163,26 @@ def check_batch(
     if seen is not None:  # clamped, because nothing is known of the numbers yet
         integers.append(seen.index_select(0, numbers.long().clamp(0, max_num_elements)))
     # extremes of coordinates are finite where all of them are, in one operation instead of isfinite's five
-    ends = [torch.stack([end for values in kind for end in torch.aminmax(values)]) for kind in (integers, reals)]
-    wide = torch.promote_types(ends[1].dtype, torch.float32)
-    summary = torch.cat([torch.cat([ends[0], charge, spin]).to(wide), ends[1].to(wide)]).tolist()
-    whole, real_ends = list(map(int, summary[: -2 * len(reals)])), summary[-2 * len(reals) :]
-    systems = charge.numel()
-    charges, spins = whole[-2 * systems : -systems], whole[-systems:]
-    if whole[0] < 1 or whole[1] > max_num_elements:
+    kinds = [torch.stack([end for values in kind for end in torch.aminmax(values)]) for kind in (integers, reals)]
+    wide = torch.promote_types(kinds[1].dtype, torch.float32)
+    summary = torch.cat([torch.cat([kinds[0], charge, spin]).to(wide), kinds[1].to(wide)]).tolist()
+    ends, rest, real_ends = summary[: kinds[0].numel()], summary[kinds[0].numel() : -4], summary[-4:]
+    pairs = list(zip(rest[: charge.numel()], rest[charge.numel() :], strict=True))
+    different = {(int(one), int(other)) for one, other in set(pairs)}
+    if ends[0] < 1 or ends[1] > max_num_elements:
         _raise_atoms(data, (numbers < 1) | (numbers > max_num_elements), max_num_elements)
-    for key, values, read, (low, high) in (
-        ("charge", charge, charges, CHARGE_RANGE),
-        ("spin", spin, spins, SPIN_RANGE),
-    ):
-        if min(read) < low or max(read) > high:
-            bad = next(i for i, value in enumerate(read) if not low <= value <= high)
-            raise ValueError(f"{key} of structure {bad}: expected {low} to {high}, got {int(values[bad])}")
+    for place, (key, values, bounds) in enumerate((("charge", charge, CHARGE_RANGE), ("spin", spin, SPIN_RANGE))):
+        if not all(bounds[0] <= state[place] <= bounds[1] for state in different):
+            bad = int(((values < bounds[0]) | (values > bounds[1])).nonzero()[0])
+            raise ValueError(f"{key} of structure {bad}: expected {bounds[0]} to {bounds[1]}, got {int(values[bad])}")
     if not all(map(math.isfinite, real_ends)):
         _raise_not_finite(data)
     _check_precision(data, max(-real_ends[0], real_ends[1]))
-    if seen is not None and (whole[2] == 0 or whole[3] == 2):
+    if seen is not None and (ends[2] == 0 or ends[3] == 2):
         _unseen(data, seen, strict)
     if states is not None:
-        states.check(charges, spins, strict)
-    if 0 in spins:
+        states.check(different, pairs, strict)
+    if any(multiplicity == 0 for _, multiplicity in different):
         log_once(
             "e2former_v2: a structure has spin 0, which stands for a spin multiplicity that is not given. Set "
             "atoms.info['spin'] (1 for a singlet) and, for data sets, a2g_args.r_data_keys: [spin, charge]."
