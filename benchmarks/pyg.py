@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import scatter, segment
 
-from e2former_kernels.equivariant_attention.reference import segment_max, segment_sum
+from e2former_kernels.common.sums import segment_max, segment_sum
 
 NODES, DEGREE, REPEATS = 1000, 40, 15
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
+from e2former_kernels.equivariant_attention.attention_norm import NORMS as _NORMS
 from e2former_kernels.equivariant_attention.score import SCORES as _SCORES
-from e2former_kernels.equivariant_attention.spec import Norm
 
 # Scores and norms are those of the attention; the norm of both releases is one there.
 SCORES = tuple(_SCORES)
-ATTENTION_NORMS = tuple(
-    n for norm in get_args(Norm) for n in (("molfm_v2", "molfm_v1_5") if norm == "molfm" else (norm,))
-)
+ATTENTION_NORMS = tuple(n for norm in _NORMS for n in (("molfm_v2", "molfm_v1_5") if norm == "molfm" else (norm,)))
 CONVOLUTIONS = ("auto", "on_the_fly", "eaas", "dense")
 KERNEL_BACKENDS = ("auto", "reference", "triton")
 MAX_LMAX = 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import get_args
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "e2former_kernels"
@@ -53,8 +52,13 @@ def test_kernels_on_float16_rows_are_named_in_one_place() -> None:
     assert {str(path.relative_to(KERNELS)) for path in found} == told
 
 
-def test_kernels_know_the_norms_by_their_place() -> None:
-    from e2former_kernels.equivariant_attention.kernels_value import NORMS
-    from e2former_kernels.equivariant_attention.spec import Norm
+def test_the_norms_stand_in_one_file() -> None:
+    """Which attention norms there are, ``attention_norm.py`` alone says: nobody else compares with a norm's name."""
+    from e2former_kernels.equivariant_attention.attention_norm import NORMS
 
-    assert get_args(Norm) == NORMS
+    home = KERNELS / "equivariant_attention/attention_norm.py"
+    for path in KERNELS.rglob("*.py"):
+        compared = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Compare))
+        names = {c.value for node in compared for c in ast.walk(node) if isinstance(c, ast.Constant)} & set(NORMS)
+        assert path == home or not names, (path, names)
+    assert {norm.name for norm in NORMS.values()} == set(NORMS)

@@ -1,4 +1,6 @@
-"""Sums in a fixed order, the same bits every time: of the rows of a degree, over chunks of nodes."""
+"""Sums: of a receiver's edges, in plain PyTorch; of the rows of a degree and over chunks of nodes, in a fixed order,
+the same bits every time.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,63 @@ import math
 
 import torch
 from torch import Tensor
+
+MAX_PADDING = 4  # padded edges for one real one
+
+
+def segment_max(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
+    """Largest value per receiver, differentiable (to the first edge that attains it); 0 where there is no edge.
+
+    Args:
+        values: [E, H].
+        target: [E], receivers.
+        num_nodes: how many there are.
+
+    Returns:
+        [num_nodes, H].
+    """
+    num_edges, heads = values.shape
+    index = target.unsqueeze(1).expand(-1, heads)
+    with torch.no_grad():
+        top = values.new_full((num_nodes, heads), -math.inf).scatter_reduce(0, index, values, "amax")
+        position = torch.arange(num_edges, device=values.device).unsqueeze(1).expand(-1, heads)
+        position = torch.where(values == top.index_select(0, target), position, num_edges)
+        first = position.new_full((num_nodes, heads), num_edges).scatter_reduce(0, index, position, "amin")
+    # one row of zeros stands in for "no edge"
+    return torch.cat([values, values.new_zeros(1, heads)]).gather(0, first)
+
+
+def segment_sum(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
+    """Sum of edge values per receiver: values [E, ...], target [E] -> [num_nodes, ...]."""
+    return values.new_zeros((num_nodes, *values.shape[1:])).index_add(0, target, values)
+
+
+def segment_outer(left: Tensor, right: Tensor, target: Tensor, num_nodes: int) -> Tensor:
+    """Sum of outer products per receiver, as one matrix product for each.
+
+    A receiver's edges become the inner dimension, padded to the largest number of edges; very uneven receivers are
+    summed column by column instead.
+
+    Args:
+        left: [E, I].
+        right: [E, J].
+        target: [E], receivers, ascending.
+        num_nodes: how many there are.
+
+    Returns:
+        [num_nodes, I, J].
+    """
+    with torch.no_grad():
+        count = torch.bincount(target, minlength=num_nodes)
+        longest = int(count.max()) if num_nodes else 0
+        place = torch.arange(target.numel(), device=target.device) - (count.cumsum(0) - count).index_select(0, target)
+        place = target * longest + place
+    if num_nodes * longest > MAX_PADDING * target.numel():
+        return torch.stack([segment_sum(x.unsqueeze(1) * right, target, num_nodes) for x in left.unbind(1)], 1)
+    rows = num_nodes * longest
+    left = left.new_zeros(rows, left.shape[1]).index_copy(0, place, left).view(num_nodes, longest, left.shape[1])
+    right = right.new_zeros(rows, right.shape[1]).index_copy(0, place, right).view(num_nodes, longest, right.shape[1])
+    return torch.bmm(left.transpose(1, 2), right)
 
 
 @functools.lru_cache(maxsize=8)

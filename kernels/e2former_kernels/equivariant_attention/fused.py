@@ -25,10 +25,9 @@ from e2former_kernels.equivariant_attention import kernels_reverse as attend_bac
 from e2former_kernels.equivariant_attention import kernels_value as attend_kernel
 from e2former_kernels.equivariant_attention.gate import DirectionalGate, GateNetworks
 from e2former_kernels.equivariant_attention.kernels_value import launch_contract
-from e2former_kernels.equivariant_attention.reference import Form, Pieces, attention_plan
+from e2former_kernels.equivariant_attention.reference import AttentionSpec, Form, Pieces, attention_plan
 from e2former_kernels.equivariant_attention.score import DotWeights
 from e2former_kernels.equivariant_attention.second import second_derivative
-from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.splines import RadialSplines
@@ -178,7 +177,7 @@ class FusedAttention(Call):
 
     def _scores(self, chunk: EdgeChunk, edges: Edges, given: Given, features: Tensor, statistics: Statistics) -> Tensor:
         """Scores [e, H] of a chunk; fills its part of the softmax's statistics."""
-        heads, width = given.query.numbers.shape[1:]
+        norm, (heads, width) = self.spec.attention_norm, given.query.numbers.shape[1:]
         score = edges.vec.new_empty(chunk.num_edges, heads)
         if chunk.num_nodes:
             widest, warps, together = SCORE_TILE[given.half]
@@ -186,8 +185,8 @@ class FusedAttention(Call):
             attend_kernel.score_kernel[chunk.num_nodes, math.ceil(heads / block)](
                 *_arguments(given.query, chunk.nodes), *_arguments(given.key), features, edges.row, edges.position,
                 edges.envelope, edges.source, chunk.row_ptr, score, statistics.top[chunk.nodes],
-                statistics.total[chunk.nodes], 1.0 / math.sqrt(width), self.spec.softmax_constant, H=heads, S=width,
-                NORM=self.spec.norm_number, SPLINE=self.splines is not None, HALF=given.half, BH=block,
+                statistics.total[chunk.nodes], 1.0 / math.sqrt(width), norm.constant, H=heads, S=width,
+                **norm.flags, SPLINE=self.splines is not None, HALF=given.half, BH=block,
                 BS=next_power(width), BE=together, num_warps=warps,
             )  # fmt: skip
         return score
@@ -239,7 +238,7 @@ class FusedAttention(Call):
                 attend_kernel.attend_kernel[chunk.num_nodes, math.ceil(heads / tiles["BH"])](
                     score, features, edges.row, edges.position, edges.envelope, edges.scale, *_arguments(given.value),
                     edges.source, chunk.row_ptr, statistics.top[chunk.nodes], statistics.total[chunk.nodes], summed,
-                    R=rows, H=heads, NORM=self.spec.norm_number, SPLINE=gate is None, HALF=given.half,
+                    R=rows, H=heads, **self.spec.attention_norm.flags, SPLINE=gate is None, HALF=given.half,
                     B=self.directions, EACH=min(EACH, tiles["BH"]), UNROLL=ATTEND_UNROLL[given.half], **tiles,
                 )  # fmt: skip
             if finish is not None:
@@ -272,7 +271,7 @@ class FusedAttention(Call):
         vec = given.vec
         rows, heads = given.value_rows
         width = given.query.numbers.shape[2]
-        norm, directions, half = self.spec.norm_number, self.directions, given.half
+        norm, directions, half = self.spec.attention_norm, self.directions, given.half
         weights = any(n >= self.first_weight for n in wanted)
         splines = None if weights else self.splines
         gate = self.gate(tensors) if splines is None else None
@@ -296,19 +295,19 @@ class FusedAttention(Call):
                 features = splines.knots
             else:
                 features, kept = gate.forward(chunk, edges.vec, edges.position, keep=weights)
-            if known is None and norm <= 1:
+            if known is None and norm.softmax:
                 self._scores(chunk, edges, given, features, statistics)
             part = outer(chunk)
             weight, pair = (vec.new_empty(number, heads) for _ in range(2))
             mean = vec.new_empty(receivers, heads)
-            best = torch.empty(receivers if norm == 1 else 0, heads, dtype=torch.int64, device=vec.device)
+            best = torch.empty(receivers if norm.maximum else 0, heads, dtype=torch.int64, device=vec.device)
             grad_features = vec.new_empty(number, 2 * heads) if splines is None else weight
             grad_parts = vec.new_empty(directions + 1 + (splines is not None), blocks, number)
             if receivers:
                 of_features = features, edges.row, edges.position, edges.envelope
                 of_softmax = statistics.top[chunk.nodes], statistics.total[chunk.nodes]
                 root, width_tile = 1.0 / math.sqrt(width), next_power(width)
-                constants = {"H": heads, "S": width, "NORM": norm, "SPLINE": splines is not None, "HALF": half}
+                constants = norm.flags | {"H": heads, "S": width, "SPLINE": splines is not None, "HALF": half}
                 if number:  # it reads ahead
                     attend_backward_kernel.attend_backward_kernel[receivers, blocks](
                         *_arguments(given.query, chunk.nodes), *_arguments(given.key), *of_features, edges.scale,
@@ -319,7 +318,7 @@ class FusedAttention(Call):
                 attend_backward_kernel.score_backward_kernel[receivers, blocks](
                     *_arguments(given.key), *of_features, edges.source, chunk.row_ptr, *of_softmax, mean, best, pair,
                     weight, grad_features, grad_parts[directions:], grad_query[chunk.nodes], number, root,
-                    self.spec.softmax_constant, 0.0 if splines is None else splines.scale, BH=tiles["BH"],
+                    norm.constant, 0.0 if splines is None else splines.scale, BH=tiles["BH"],
                     EACH=each, BS=width_tile, BE=BACKWARD_EDGES[half], **constants, num_warps=1,
                 )  # fmt: skip
             if by_sender and chunk.order_ptr.numel() > 1:

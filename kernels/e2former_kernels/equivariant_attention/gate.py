@@ -16,8 +16,8 @@ from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.harmonics import harmonic_scales
 from e2former_kernels.common.tiles import next_power
 from e2former_kernels.equivariant_attention import kernels_gate as kernel
+from e2former_kernels.equivariant_attention.reference import AttentionSpec
 from e2former_kernels.equivariant_attention.score import DotWeights
-from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial import kernels as layers
 from e2former_kernels.radial.network import (
     ALONE_NUMBERS,

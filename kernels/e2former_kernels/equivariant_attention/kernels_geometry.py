@@ -17,7 +17,7 @@ from e2former_kernels.common.harmonics import (
     load_vector,
     store_vector,
 )
-from e2former_kernels.equivariant_attention.spec import AttentionSpec
+from e2former_kernels.equivariant_attention.reference import AttentionSpec
 from e2former_kernels.radial.splines import place
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.equivariant_attention.attention_norm import share, weight_reverse
 from e2former_kernels.equivariant_attention.kernels_value import (
     add_each,
     dots,
@@ -16,8 +17,6 @@ from e2former_kernels.equivariant_attention.kernels_value import (
     load_scale,
     places,
     places_of_heads,
-    sigmoid,
-    softplus,
     weighted,
 )
 from e2former_kernels.radial.splines import feature, load, spline_and_slope
@@ -27,12 +26,13 @@ from e2former_kernels.radial.splines import feature, load, spline_and_slope
 def attend_backward_kernel(
     query, query_factor, key, key_factor, features, row, position, envelope, scale, value, value_factor, grad,
     grad_factor, source, row_ptr, top, total, pair, slope, mean, best, grad_scale, E, inverse_root,
-    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr,
-    B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
+    R: tl.constexpr, H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SOFTMAX: tl.constexpr,
+    MAXIMUM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr, RA: tl.constexpr,
+    RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one receiver's edges by their weights, from grad = dL/dout, [n, B, R, H].
 
-    Writes pair[e, h] = <q, k> / sqrt(S); slope[e, h] = dL/dw; mean[n, h] = sum of slope w; with NORM 1 best[n, h], the
+    Writes pair[e, h] = <q, k> / sqrt(S); slope[e, h] = dL/dw; mean[n, h] = sum of slope w; with MAXIMUM best[n, h], the
     edge of the largest score; and this program's part of the sums over heads by the message scale, grad_scale
     [B, programs, E]. The rows of the next edge are on their way while one is worked on: a compiler moves no load over
     a store. Long: an edge's weight and its gradients share one load of its rows.
@@ -58,14 +58,15 @@ def attend_backward_kernel(
     if RB > 0:
         at_b, mask_b = places(RA, RB, R, h, in_h, H)
         grad_b = load_rows(base, at_b, mask_b, R * H, B, MASKED_B, dtype)
-    if NORM <= 1:
+    m, inv = 0.0, 1.0
+    if SOFTMAX:
         m = load(top + i * H + h, in_h, MASKED)
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
     received = 1.0
     if HALF:
         received = tl.load(grad_factor + i)
     summed = tl.zeros([BH], dtype=dtype)
-    if NORM == 1:  # the first edge that attains the maximum; compared with each other, rounded alike
+    if MAXIMUM:  # the first edge that attains the maximum; compared with each other, rounded alike
         highest = summed - float("inf")
         where = tl.zeros([BH], dtype=tl.int64) - 1
     end = stride - 1  # what is read ahead behind the last edge of a receiver is not used
@@ -100,15 +101,10 @@ def attend_backward_kernel(
         j = tl.load(source + tl.minimum(e + 2, end)).to(tl.int64)
         tl.store(pair + e * H + h, dot, mask=in_h)
         a = g * dot
-        if NORM <= 1:
-            w = tl.exp(a - m) * inv * u * p
-            if NORM == 1:
-                where = tl.where(a > highest, e, where)
-                highest = tl.maximum(a, highest)
-        elif NORM == 2:
-            w = softplus(a) * u * p
-        else:
-            w = sigmoid(a) * u * p
+        w = share(a, m, inv, NORM, SOFTMAX) * u * p
+        if MAXIMUM:
+            where = tl.where(a > highest, e, where)
+            highest = tl.maximum(a, highest)
         y = dots(x, grad_a, B)
         if RB > 0:
             y = add_each(y, dots(z, grad_b, B), B)
@@ -121,18 +117,18 @@ def attend_backward_kernel(
             tl.store(parts + b * plane + e, tl.sum(w * by, axis=0))
         summed += gw * w
         tl.store(slope + e * H + h, gw, mask=in_h)
-    if NORM <= 1:
+    if SOFTMAX:
         tl.store(mean + i * H + h, summed, mask=in_h)
-        if NORM == 1:
-            tl.store(best + i * H + h, where, mask=in_h)
+    if MAXIMUM:
+        tl.store(best + i * H + h, where, mask=in_h)
 
 
 @triton.jit(do_not_specialize=["E"])
 def score_backward_kernel(
     key, key_factor, features, row, position, envelope, source, row_ptr, top, total, mean, best, pair, weight,
-    grad_features, grad_parts, grad_query, E, inverse_root, eps, knots_per_length,
-    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr,
-    BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+    grad_features, grad_parts, grad_query, E, inverse_root, constant, knots_per_length,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SOFTMAX: tl.constexpr, MAXIMUM: tl.constexpr,
+    SPLINE: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """From the gradients by the weights of one receiver's edges, in ``weight``, those by what the weights are made of.
 
@@ -149,11 +145,12 @@ def score_backward_kernel(
     dtype = weight.dtype.element_ty
     stride = E.to(tl.int64)
     parts = grad_parts + tl.program_id(1) * stride
-    if NORM <= 1:
+    m, inv, summed, where = 0.0, 1.0, 0.0, -1
+    if SOFTMAX:
         m = tl.load(top + i * H + h, mask=in_h, other=0.0)[None, :]
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)[None, :]
         summed = tl.load(mean + i * H + h, mask=in_h, other=0.0)[None, :]
-    if NORM == 1:
+    if MAXIMUM:
         where = tl.load(best + i * H + h, mask=in_h, other=-1)[None, :]
     grad_q = tl.zeros([BH, BS], dtype=dtype)
     for begin in range(first, last, BE):
@@ -178,26 +175,9 @@ def score_backward_kernel(
             p = tl.load(features + e[:, None] * (2 * H) + H + h[None, :], mask=inside, other=0.0)
         u = tl.load(envelope + e, mask=here, other=0.0)[:, None]
         a = g * x
-        if NORM <= 1:
-            z = tl.exp(a - m) * inv
-            w = z * u * p
-            gp = gw * z * u
-            gu = (gw * p - summed) * z
-            ga = gu * u
-            if NORM == 1:
-                ga -= tl.where(where == e[:, None], eps * inv * summed, 0.0)
-        elif NORM == 2:
-            z = softplus(a)
-            w = z * u * p
-            gp = gw * z * u
-            ga = gw * u * p * sigmoid(a)
-            gu = gw * z * p
-        else:
-            z = sigmoid(a)
-            w = z * u * p
-            gp = gw * z * u
-            ga = gw * u * p * z * (1.0 - z)
-            gu = gw * z * p
+        w, ga, gu, gp = weight_reverse(
+            gw, a, u, p, m, inv, summed, where == e[:, None], constant, NORM, SOFTMAX, MAXIMUM
+        )
         gx = ga * g * inverse_root
         tl.store(weight + at, w, mask=inside)
         tl.store(pair + at, gx, mask=inside)

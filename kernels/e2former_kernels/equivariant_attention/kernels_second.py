@@ -1,9 +1,9 @@
 r"""Triton kernels of the attention weights along a change of everything they read, and of the gradient of both.
 
 a = g x with x = <q, k> / sqrt(S). Softmax: zeta = exp(a - m) / T, pi = zeta u, w = pi p, T = sum over the receiver's
-edges of exp(a - m) u + a constant (NORM: 0 smooth, 1 molfm, 2 softplus, 3 sigmoid). With ' for the change (m' = 0 in
-the smooth norm, which does not depend on m), delta = zeta (u (a' - m') + u') and sigma = sum of delta (the receiver's
-T' / T): w' = (delta - pi sigma) p + pi p'.
+edges of exp(a - m) u + a constant. With ' for the change (m' = 0 without MAXIMUM, where nothing depends on m),
+delta = zeta (u (a' - m') + u') and sigma = sum of delta (the receiver's T' / T): w' = (delta - pi sigma) p + pi p'.
+The formulas, and NORM, SOFTMAX and MAXIMUM: ``attention_norm.py``.
 
 Triton kernels of the sum of messages along a change of weights, scales and values, and of its gradients.
 
@@ -17,6 +17,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.equivariant_attention.attention_norm import (
+    activation_second,
+    activation_tangent,
+    add_to_sum_tangent,
+    drift_of,
+    shift_of_none,
+    softmax_second,
+    softmax_tangent,
+    with_constant,
+)
 from e2former_kernels.equivariant_attention.kernels_value import (
     add_each,
     add_scaled,
@@ -32,30 +42,15 @@ from e2former_kernels.equivariant_attention.kernels_value import (
 
 
 @triton.jit
-def _gate(a, NORM: tl.constexpr):
-    """f(a), f'(a), f''(a) for softplus (2) and sigmoid (3)."""
-    s = 1.0 / (1.0 + tl.exp(-a))
-    if NORM == 2:
-        f = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
-        slope = s
-        bend = s * (1.0 - s)
-    else:
-        f = s
-        slope = s * (1.0 - s)
-        bend = slope * (1.0 - 2.0 * s)
-    return f, slope, bend
-
-
-@triton.jit
 def weights_tangent_kernel(
     query, query_dot, key, key_dot, features, features_dot, envelope, envelope_dot, source, row_ptr, pair, pair_dot,
-    weight, weight_dot, top, total, drift, top_dot, best, H, S, inverse_root, eps,
-    NORM: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
+    weight, weight_dot, top, total, drift, top_dot, best, H, S, inverse_root, constant,
+    NORM: tl.constexpr, SOFTMAX: tl.constexpr, MAXIMUM: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """w and w' of the edges of one receiver. One program: one receiver, BH heads.
 
     pair, pair_dot: x and x', [E, H]. Softmax only, [n, H]: top m, total T, drift sigma; top_dot m' and best, the edge
-    that m is taken from (molfm). Long: softmax needs a second loop over the same edges.
+    that m is taken from (MAXIMUM). Long: softmax needs a second loop over the same edges.
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -64,13 +59,11 @@ def weights_tangent_kernel(
     first, last = tl.load(row_ptr + i), tl.load(row_ptr + i + 1)
     q = tl.load(query + i * H * S + at, mask=mask, other=0.0)
     q_dot = tl.load(query_dot + i * H * S + at, mask=mask, other=0.0)
-    m = tl.zeros([BH], dtype=weight.dtype.element_ty)
-    m_dot = m
-    t = m
-    t_dot = m
+    m_dot = tl.zeros([BH], dtype=weight.dtype.element_ty)
+    t = m_dot
+    t_dot = m_dot
     top_edge = tl.zeros([BH], dtype=tl.int64) - 1
-    if NORM == 1:
-        m = m - float("inf")
+    m = shift_of_none(BH, weight.dtype.element_ty, MAXIMUM)
     for e in range(first, last):
         j = tl.load(source + e).to(tl.int64)
         k = tl.load(key + j * H * S + at, mask=mask, other=0.0)
@@ -84,34 +77,22 @@ def weights_tangent_kernel(
         a_dot = g * x_dot + x * tl.load(features_dot + e * 2 * H + h, mask=in_h, other=0.0)
         u = tl.load(envelope + e)
         u_dot = tl.load(envelope_dot + e)
-        if NORM <= 1:
-            higher = a > m
-            shift = tl.where(higher, a, m)
-            fade = tl.exp(m - shift)
-            z = tl.exp(a - shift)
-            t = t * fade + z * u
-            t_dot = t_dot * fade + z * (u * a_dot + u_dot)
-            m = shift
-            if NORM == 1:
-                m_dot = tl.where(higher, a_dot, m_dot)
-                top_edge = tl.where(higher, e, top_edge)
+        if SOFTMAX:
+            m, m_dot, t, t_dot, top_edge = add_to_sum_tangent(
+                m, m_dot, t, t_dot, top_edge, a, a_dot, u, u_dot, e, MAXIMUM
+            )
             tl.store(weight + e * H + h, a, mask=in_h)
             tl.store(weight_dot + e * H + h, a_dot, mask=in_h)
         else:
             p = tl.load(features + e * 2 * H + H + h, mask=in_h, other=0.0)
             p_dot = tl.load(features_dot + e * 2 * H + H + h, mask=in_h, other=0.0)
-            f, slope, _ = _gate(a, NORM)
-            tl.store(weight + e * H + h, f * u * p, mask=in_h)
-            change = slope * a_dot * u * p + f * (u_dot * p + u * p_dot)
-            tl.store(weight_dot + e * H + h, change, mask=in_h)
-    if NORM <= 1:
-        if NORM == 0:
-            t += eps * tl.exp(-m)
-        else:
-            t += eps
-        sigma = t_dot / t
-        if NORM == 1:
-            sigma -= m_dot * (1.0 - eps / t)
+            w, w_dot = activation_tangent(a, a_dot, u, u_dot, p, p_dot, NORM)
+            tl.store(weight + e * H + h, w, mask=in_h)
+            tl.store(weight_dot + e * H + h, w_dot, mask=in_h)
+    if SOFTMAX:
+        t = with_constant(m, t, constant, MAXIMUM)
+        sigma = drift_of(m_dot, t, t_dot, constant, MAXIMUM)
+        if MAXIMUM:
             tl.store(top_dot + i * H + h, m_dot, mask=in_h)
             tl.store(best + i * H + h, top_edge, mask=in_h)
         tl.store(top + i * H + h, m, mask=in_h)
@@ -124,27 +105,23 @@ def weights_tangent_kernel(
             u = tl.load(envelope + e)
             p = tl.load(features + e * 2 * H + H + h, mask=in_h, other=0.0)
             p_dot = tl.load(features_dot + e * 2 * H + H + h, mask=in_h, other=0.0)
-            zeta = tl.exp(a - m) / t
-            share = zeta * u
-            delta = zeta * (u * a_dot + tl.load(envelope_dot + e))
-            tl.store(weight + e * H + h, share * p, mask=in_h)
-            tl.store(weight_dot + e * H + h, (delta - share * sigma) * p + share * p_dot, mask=in_h)
+            u_dot = tl.load(envelope_dot + e)
+            w, w_dot = softmax_tangent(a, a_dot, u, u_dot, p, p_dot, m, t, sigma)
+            tl.store(weight + e * H + h, w, mask=in_h)
+            tl.store(weight_dot + e * H + h, w_dot, mask=in_h)
 
 
 @triton.jit
 def weights_second_kernel(
     grad_weight, grad_weight_dot, pair, pair_dot, features, features_dot, envelope, envelope_dot, target,
     top, total, drift, top_dot, best, sum_dot, sum_both, grad_features, grad_features_dot, grad_envelope,
-    grad_envelope_dot, E, H, inverse_root, eps, NORM: tl.constexpr, BH: tl.constexpr, BE: tl.constexpr,
+    grad_envelope_dot, E, H, inverse_root, constant,
+    NORM: tl.constexpr, SOFTMAX: tl.constexpr, MAXIMUM: tl.constexpr, BH: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """From the gradients W, W' by w, w' to those by features, x, envelope and the changes of all of them.
 
     sum_dot, sum_both: [n, H], sums over the receiver's edges of W' w and of W' w' + W w (softmax only). pair and
     pair_dot are overwritten by the gradients by <q, k> and its change. One program: BE edges, all heads.
-
-    With A = W' p, D = A - sum(W' w), P = W p + W' p' - sigma A and mu = sum_both - sigma sum_dot the gradients by
-    a' and a are D pi and D delta + P pi - mu pi, those by u' and u D zeta and D zeta (a' - m') + (P - mu) zeta. In
-    molfm the edge that m is taken from has what all edges pass to m, (sum_dot, mu) times constant / T, subtracted.
     """
     e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     in_e = e < E
@@ -164,41 +141,23 @@ def weights_second_kernel(
     u_dot = tl.load(envelope_dot + e, mask=in_e, other=0.0)[:, None]
     a = g * x
     a_dot = g * x_dot + x * g_dot
-    if NORM <= 1:
+    if SOFTMAX:
         receiver = tl.load(target + e, mask=in_e, other=0).to(tl.int64)
         row = receiver[:, None] * H + h[None, :]
         t = tl.load(total + row, mask=mask, other=1.0)
         sigma = tl.load(drift + row, mask=mask, other=0.0)
         back = tl.load(sum_dot + row, mask=mask, other=0.0)
-        mu = tl.load(sum_both + row, mask=mask, other=0.0) - sigma * back
-        zeta = tl.exp(a - tl.load(top + row, mask=mask, other=0.0)) / t
-        change = a_dot
-        if NORM == 1:
+        both = tl.load(sum_both + row, mask=mask, other=0.0)
+        m = tl.load(top + row, mask=mask, other=0.0)
+        change, where = a_dot, -1
+        if MAXIMUM:
             change -= tl.load(top_dot + row, mask=mask, other=0.0)
-        share = zeta * u
-        delta = zeta * (u * change + u_dot)
-        drive = gw_dot * p
-        rest = gw * p + gw_dot * p_dot - sigma * drive - mu
-        drive -= back
-        gp = gw * share + gw_dot * (delta - share * sigma)
-        gp_dot = gw_dot * share
-        ga = drive * delta + rest * share
-        ga_dot = drive * share
-        gu = (drive * change + rest) * zeta
-        gu_dot = drive * zeta
-        if NORM == 1:
-            at_top = tl.load(best + row, mask=mask, other=-1) == e[:, None]
-            ga -= tl.where(at_top, mu * eps / t, 0.0)
-            ga_dot -= tl.where(at_top, back * eps / t, 0.0)
+            where = tl.load(best + row, mask=mask, other=-1)
+        ga, ga_dot, gu, gu_dot, gp, gp_dot = softmax_second(
+            gw, gw_dot, a, change, u, u_dot, p, p_dot, m, t, sigma, back, both, where == e[:, None], constant, MAXIMUM
+        )
     else:
-        f, slope, bend = _gate(a, NORM)
-        f_dot = slope * a_dot
-        ga_dot = gw_dot * slope * u * p
-        ga = gw * slope * u * p + gw_dot * (bend * a_dot * u * p + slope * (u_dot * p + u * p_dot))
-        gp_dot = gw_dot * f * u
-        gp = gw * f * u + gw_dot * (f_dot * u + f * u_dot)
-        gu_dot = gw_dot * f * p
-        gu = gw * f * p + gw_dot * (f_dot * p + f * p_dot)
+        ga, ga_dot, gu, gu_dot, gp, gp_dot = activation_second(gw, gw_dot, a, a_dot, u, u_dot, p, p_dot, NORM)
     tl.store(grad_features + gate_at, ga * x + ga_dot * x_dot, mask=mask)
     tl.store(grad_features_dot + gate_at, ga_dot * x, mask=mask)
     tl.store(grad_features + gate_at + H, gp, mask=mask)

@@ -8,8 +8,7 @@ is a tuple.
 
 Features of an edge are the gate g (columns 0 to H) and the head's input p (columns H to 2H) of the radial network: an
 array [E, 2H], or with SPLINE a spline (``radial/splines.py``) at row ``row[e]``, position ``position[e]``.
-Scores are a = g <q, k> / sqrt(S); weights w = z u p / t with z = exp(a - m) for the softmax norms (NORM 0 smooth,
-1 molfm), w = f(a) u p for 2 softplus and 3 sigmoid.
+Scores are a = g <q, k> / sqrt(S). How weights w are made of them, and NORM, SOFTMAX and MAXIMUM: ``attention_norm.py``.
 
 With HALF the rows that programs gather are float16 (``common/half.py``); what is called *_factor has a number for each
 of their atoms.
@@ -25,22 +24,8 @@ from torch import Tensor
 
 from e2former_kernels.common.half import Rows, half_rows, new_rows, store_half
 from e2former_kernels.common.tiles import next_power
+from e2former_kernels.equivariant_attention.attention_norm import add_to_sum, shift_of_none, times_share, with_constant
 from e2former_kernels.radial.splines import cubic, ends, feature, load
-
-#: Norms that the kernels know, at their NORM.
-NORMS = ("smooth", "molfm", "softplus", "sigmoid")
-
-
-@triton.jit
-def sigmoid(a):
-    """1 / (1 + exp(-a))."""
-    return 1.0 / (1.0 + tl.exp(-a))
-
-
-@triton.jit
-def softplus(a):
-    """log(1 + exp(a))."""
-    return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
 
 
 @triton.jit
@@ -130,9 +115,9 @@ def add_each(a, b, B: tl.constexpr):
 @triton.jit
 def score_kernel(
     query, query_factor, key, key_factor, features, row, position, envelope, source, row_ptr, score, top, total,
-    inverse_root, eps,
-    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr,
-    BH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+    inverse_root, constant,
+    H: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr, SOFTMAX: tl.constexpr, MAXIMUM: tl.constexpr,
+    SPLINE: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """score[e, h] = a for the edges of one receiver, and the softmax's shift and sum, top and total [n, H].
 
@@ -147,9 +132,7 @@ def score_kernel(
     q = tl.load(query + i * H * S + at, mask=mask, other=0.0).to(dtype)
     if HALF:
         inverse_root *= tl.load(query_factor + i)
-    m = tl.zeros([BH], dtype=dtype)
-    if NORM == 1:
-        m = m - float("inf")
+    m = shift_of_none(BH, dtype, MAXIMUM)
     t = tl.zeros([BH], dtype=dtype)
     for begin in range(first, last, BE):
         e = begin + tl.arange(0, BE)
@@ -170,17 +153,11 @@ def score_kernel(
         else:
             a *= tl.load(features + e[:, None] * (2 * H) + h[None, :], mask=both, other=0.0)
         tl.store(score + e[:, None] * H + h[None, :], a, mask=both)
-        if NORM <= 1:
+        if SOFTMAX:
             u = tl.load(envelope + e, mask=here, other=0.0)
-            known = tl.where(here[:, None], a, -float("inf"))
-            shift = tl.maximum(m, tl.max(known, axis=0))
-            t = t * tl.exp(m - shift) + tl.sum(tl.exp(known - shift[None, :]) * u[:, None], axis=0)
-            m = shift
-    if NORM <= 1:
-        if NORM == 0:
-            t += eps * tl.exp(-m)
-        else:
-            t += eps
+            m, t = add_to_sum(m, t, tl.where(here[:, None], a, -float("inf")), u)
+    if SOFTMAX:
+        t = with_constant(m, t, constant, MAXIMUM)
         tl.store(top + i * H + h, m, mask=in_h)
         tl.store(total + i * H + h, t, mask=in_h)
 
@@ -188,8 +165,9 @@ def score_kernel(
 @triton.jit
 def attend_kernel(
     score, features, row, position, envelope, scale, value, value_factor, source, row_ptr, top, total, out,
-    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, SPLINE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr,
-    RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr, EACH: tl.constexpr, UNROLL: tl.constexpr,
+    R: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, SOFTMAX: tl.constexpr, MAXIMUM: tl.constexpr,
+    SPLINE: tl.constexpr, HALF: tl.constexpr, B: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BH: tl.constexpr,
+    EACH: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[i, b, r, h] = sum over the edges e of i of w[e, h] scale[e, b] value[source(e), r, h], [n, B, R, H]."""
     MASKED: tl.constexpr = H % BH != 0
@@ -203,7 +181,8 @@ def attend_kernel(
     if RB > 0:
         at_b, mask_b = places(RA, RB, R, h, in_h, H)
         sum_b = no_rows(B, RB, BH, dtype)
-    if NORM <= 1:
+    m, inv = 0.0, 1.0
+    if SOFTMAX:
         m = load(top + i * H + h, in_h, MASKED)
         inv = 1.0 / tl.load(total + i * H + h, mask=in_h, other=1.0)
     for e in tl.range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1), loop_unroll_factor=UNROLL):
@@ -214,12 +193,7 @@ def attend_kernel(
             y = load(base + at_b, mask_b, MASKED_B)
         a = load(score + e * H + h, in_h, MASKED)
         w = tl.load(envelope + e) * feature(features, row, position, e, H + h, in_h, 2 * H, SPLINE, MASKED)
-        if NORM <= 1:
-            w = w * tl.exp(a - m) * inv
-        elif NORM == 2:
-            w = w * softplus(a)
-        else:
-            w = w * sigmoid(a)
+        w = times_share(w, a, m, inv, NORM, SOFTMAX)
         if HALF:
             w *= tl.load(value_factor + j)
         s = load_scale(scale, e, B)

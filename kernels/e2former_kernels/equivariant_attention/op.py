@@ -18,11 +18,10 @@ from e2former_kernels.common.call import apply_call
 from e2former_kernels.common.checks import check_device, check_float, check_radial, check_same, check_tensors
 from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
+from e2former_kernels.equivariant_attention.attention_norm import NORMS
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
-from e2former_kernels.equivariant_attention.kernels_value import NORMS
-from e2former_kernels.equivariant_attention.reference import Form, Pieces, check_nodes_and_edges
+from e2former_kernels.equivariant_attention.reference import AttentionSpec, Form, Pieces, check_nodes_and_edges
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights
-from e2former_kernels.equivariant_attention.spec import AttentionSpec
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.splines import RadialSplines, check_splines
 
@@ -43,7 +42,8 @@ def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupli
     value, score = pieces.value, SCORES[spec.score]
     check_nodes_and_edges(spec, pieces, edges, coupling, form)
     check_device("equivariant_attention", value.device)
-    for key, name, known in (("score", spec.score, KERNELS), ("norm", spec.norm, NORMS)):
+    norms = [name for name, norm in NORMS.items() if norm.kernels]
+    for key, name, known in (("score", spec.score, KERNELS), ("norm", spec.norm, norms)):
         if name not in known:
             raise ValueError(f"{key}: the kernels compute {', '.join(known)}, got {name!r}")
     if score.directional:

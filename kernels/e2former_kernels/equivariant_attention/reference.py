@@ -13,118 +13,72 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_same, check_shape
 from e2former_kernels.common.chunks import EDGE, SOURCE, TARGET, WHOLE, EdgeChunk, EdgeList, Plan, plan_of
 from e2former_kernels.common.harmonics import solid_harmonics
+from e2former_kernels.common.sums import segment_outer, segment_sum
+from e2former_kernels.equivariant_attention.attention_norm import NORMS, AttentionNorm, attention_weights
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights, OnEdges
-from e2former_kernels.equivariant_attention.spec import MOLFM_CONSTANT, SMOOTH_CONSTANT, AttentionSpec
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
 
 Form = Literal["dense", "relative", "sum"]
+InverseDistance = Literal["v2", "v1_5"]
 # Working memory of one chunk where chunks are recomputed, in numbers (not bytes): 64 MB in float32.
 CHUNK_NUMBERS = 1 << 24
-MAX_PADDING = 4  # padded edges for one real one
 
 
-def segment_max(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
-    """Largest value per receiver, differentiable (to the first edge that attains it); 0 where there is no edge.
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Static description of one equivariant attention.
 
-    Args:
-        values: [E, H].
-        target: [E], receivers.
-        num_nodes: how many there are.
+    lmax: highest degree of the node features, M = (lmax+1)^2 rows.
+    num_heads: H; channel c of the value belongs to head ``c mod H``.
+    score: a name of :data:`e2former_kernels.equivariant_attention.score.SCORES`.
+    norm: a name of :data:`e2former_kernels.equivariant_attention.attention_norm.NORMS`.
+    order: of the message: 0 is the value itself, 1 its tensor product with the edge's direction, 2 that with the
+        direction's harmonics of degrees 1 and 2.
+    inverse_distance: how messages of order 1 and 2 divide by the distance, ``v2``: 1/(d + 1e-8), ``v1_5``:
+        1/max(d, 1e-6).
+    num_basis, basis_cutoff: Gaussian basis from 0 to basis_cutoff (Å).
+    cutoff, envelope_exponent: polynomial envelope (Å, p). bell: (lower, upper) in Å replaces it.
 
-    Returns:
-        [num_nodes, H].
+    Made of these: num_rows M; directions B, how many numbers of an edge multiply the value (order 0: none, 1);
+    attention_norm, the entry of ``norm``.
     """
-    num_edges, heads = values.shape
-    index = target.unsqueeze(1).expand(-1, heads)
-    with torch.no_grad():
-        top = values.new_full((num_nodes, heads), -math.inf).scatter_reduce(0, index, values, "amax")
-        position = torch.arange(num_edges, device=values.device).unsqueeze(1).expand(-1, heads)
-        position = torch.where(values == top.index_select(0, target), position, num_edges)
-        first = position.new_full((num_nodes, heads), num_edges).scatter_reduce(0, index, position, "amin")
-    # one row of zeros stands in for "no edge"
-    return torch.cat([values, values.new_zeros(1, heads)]).gather(0, first)
 
+    lmax: int
+    num_heads: int
+    num_basis: int
+    cutoff: float
+    score: str = "qk"
+    norm: str = "smooth"
+    order: int = 1
+    inverse_distance: InverseDistance = "v1_5"
+    envelope_exponent: int = 5
+    bell: tuple[float, float] | None = None
+    num_rows: int = field(init=False, repr=False, compare=False)
+    directions: int = field(init=False, repr=False, compare=False)
+    attention_norm: AttentionNorm = field(init=False, repr=False, compare=False)
 
-def segment_sum(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
-    """Sum of edge values per receiver: values [E, ...], target [E] -> [num_nodes, ...]."""
-    return values.new_zeros((num_nodes, *values.shape[1:])).index_add(0, target, values)
-
-
-def segment_outer(left: Tensor, right: Tensor, target: Tensor, num_nodes: int) -> Tensor:
-    """Sum of outer products per receiver, as one matrix product for each.
-
-    A receiver's edges become the inner dimension, padded to the largest number of edges; very uneven receivers are
-    summed column by column instead.
-
-    Args:
-        left: [E, I].
-        right: [E, J].
-        target: [E], receivers, ascending.
-        num_nodes: how many there are.
-
-    Returns:
-        [num_nodes, I, J].
-    """
-    with torch.no_grad():
-        count = torch.bincount(target, minlength=num_nodes)
-        longest = int(count.max()) if num_nodes else 0
-        place = torch.arange(target.numel(), device=target.device) - (count.cumsum(0) - count).index_select(0, target)
-        place = target * longest + place
-    if num_nodes * longest > MAX_PADDING * target.numel():
-        return torch.stack([segment_sum(x.unsqueeze(1) * right, target, num_nodes) for x in left.unbind(1)], 1)
-    rows = num_nodes * longest
-    left = left.new_zeros(rows, left.shape[1]).index_copy(0, place, left).view(num_nodes, longest, left.shape[1])
-    right = right.new_zeros(rows, right.shape[1]).index_copy(0, place, right).view(num_nodes, longest, right.shape[1])
-    return torch.bmm(left.transpose(1, 2), right)
-
-
-def attention_weights(
-    score: Tensor, head: Tensor, envelope: Tensor, target: Tensor, num_nodes: int, norm: str
-) -> Tensor:
-    r"""Edge weights from scores a, input heads p and the envelope u (docs/network.md, equations 6.8 to 6.11).
-
-    ``smooth``:  w = exp(a) u p / (sum exp(a) u + c), c = 1, evaluated as U p / (sum U + c exp(-m)) with
-    U = exp(a - m) u and any m: continuous when an edge enters or leaves, and when the strongest edge changes.
-    ``molfm``:   w = U p / (sum U + c), c = 1e-3, with m = max_j a; m is part of the function and is differentiated.
-    ``softplus``, ``sigmoid``: w = f(a) u p.
-
-    Args:
-        score: a, [E, H].
-        head: p, [E, H].
-        envelope: u, [E].
-        target: [E], receivers.
-        num_nodes: how many there are.
-        norm: one of the above.
-
-    Returns:
-        w, [E, H], no unit.
-    """
-    u = envelope.unsqueeze(-1)
-    if norm == "softplus":
-        return F.softplus(score) * u * head
-    if norm == "sigmoid":
-        return torch.sigmoid(score) * u * head
-    if norm == "smooth":
-        with torch.no_grad():
-            index = target.unsqueeze(1).expand_as(score)
-            top = score.new_zeros((num_nodes, score.shape[1])).scatter_reduce(0, index, score, "amax")
-        floor = SMOOTH_CONSTANT * torch.exp(-top)
-    else:
-        top = segment_max(score, target, num_nodes)
-        floor = torch.full_like(top, MOLFM_CONSTANT)
-    unnormalised = torch.exp(score - top.index_select(0, target)) * u
-    total = segment_sum(unnormalised, target, num_nodes) + floor
-    return unnormalised * head / total.index_select(0, target)
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("score", self.score, tuple(SCORES)),
+            ("norm", self.norm, tuple(NORMS)),
+            ("order", self.order, (0, 1, 2)),
+            ("inverse_distance", self.inverse_distance, get_args(InverseDistance)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key}: expected one of {allowed}, got {value!r}")
+        object.__setattr__(self, "num_rows", (self.lmax + 1) ** 2)
+        object.__setattr__(self, "directions", (1, 3, 8)[self.order])
+        object.__setattr__(self, "attention_norm", NORMS[self.norm])
 
 
 def inverse_distance(spec: AttentionSpec, distance: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.radial.reference import RadialWeights
 
 if TYPE_CHECKING:
-    from e2former_kernels.equivariant_attention.spec import AttentionSpec
+    from e2former_kernels.equivariant_attention.reference import AttentionSpec
 
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]

@@ -23,7 +23,7 @@ from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as geometry_kernel
 from e2former_kernels.equivariant_attention import kernels_second as kernel
 from e2former_kernels.equivariant_attention.kernels_value import launch_contract
-from e2former_kernels.equivariant_attention.spec import AttentionSpec
+from e2former_kernels.equivariant_attention.reference import AttentionSpec
 
 if TYPE_CHECKING:
     from e2former_kernels.equivariant_attention.fused import FusedAttention
@@ -89,14 +89,14 @@ def _scores(
     heads, width = query[0].shape[1:]
     on_edges = features.new_empty(4, chunk.num_edges, heads).unbind(0)
     on_nodes = features.new_empty(4, chunk.num_nodes, heads).unbind(0)
-    molfm = spec.norm == "molfm"
-    best = torch.empty(chunk.num_nodes if molfm else 1, heads, dtype=torch.int64, device=features.device)
+    norm = spec.attention_norm
+    best = torch.empty(chunk.num_nodes if norm.maximum else 1, heads, dtype=torch.int64, device=features.device)
     if chunk.num_nodes and heads:
         block = min(next_power(heads), WEIGHTS_TILE[0])
         kernel.weights_tangent_kernel[chunk.num_nodes, math.ceil(heads / block)](
             *(q[chunk.nodes] for q in query), *key, *features, edges.envelope, edges.envelope_dot, source,
-            chunk.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), spec.softmax_constant,
-            NORM=spec.norm_number, BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
+            chunk.row_ptr, *on_edges, *on_nodes, best, heads, width, 1.0 / math.sqrt(width), norm.constant,
+            **norm.flags, BH=block, BS=next_power(width), num_warps=WEIGHTS_TILE[1],
         )  # fmt: skip
     return Scores(*on_edges, *on_nodes, best)
 
@@ -195,8 +195,8 @@ def second_derivative(call: FusedAttention, change: Change, tensors: list[Tensor
             kernel.weights_second_kernel[(math.ceil(number / block),)](
                 *by_weight, scores.pair, scores.pair_dot, *features, edges.envelope, edges.envelope_dot,
                 chunk.target, *scores[4:], *sums, *by_features, *by_envelope, number, heads,
-                1.0 / math.sqrt(width), spec.softmax_constant,
-                NORM=spec.norm_number, BH=padded, BE=block, num_warps=4,
+                1.0 / math.sqrt(width), spec.attention_norm.constant,
+                **spec.attention_norm.flags, BH=padded, BE=block, num_warps=4,
             )  # fmt: skip
         if by_query is not None:
             _pair_sum(scores, key, source, None, chunk.row_ptr, by_query[chunk.nodes])
