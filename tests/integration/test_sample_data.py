@@ -79,9 +79,11 @@ def test_statistics_belong_to_the_data() -> None:
     assert statistics["num_structures"] == PARTS
     references = np.array(statistics["element_references"])
     train = rows("train")
-    residual = np.array([row.energy - references[row.numbers].sum() for row in train])
+    charges = np.array([row.data["charge"] for row in train])
+    residual = np.array([row.energy - references[row.numbers].sum() for row in train]) - charges * references[0]
     counts = np.stack([np.bincount(row.numbers, minlength=len(references)) for row in train])
-    # least squares: the residual is orthogonal to every element's counts
+    counts[:, 0] = charges
+    # least squares: the residual is orthogonal to every element's counts, and to the charges
     assert np.abs(counts.T @ residual).max() < 1e-2
     assert np.sqrt(np.mean(residual**2)) == pytest.approx(statistics["energy_residual_rms"], abs=1e-5)
     for part in PARTS:
