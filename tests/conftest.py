@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Kernels run in Triton's interpreter where there is no GPU; this must be set before triton is first imported.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # The first process of a node writes fairchem's report on the environment, for which other programs are asked: three
+    # seconds and more for every run. Without SLURM nothing else reads this.
+    os.environ["SLURM_LOCALID"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -201,15 +204,13 @@ def launch(elsewhere: Path, forks: BaseContext, monkeypatch: pytest.MonkeyPatch)
     """`fairchem -c CONFIG OVERRIDES` within this process: a new one takes ten seconds of imports.
 
     Several ranks are forks of a process that has everything imported and nothing else: one of this process would wait
-    for threads that it has not. Left out is fairchem's report on the environment, which asks other programs for three
-    seconds.
+    for threads that it has not.
     """
     from fairchem.core import _cli
     from torch.distributed.launcher import api
 
     assert forks.get_start_method() == "forkserver"
     monkeypatch.setattr(api, "LaunchConfig", functools.partial(api.LaunchConfig, start_method="forkserver"))
-    monkeypatch.setattr("fairchem.core.launchers.slurm_launch.write_environment_report", lambda **_: None)
     environment, level = dict(os.environ), logging.getLogger().level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 

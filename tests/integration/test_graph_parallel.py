@@ -185,7 +185,8 @@ CALCULATOR = textwrap.dedent(
         def say(what, function):
             print(sent, what, "|", message(function))
 
-        ray.init(num_cpus=2)  # two processes: fairchem would start one for every core
+        # two processes: fairchem would start one for every core; the dashboard's would take seconds beside them
+        ray.init(num_cpus=2, include_dashboard=False)
         parallel = calculator(sent == "merge_mole", workers=2)
         for name in atoms:
             say(name, lambda: check(parallel, name))
