@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -172,3 +173,12 @@ def test_import_bans_hold_inside_functions(folder: str, line: str) -> None:
     )
     assert result.returncode == 1
     assert "TID251" in result.stdout
+
+
+def test_python_versions_are_those_that_are_tested(repo: Path) -> None:
+    """In the classifiers, on the installation's page and in the README."""
+    classifiers = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (repo / "pyproject.toml").read_text())
+    assert classifiers == ["3.11", "3.12"]
+    install = (repo / "docs" / "install.md").read_text().split("```")[0]
+    assert re.findall(r"\b3\.\d+", install) == classifiers
+    assert f"Python {' or '.join(classifiers)};" in (repo / "README.md").read_text()
