@@ -17,8 +17,8 @@ from e2former_fairchem.frozen import Frozen
 from e2former_fairchem.nn.block import TransformerBlock
 from e2former_fairchem.nn.embedding import AtomEmbedding, ChargeSpinEmbedding, EdgeDegreeEmbedding
 from e2former_fairchem.nn.images import image_nodes
+from e2former_fairchem.nn.layer_norm import EquivariantRMSNorm
 from e2former_fairchem.nn.linear import SO3Linear
-from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_fairchem.nn.radial import SpeciesEmbedding
 from e2former_fairchem.spatial_order import SpatialOrder, spatial_order
 

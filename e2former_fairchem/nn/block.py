@@ -13,7 +13,7 @@ from e2former_fairchem.nn.attention import EquivariantAttention
 from e2former_fairchem.nn.feedforward import GatedFeedForward
 from e2former_fairchem.nn.half_attention import half_attention, serves
 from e2former_fairchem.nn.images import ImageNodes
-from e2former_fairchem.nn.norm import EquivariantRMSNorm
+from e2former_fairchem.nn.layer_norm import EquivariantRMSNorm
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph

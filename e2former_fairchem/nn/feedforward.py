@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from e2former_fairchem.execution import Execution
+from e2former_fairchem.nn.layer_norm import EquivariantRMSNorm
 from e2former_fairchem.nn.linear import SO3Linear, kaiming_linear
-from e2former_fairchem.nn.norm import EquivariantRMSNorm
 from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
 
 if TYPE_CHECKING:

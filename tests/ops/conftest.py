@@ -44,7 +44,7 @@ def as_in_large_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     from e2former_kernels.common.chunks import node_chunks
     from e2former_kernels.equivariant_attention import gate
     from e2former_kernels.feedforward import op as feedforward
-    from e2former_kernels.norm import op as norm
+    from e2former_kernels.layer_norm import op as norm
     from e2former_kernels.query_key import half, op
     from e2former_kernels.radial import network
 
@@ -310,7 +310,7 @@ def edge_degree_operation(
 
 
 def norm_operation(make: Make, size: int = 7, compiled: bool = False, channels: int = 6, lmax: int = 2) -> Operation:
-    from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
+    from e2former_kernels.layer_norm import equivariant_rms_norm, equivariant_rms_norm_reference
 
     shapes = {"x": (size, (lmax + 1) ** 2, channels), "weight": (lmax + 1, channels), "bias": (channels,)}
     tensors = {n: make(*s) for n, s in (shapes | {"shift": (size, channels)}).items()}

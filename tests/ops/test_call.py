@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from e2former_kernels.common.backend import Mode, triton_installed
+from e2former_kernels.layer_norm import equivariant_rms_norm, equivariant_rms_norm_reference
 from e2former_kernels.linear import grouped_linear, so3_linear
-from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or not triton_installed(), reason="runs in Triton's interpreter, without a GPU"

@@ -271,7 +271,7 @@ def test_frozen_weights_cost_nothing(operation, spy, name: str) -> None:
     """In forces and their derivatives, which are the reference's, nothing of the weights' gradients is computed."""
     from e2former_kernels.common.sums import ChunkSums
     from e2former_kernels.feedforward import op as passes
-    from e2former_kernels.norm import op
+    from e2former_kernels.layer_norm import op
     from e2former_kernels.radial.network import RadialNetwork
 
     sums = [spy(ChunkSums, function) for function in ("add", "add_product")]

@@ -9,8 +9,8 @@ import torch
 
 from e2former_kernels.common.backend import Mode, triton_installed
 from e2former_kernels.feedforward import gated_feedforward, gated_feedforward_reference
+from e2former_kernels.layer_norm import equivariant_rms_norm, equivariant_rms_norm_reference
 from e2former_kernels.linear import so3_linear
-from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
 from e2former_kernels.query_key import QueryKeyWeights, query_key, query_key_reference
 from e2former_kernels.query_key.op import TILE_NUMBERS
 

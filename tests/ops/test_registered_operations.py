@@ -33,7 +33,7 @@ def test_none_is_forgotten() -> None:
     import e2former_kernels.edge_degree
     import e2former_kernels.equivariant_attention
     import e2former_kernels.feedforward
-    import e2former_kernels.norm
+    import e2former_kernels.layer_norm
     import e2former_kernels.query_key  # noqa: F401
 
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "e2former_" in n}

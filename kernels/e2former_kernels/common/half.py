@@ -6,9 +6,10 @@ TF32 rounds the factors of a product to 10 bits and keeps float32's range. float
 rows are divided by their largest number first: what is smaller than :math:`2^{-14}` of that loses bits, by at most
 :math:`2^{-25}` of it, less than the rounding of a float32 sum over the row. Sums are taken in float32.
 
-Kernels that read or write such rows take ``HALF`` or are called ``half_...``, in ``norm/kernels.py``,
+Kernels that read or write such rows take ``HALF`` or are called ``half_...``, in ``layer_norm/kernels.py``,
 ``query_key/kernels.py``, ``feedforward/kernels.py``, ``equivariant_attention/kernels_value.py`` and
-``equivariant_attention/kernels_reverse.py``. The ``half.py`` beside them, ``norm/op.py`` and ``fused.py`` launch them.
+``equivariant_attention/kernels_reverse.py``. The ``half.py`` beside them, ``layer_norm/op.py`` and ``fused.py`` launch
+them.
 """
 
 from __future__ import annotations

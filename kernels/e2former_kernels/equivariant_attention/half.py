@@ -26,8 +26,8 @@ from e2former_kernels.common.half import (
 )
 from e2former_kernels.equivariant_attention.fused import FusedAttention, Given
 from e2former_kernels.equivariant_attention.kernels_value import contract_rows, launch_contract
+from e2former_kernels.layer_norm.op import launch_norm_rows, launch_norm_rows_reverse
 from e2former_kernels.linear.op import apply_groups, apply_so3, so3_rows
-from e2former_kernels.norm.op import launch_norm_rows, launch_norm_rows_reverse
 from e2former_kernels.query_key.half import HalfWeights, query_key_products, query_key_reverse
 
 __all__ = ["BlockWeights", "HalfAttention", "attention_block"]

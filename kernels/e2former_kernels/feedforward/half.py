@@ -18,8 +18,8 @@ from e2former_kernels.common.tiles import next_power
 from e2former_kernels.feedforward import kernels as kernel
 from e2former_kernels.feedforward.kernels import launch_power, launch_power_backward
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights
+from e2former_kernels.layer_norm.op import launch_norm_rows, launch_norm_rows_reverse
 from e2former_kernels.linear.op import apply_so3, so3_rows
-from e2former_kernels.norm.op import launch_norm_rows, launch_norm_rows_reverse
 
 
 class HalfWeights(NamedTuple):

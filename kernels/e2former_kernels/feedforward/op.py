@@ -25,8 +25,8 @@ from e2former_kernels.feedforward import kernels as kernel
 from e2former_kernels.feedforward.half import HalfWeights, half_gradient, half_value
 from e2former_kernels.feedforward.kernels import launch_power, launch_power_backward
 from e2former_kernels.feedforward.reference import SIGMOID_SCALE, SILU_SCALE, Weights, gated_feedforward_reference
+from e2former_kernels.layer_norm.op import launch_norm, launch_norm_reverse, launch_norm_tangent
 from e2former_kernels.linear.op import add_so3_outer, apply_so3, so3_rows
-from e2former_kernels.norm.op import launch_norm, launch_norm_reverse, launch_norm_tangent
 
 
 def _gate(gate_kernel, y: Tensor, *tensors: Tensor, **constants: bool) -> None:

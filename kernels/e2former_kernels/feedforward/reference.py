@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from e2former_kernels.layer_norm.reference import equivariant_rms_norm_reference
 from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
-from e2former_kernels.norm.reference import equivariant_rms_norm_reference
 
 # e3nn's ``normalize2mom`` estimates these constants, of squares, from a fixed random sample. The authors' weights
 # were trained with the estimates, so the estimates, not the integrals, are the function.

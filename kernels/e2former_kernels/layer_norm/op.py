@@ -18,8 +18,8 @@ from e2former_kernels.common.half import Rows, new_rows
 from e2former_kernels.common.registered import register
 from e2former_kernels.common.sums import degree_sums
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.norm import kernels as kernel
-from e2former_kernels.norm.reference import NORM_EPS, equivariant_rms_norm_reference
+from e2former_kernels.layer_norm import kernels as kernel
+from e2former_kernels.layer_norm.reference import NORM_EPS, equivariant_rms_norm_reference
 
 MAX_PROGRAMS = 1024  # programs that write partial sums of the gradient by the weight
 

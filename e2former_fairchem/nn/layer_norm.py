@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from e2former_fairchem.execution import REFERENCE, Execution
-from e2former_kernels.norm import equivariant_rms_norm, equivariant_rms_norm_reference
+from e2former_kernels.layer_norm import equivariant_rms_norm, equivariant_rms_norm_reference
 
 
 class EquivariantRMSNorm(nn.Module):
