@@ -42,7 +42,7 @@ def as_in_large_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     Of all tests this alone knows what decides it. Tiles stay as they are: `several_tiles` has sizes beyond them.
     """
     from e2former_kernels.common.chunks import node_chunks
-    from e2former_kernels.equivariant_attention import gate
+    from e2former_kernels.equivariant_attention import score_directional as gate
     from e2former_kernels.feedforward import op as feedforward
     from e2former_kernels.layer_norm import op as norm
     from e2former_kernels.query_key import half, op
@@ -59,7 +59,8 @@ def as_in_large_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def several_tiles() -> dict[str, int]:
     """Sizes of an attention that no program of its kernels covers: heads, columns of the gate, edges of a layer."""
-    from e2former_kernels.equivariant_attention import fused, gate, second
+    from e2former_kernels.equivariant_attention import fused, second
+    from e2former_kernels.equivariant_attention import score_directional as gate
     from e2former_kernels.radial import network
 
     tiles = [tile for module in (fused, second) for name, tile in vars(module).items() if name.endswith("_TILE")]

@@ -68,7 +68,7 @@ def recomputed(spy) -> list:
 @interpreted
 def test_a_score_without_kernels_is_refused(make, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry is all that the definition needs of a score; kernels compute none that they do not know."""
-    monkeypatch.setitem(ALL_SCORES, "mine", ALL_SCORES["qk"])
+    monkeypatch.setitem(ALL_SCORES, "mine", ALL_SCORES["qk"]._replace(kernels=False))
     arguments = make.attention("qk")
     mine = replace(arguments[0], score="mine"), *arguments[1:]
     assert torch.equal(equivariant_attention_reference(*mine), equivariant_attention_reference(*arguments))
@@ -260,7 +260,7 @@ def test_third_derivative_is_recomputed(make, recomputed, score: str) -> None:
 def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
     """The kernel's harmonics and their derivative against PyTorch."""
     from e2former_kernels.common.harmonics import harmonic_scales
-    from e2former_kernels.equivariant_attention import kernels_gate as kernel
+    from e2former_kernels.equivariant_attention import kernels_score as kernel
 
     if device == "cuda":
         make.device, make.dtype = device, torch.float32
@@ -287,7 +287,7 @@ def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
 def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> None:
     """The harmonics' change along a change of the vectors, and the gradient of both, against PyTorch."""
     from e2former_kernels.common.harmonics import harmonic_scales
-    from e2former_kernels.equivariant_attention import kernels_gate as kernel
+    from e2former_kernels.equivariant_attention import kernels_score as kernel
 
     def harmonics(vec: Tensor) -> Tensor:
         y = solid_harmonics(vec / vec.norm(dim=-1, keepdim=True) if unit else vec, lmax)

@@ -1,9 +1,9 @@
 """Value and first derivative of the attention with fused kernels, chunk by chunk; nothing of edge size is kept between.
 
-:class:`FusedAttention` is for score ``qk``, :class:`DirectionalAttention` for the others: gate and head (``gate.py``)
-are the features of the same kernels, and their gradients go back the same way. The second derivative of forces is in
-``second.py``; everything beyond evaluates the reference in chunks. With ``half`` the rows of atoms that edges gather
-are taken to float16 first (``common/half.py``).
+:class:`FusedAttention` is for score ``qk``, :class:`DirectionalAttention` for the others: gate and head
+(``score_directional.py``) are the features of the same kernels, and their gradients go back the same way. The second
+derivative of forces is in ``second.py``; everything beyond evaluates the reference in chunks. With ``half`` the rows of
+atoms that edges gather are taken to float16 first (``common/half.py``).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from e2former_kernels.common.tiles import next_power, row_tiles
 from e2former_kernels.equivariant_attention import kernels_geometry as edge_kernel
 from e2former_kernels.equivariant_attention import kernels_reverse as attend_backward_kernel
 from e2former_kernels.equivariant_attention import kernels_value as attend_kernel
-from e2former_kernels.equivariant_attention.gate import DirectionalGate, GateNetworks
 from e2former_kernels.equivariant_attention.kernels_value import launch_contract
 from e2former_kernels.equivariant_attention.reference import AttentionSpec, Form, Pieces, attention_plan
 from e2former_kernels.equivariant_attention.score import DotWeights
+from e2former_kernels.equivariant_attention.score_directional import DirectionalFeatures, GateNetworks
 from e2former_kernels.equivariant_attention.second import second_derivative
 from e2former_kernels.radial.network import RadialFeatures, RadialNetwork
 from e2former_kernels.radial.reference import RadialWeights
@@ -361,5 +361,5 @@ class DirectionalAttention(FusedAttention):
     def _make_networks(self) -> GateNetworks:
         return GateNetworks.of(self.radial, self.dot_weights, self.spec.cutoff)
 
-    def gate(self, tensors: list[Tensor], *changes: Tensor) -> DirectionalGate:
-        return DirectionalGate(self.spec, self._networks(), self.dot_weights, tensors[_DOT], *changes)
+    def gate(self, tensors: list[Tensor], *changes: Tensor) -> DirectionalFeatures:
+        return DirectionalFeatures(self.spec, self._networks(), self.dot_weights, tensors[_DOT], *changes)

@@ -33,8 +33,6 @@ SINGLE_NUMBERS = 5 << 26
 FUSED_NUMBERS = 1 << 28
 GATE_NUMBERS = 5 << 27
 SECOND_NUMBERS = 3 << 27
-#: Scores with kernels.
-KERNELS = {"qk": FusedAttention, "qk_dot": DirectionalAttention, "qk_dot_scalar": DirectionalAttention}
 
 
 def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupling: Tensor | None, form: Form) -> None:
@@ -42,10 +40,10 @@ def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupli
     value, score = pieces.value, SCORES[spec.score]
     check_nodes_and_edges(spec, pieces, edges, coupling, form)
     check_device("equivariant_attention", value.device)
-    norms = [name for name, norm in NORMS.items() if norm.kernels]
-    for key, name, known in (("score", spec.score, KERNELS), ("norm", spec.norm, norms)):
-        if name not in known:
-            raise ValueError(f"{key}: the kernels compute {', '.join(known)}, got {name!r}")
+    for key, name, table in (("score", spec.score, SCORES), ("norm", spec.norm, NORMS)):
+        if not table[name].kernels:
+            known = ", ".join(other for other, entry in table.items() if entry.kernels)
+            raise ValueError(f"{key}: the kernels compute {known}, got {name!r}")
     if score.directional:
         shapes = score.weights(spec, pieces.dot_weights, value, pieces.dot.shape[-1])
         named = {f"dot_weights.{name}": (getattr(pieces.dot_weights, name), *shapes[name]) for name in shapes}
@@ -94,7 +92,7 @@ def make_call(
         numbers += score.numbers(spec, hidden, width)
         shared = 14 * spec.num_heads + 12 * hidden + 2 * spec.num_basis + 2 * rows + 2 * rows * -(-width // 64)
         second = shared + score.second(spec, hidden, width), GATE_NUMBERS
-    return KERNELS[spec.score](
+    return (DirectionalAttention if score.directional else FusedAttention)(
         precision=mode.dot(value.dtype),
         spec=spec,
         form=form,

@@ -1,7 +1,8 @@
 """The attention's scores: each one's formula (the definition), its weights, and its share of working memory.
 
 docs/network.md, section 6.2. A score is g <q, k> / sqrt(S): the gate g and the head p, which multiplies the weight, are
-what scores differ in. A new one is an entry of :data:`SCORES`; kernels of its own are made known in ``op.KERNELS``.
+what scores differ in. A new one is an entry of :data:`SCORES`. Kernels know those whose entry says so: gate and head of
+the directional ones are in ``score_directional.py`` and ``kernels_score.py``, other scores have a radial network's.
 """
 
 from __future__ import annotations
@@ -59,15 +60,18 @@ class OnEdges(NamedTuple):
 class Score(NamedTuple):
     """One score.
 
-    gate_and_head: g and p, [E, H] each. outputs: O / H. directional: it takes ``dot`` and ``dot_weights``. Only then:
-    weights checks their radial network and gives the shapes of the others, for (spec, weights, value, D); numbers and
-    second are what an edge takes beside that of all scores, in value and first derivative, and in the second, for
+    gate_and_head: g and p, [E, H] each. outputs: O / H. kernels: the kernels know it. directional: it takes ``dot`` and
+    ``dot_weights``. Only then: unit, the kernels' harmonics are those of the direction, not of the vector; weights
+    checks their radial network and gives the shapes of the others, for (spec, weights, value, D); numbers and second
+    are what an edge takes beside that of all scores, in value and first derivative, and in the second, for
     (spec, h, D).
     """
 
     gate_and_head: Callable[[AttentionSpec, OnEdges, DotWeights | None], tuple[Tensor, Tensor]]
     outputs: int
+    kernels: bool = False
     directional: bool = False
+    unit: bool = False
     weights: Callable[[AttentionSpec, DotWeights, Tensor, int], Shapes] | None = None
     numbers: Callable[[AttentionSpec, int, int], int] | None = None
     second: Callable[[AttentionSpec, int, int], int] | None = None
@@ -117,11 +121,13 @@ def _qk_dot_scalar_weights(spec: AttentionSpec, weights: DotWeights, value: Tens
 
 #: By name, as the specification and the key ``score`` say it.
 SCORES: Mapping[str, Score] = {
-    "qk": Score(_qk, 2),
+    "qk": Score(_qk, 2, kernels=True),
     "qk_dot": Score(
         _qk_dot,
         1,
+        kernels=True,
         directional=True,
+        unit=True,
         weights=_qk_dot_weights,
         numbers=lambda spec, hidden, width: 2 * (spec.lmax + 1) * width + 3 * hidden + 3 * spec.num_rows,
         second=lambda spec, hidden, width: 6 * (spec.lmax + 1) * width + 8 * hidden,
@@ -129,6 +135,7 @@ SCORES: Mapping[str, Score] = {
     "qk_dot_scalar": Score(
         _qk_dot_scalar,
         2,
+        kernels=True,
         directional=True,
         weights=_qk_dot_scalar_weights,
         numbers=lambda spec, hidden, width: 5 * spec.num_heads + 3 * spec.num_rows,

@@ -6,7 +6,7 @@ grad. One pass gives value and change of everything (``_dot``: the change), one 
 
 Chunks are longer than those of the first derivative (``op.SECOND_NUMBERS``), as a CUDA graph is of one: some 2,800
 numbers of working memory for an edge of a network with 128 heads and a radial network 128 wide; more with a
-directional gate (``gate.py``).
+directional gate (``score_directional.py``).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Triton kernels of the directional gate: harmonics of the edges, their contraction with the receiver's rows, and both
-with a change along given directions; value and reverse.
+"""Triton kernels of the directional scores: harmonics of the edges, their contraction with the receiver's rows, and
+both with a change along given directions; value and reverse.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from torch import Tensor
 from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.harmonics import harmonic_scales
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.equivariant_attention import kernels_gate as kernel
+from e2former_kernels.equivariant_attention import kernels_score as kernel
 from e2former_kernels.equivariant_attention.reference import AttentionSpec
-from e2former_kernels.equivariant_attention.score import DotWeights
+from e2former_kernels.equivariant_attention.score import SCORES, DotWeights
 from e2former_kernels.radial import kernels as layers
 from e2former_kernels.radial.network import (
     ALONE_NUMBERS,
@@ -34,8 +34,6 @@ from e2former_kernels.radial.reference import RadialWeights
 # thread in each of their three tiles.
 TILE = (128, 1024)
 PAIR_TILE = (64, 512)
-# Scores with kernels, and whether their harmonics are those of the direction, or of the vector.
-UNIT = {"qk_dot": True, "qk_dot_scalar": False}
 
 
 class GateKept(NamedTuple):
@@ -77,7 +75,7 @@ class GateNetworks(NamedTuple):
         return cls(RadialNetwork(radial, cutoff, last=False), factor)
 
 
-class DirectionalGate(RadialFeatures):
+class DirectionalFeatures(RadialFeatures):
     """Gate and head of ``qk_dot`` and ``qk_dot_scalar``.
 
     ``qk_dot``: g = W (z * R) + b, with a network for the K = (lmax+1) D factors R and one for the head.
@@ -95,7 +93,7 @@ class DirectionalGate(RadialFeatures):
         dot_dot: Tensor | None = None,
     ) -> None:
         super().__init__(networks.head)
-        self.spec, self.unit, self.factors = spec, UNIT[spec.score], networks.factor
+        self.spec, self.unit, self.factors = spec, SCORES[spec.score].unit, networks.factor
         self.weights = DotWeights(None, *(None if t is None else t.detach().contiguous() for t in weights[1:]))
         self.columns = self.weights.weight.shape[1]
         self.dot, self.dot_dot = dot.contiguous(), dot_dot
