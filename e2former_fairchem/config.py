@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention.attention_norm import NORMS as _NORMS
 from e2former_kernels.equivariant_attention.score import SCORES as _SCORES
 
@@ -174,6 +175,18 @@ class E2FormerV2Config:
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}: expected true or false, got {getattr(self, key)!r}")
         object.__setattr__(self, "long_range", LongRange.parse(self.long_range))
+
+    @property
+    def envelope(self) -> Envelope:
+        """Of the edges within the cutoff."""
+        return Envelope(self.cutoff, self.envelope_exponent)
+
+    @property
+    def long_range_envelope(self) -> Envelope:
+        """Of the edges of the long-range blocks."""
+        far = self.long_range
+        bell = (far.lower, far.upper) if far.envelope == "bell" else None
+        return Envelope(far.upper, self.envelope_exponent, bell)
 
     @property
     def message_orders(self) -> tuple[int, ...]:

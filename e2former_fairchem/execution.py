@@ -94,7 +94,7 @@ class Execution:
         recompute = {"auto": numbers > KEEP_NUMBERS, "dense": False}.get(config.convolution, True)
         if recompute:
             return replace(self, edges=edges, recompute=True)
-        geometry = edge_geometry(graph.vec, config.cutoff, config.num_radial_basis, config.envelope_exponent)
+        geometry = edge_geometry(graph.vec, config.num_radial_basis, config.envelope)
         return replace(self, edges=edges, geometry=geometry)
 
     def on_long_range(self, edges: EdgeList) -> Execution:

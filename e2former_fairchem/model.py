@@ -34,10 +34,9 @@ class LongRangeBlocks(nn.Module):
     def __init__(self, config: E2FormerV2Config, long_range: LongRange) -> None:
         super().__init__()
         lmax, channels = config.lmax, config.sphere_channels
-        bell = (long_range.lower, long_range.upper) if long_range.envelope == "bell" else None
         self.norm_in = EquivariantRMSNorm(lmax, channels)
         self.blocks = nn.ModuleList(
-            TransformerBlock(config, 0, long_range.upper, bell) for _ in range(long_range.layers)
+            TransformerBlock(config, 0, config.long_range_envelope) for _ in range(long_range.layers)
         )
         self.norm_out = EquivariantRMSNorm(lmax, channels)
         self.mix = SO3Linear(lmax, 2 * channels, channels)

@@ -19,6 +19,7 @@ from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
 from e2former_fairchem.nn.score import DirectionalGate
 from e2former_fairchem.so3 import make_paths
 from e2former_kernels.common.backend import float32_products
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.eaas import EAASConstants, axis_aligned_contraction, axis_aligned_contraction_reference
 from e2former_kernels.equivariant_attention import (
     AttentionSpec,
@@ -68,29 +69,21 @@ class PathProjection(nn.Module):
 class EquivariantAttention(nn.Module):
     """Attention over neighbours with messages of order 0, 1 or 2 (docs/network.md, section 6).
 
-    order: of the messages. cutoff, bell: of the graph it runs on (the long-range blocks have their own).
+    order: of the messages. envelope: of the graph it runs on (the long-range blocks have their own).
     """
 
-    def __init__(
-        self,
-        config: E2FormerV2Config,
-        order: int,
-        cutoff: float | None = None,
-        bell: tuple[float, float] | None = None,
-    ) -> None:
+    def __init__(self, config: E2FormerV2Config, order: int, envelope: Envelope | None = None) -> None:
         super().__init__()
         lmax, channels, heads = config.lmax, config.sphere_channels, config.num_heads
         self.spec = AttentionSpec(
             lmax=lmax,
             num_heads=heads,
             num_basis=config.num_radial_basis,
-            cutoff=config.cutoff if cutoff is None else cutoff,
+            envelope=envelope or config.envelope,
             score=config.score,
             norm="molfm" if config.attention_norm.startswith("molfm") else config.attention_norm,
             order=order,
             inverse_distance=config.inverse_distance,
-            envelope_exponent=config.envelope_exponent,
-            bell=bell,
         )
         self.source_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
         self.target_embedding = SpeciesEmbedding(config.max_num_elements, ATTENTION_SPECIES_WIDTH)
@@ -128,7 +121,7 @@ class EquivariantAttention(nn.Module):
         radial = self.radial(self.target_embedding.weight, self.source_embedding.weight, execution)
         if execution.elements is None or self.dot is not None:  # directional gates have features that no splines give
             return radial, None
-        return radial, execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff)
+        return radial, execution.frozen.splines(self, execution.elements, radial, self.spec.envelope.cutoff)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from e2former_fairchem.nn.feedforward import GatedFeedForward
 from e2former_fairchem.nn.half_attention import half_attention, serves
 from e2former_fairchem.nn.images import ImageNodes
 from e2former_fairchem.nn.layer_norm import EquivariantRMSNorm
+from e2former_kernels.common.envelope import Envelope
 
 if TYPE_CHECKING:
     from e2former_fairchem.graph import Graph
@@ -22,16 +23,10 @@ if TYPE_CHECKING:
 class TransformerBlock(nn.Module):
     """x + Attn(N1(x) + s), then x + FFN(N2(x)) (docs/network.md, section 5)."""
 
-    def __init__(
-        self,
-        config: E2FormerV2Config,
-        order: int,
-        cutoff: float | None = None,
-        bell: tuple[float, float] | None = None,
-    ) -> None:
+    def __init__(self, config: E2FormerV2Config, order: int, envelope: Envelope | None = None) -> None:
         super().__init__()
         self.norm1 = EquivariantRMSNorm(config.lmax, config.sphere_channels)
-        self.attention = EquivariantAttention(config, order, cutoff, bell)
+        self.attention = EquivariantAttention(config, order, envelope)
         self.norm2 = EquivariantRMSNorm(config.lmax, config.sphere_channels)
         self.feedforward = GatedFeedForward(config.lmax, config.sphere_channels, config.power_spectrum)
 

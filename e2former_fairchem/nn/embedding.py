@@ -103,7 +103,7 @@ class EdgeDegreeEmbedding(nn.Module):
 
     def __init__(self, config: E2FormerV2Config) -> None:
         super().__init__()
-        self.spec = EmbeddingSpec(config.lmax, config.cutoff, config.num_radial_basis, config.envelope_exponent)
+        self.spec = EmbeddingSpec(config.lmax, config.num_radial_basis, config.envelope)
         width = config.num_radial_basis
         self.source_embedding = SpeciesEmbedding(config.max_num_elements, width)
         self.target_embedding = SpeciesEmbedding(config.max_num_elements, width)
@@ -123,6 +123,8 @@ class EdgeDegreeEmbedding(nn.Module):
         if execution.kernels:
             splines = None
             if execution.elements is not None:
-                splines = execution.frozen.splines(self, execution.elements, radial, self.spec.cutoff, last=False)
+                splines = execution.frozen.splines(
+                    self, execution.elements, radial, self.spec.envelope.cutoff, last=False
+                )
             return edge_degree_embedding(*arguments, splines=splines, mode=execution.mode)
         return edge_degree_embedding_reference(*arguments, recompute=execution.recompute, geometry=execution.geometry)

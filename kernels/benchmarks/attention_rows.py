@@ -91,7 +91,7 @@ class AttentionCase:
         """Splines of the radial network, which inference with frozen weights takes; None where there are none."""
         if self.spec.score != "qk":
             return None
-        return build_splines(self.radial, self.spec.cutoff, sorted(set(self.system.numbers.tolist())))
+        return build_splines(self.radial, self.spec.envelope.cutoff, sorted(set(self.system.numbers.tolist())))
 
     def frozen(self, frozen: bool) -> None:
         for weight in self.weights:

@@ -16,6 +16,7 @@ from workload import PAPER, TINY, System
 from e2former_fairchem.nn.axis_aligned import eaas_constants
 from e2former_fairchem.so3 import make_paths
 from e2former_kernels.common.backend import Mode
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.tiles import row_tiles
 from e2former_kernels.eaas import axis_aligned_contraction, dense_contraction_reference
 from e2former_kernels.equivariant_attention import AttentionSpec
@@ -98,7 +99,7 @@ class ConvolutionCase:
         self.heads, self.channels = config["num_heads"], config["sphere_channels"]
         self.system = system = System(atoms, 32, device)
         self.atoms = system.atoms
-        self.spec = AttentionSpec(LMAX, self.heads, config["num_radial_basis"], config["cutoff"])
+        self.spec = AttentionSpec(LMAX, self.heads, config["num_radial_basis"], Envelope(config["cutoff"]))
         self.paths = make_paths(LMAX)
         constants = eaas_constants(self.paths)
         self.constants = type(constants)(

@@ -57,7 +57,7 @@ def main() -> None:
     value = torch.randn(system.atoms, layer.spec.num_rows, channels, device="cuda").requires_grad_()
     vec = system.graph(system.pos).vec.detach().requires_grad_()
     radial = layer.radial(layer.target_embedding.weight, layer.source_embedding.weight)
-    splines = build_splines(radial, layer.spec.cutoff, system.numbers.unique().tolist())
+    splines = build_splines(radial, layer.spec.envelope.cutoff, system.numbers.unique().tolist())
     inputs = (query, key, value, vec)
 
     def run() -> None:

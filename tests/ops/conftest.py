@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # before triton is first imported, which is w
 
 from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.chunks import EdgeList
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights
 from e2former_kernels.radial.reference import RadialWeights
 
@@ -128,13 +129,20 @@ class Make:
         per_head: int = 2,
         basis: int = 5,
         hidden: int = 4,
-        cutoff: float = 3.0,
+        envelope: Envelope = Envelope(3.0),  # noqa: B008
         chunk: int | None = None,
         **options,
     ) -> tuple:
         """Positional arguments of ``equivariant_attention``."""
         spec = AttentionSpec(
-            lmax=lmax, num_heads=heads, num_basis=basis, cutoff=cutoff, score=score, norm=norm, order=order, **options
+            lmax=lmax,
+            num_heads=heads,
+            num_basis=basis,
+            envelope=envelope,
+            score=score,
+            norm=norm,
+            order=order,
+            **options,
         )
         rows = (lmax + 1) ** 2
         vec, edges = self.edges(nodes, edges, chunk)
@@ -301,7 +309,7 @@ def edge_degree_operation(
     tensors = {"vec": vec} | _indices(edges) | _named("radial", make.radial(lmax + 1, width, hidden, basis))
 
     def arguments(t: dict[str, Tensor]) -> tuple:
-        return EmbeddingSpec(lmax, 3.0, basis), t["vec"], _edges(t, chunk), _radial(t)
+        return EmbeddingSpec(lmax, basis, Envelope(3.0)), t["vec"], _edges(t, chunk), _radial(t)
 
     def kernels(t: dict[str, Tensor]) -> Tensor:
         return edge_degree_embedding(*arguments(t), mode=mode_of(_radial(t), compiled), **_splines(t))

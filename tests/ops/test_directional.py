@@ -13,6 +13,7 @@ from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.chunks import Plan
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.equivariant_attention.score import SCORES as ALL_SCORES
@@ -311,7 +312,7 @@ def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> No
         assert_close([out, found], [expected.detach(), given + slope], 1e-12 if device == "cpu" else 1e-4)
 
 
-WIDE = {"lmax": 2, "nodes": 60, "heads": 32, "width": 8, "basis": 32, "hidden": 16, "cutoff": 6.0}
+WIDE = {"lmax": 2, "nodes": 60, "heads": 32, "width": 8, "basis": 32, "hidden": 16, "envelope": Envelope(6.0)}
 DRAWS = 8
 
 

@@ -10,6 +10,7 @@ import torch
 
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.chunks import EdgeList
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
@@ -83,7 +84,7 @@ def test_gradgradcheck(make) -> None:
 
 @interpreted
 def test_bell_envelope_and_other_options(make, compare, find_leaves) -> None:
-    arguments = make.attention(order=0, bell=(0.3, 2.5), envelope_exponent=3)
+    arguments = make.attention(order=0, envelope=Envelope(3.0, 3, (0.3, 2.5)))
     compare(equivariant_attention(*arguments), equivariant_attention_reference(*arguments), find_leaves(arguments))
 
 

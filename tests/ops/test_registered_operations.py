@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from e2former_kernels.common.backend import Mode, triton_installed
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.radial.reference import RadialWeights
 
 pytestmark = pytest.mark.skipif(
@@ -133,7 +134,7 @@ def test_compiled_options(make, option: str) -> None:
     from e2former_kernels.equivariant_attention import equivariant_attention
     from e2former_kernels.radial.splines import build_splines
 
-    kinds = {"order": 0, "bell": (0.3, 2.5), "norm": "softplus", "envelope_exponent": 3, "inverse_distance": "v2"}
+    kinds = {"order": 0, "envelope": Envelope(3.0, 3, (0.3, 2.5)), "norm": "softplus", "inverse_distance": "v2"}
     kinds = {"bell": kinds}
     arguments, options = list(make.attention(edges=9, **kinds.get(option, {}))), {}
     inputs, function = arguments[1:4] + [arguments[5]], equivariant_attention
@@ -148,7 +149,7 @@ def test_compiled_options(make, option: str) -> None:
         options = {"splines": build_splines(arguments[7], 3.0, range(4), tolerance=1e-3)}
     elif option == "splines_of_embedding":
         radial = RadialWeights(*(t.detach() for t in make.radial(3, 6, 5, 9)))
-        arguments, inputs = [EmbeddingSpec(2, 3.0, 9), *arguments[5:7], radial], inputs[-1:]
+        arguments, inputs = [EmbeddingSpec(2, 9, Envelope(3.0)), *arguments[5:7], radial], inputs[-1:]
         function = edge_degree_embedding
         options = {"splines": build_splines(radial, 3.0, range(4), last=False, tolerance=1e-3)}
     expected = function(*arguments, **options)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.chunks import EdgeList
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import gaussian_basis, radial_hidden, radial_network
@@ -105,11 +106,11 @@ def test_numbers_of_edges(make, check, edges: int) -> None:
     [
         {"inverse_distance": "v2"},
         {"inverse_distance": "v2", "order": 1, "norm": "sigmoid"},
-        {"bell": (0.3, 2.5)},
-        {"bell": (0.3, 2.5), "order": 0},
-        {"envelope_exponent": 1},
-        {"envelope_exponent": 2},
-        {"cutoff": 1.5},
+        {"envelope": Envelope(3.0, 5, (0.3, 2.5))},
+        {"envelope": Envelope(3.0, 5, (0.3, 2.5)), "order": 0},
+        {"envelope": Envelope(3.0, 1)},
+        {"envelope": Envelope(3.0, 2)},
+        {"envelope": Envelope(1.5)},
     ],
 )
 def test_geometry(make, check, options: dict) -> None:
@@ -235,7 +236,7 @@ def test_edge_degree(
     from e2former_kernels.edge_degree import op
 
     calls = spy(op._Embedding, "second")
-    spec = EmbeddingSpec(lmax, 3.0, 5, exponent)
+    spec = EmbeddingSpec(lmax, 5, Envelope(3.0, exponent))
     arguments = (spec, *make.edges(4, edges, chunk), make.radial(lmax + 1, 6, 4, 5, norms))
     first, inputs = [arguments[1]], find_leaves(arguments)
     ours = of_forces(edge_degree_embedding(*arguments), first, inputs)
@@ -263,7 +264,7 @@ def test_gpu(make, find_leaves, called, norm: str, order: int) -> None:
 def test_edge_degree_gpu(make, find_leaves) -> None:
     torch.set_float32_matmul_precision("highest")
     make.device = "cuda"
-    arguments = (EmbeddingSpec(2, 3.0, 32), *make.edges(50, 700), make.radial(3, 32, 16, 32))
+    arguments = (EmbeddingSpec(2, 32, Envelope(3.0)), *make.edges(50, 700), make.radial(3, 32, 16, 32))
     _check_on_gpu(edge_degree_embedding, edge_degree_embedding_reference, arguments, (1,), find_leaves)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from e2former_kernels.common.backend import Mode, triton_installed
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.radial.reference import RadialWeights, gaussian_basis, radial_network
@@ -87,7 +88,7 @@ def test_edge_degree_with_splines(make, lmax: int, norms: bool, size: int | None
     radial = make.radial(lmax + 1, 6, 5, 9, norms)
     hidden = type(radial)(*(None if t is None else t.detach() for t in radial[:-2]), *radial[-2:])
     splines = build_splines(hidden, CUTOFF, range(4), last=False, tolerance=1e-9)
-    arguments = (EmbeddingSpec(lmax, CUTOFF, 9), vec, edges, hidden)
+    arguments = (EmbeddingSpec(lmax, 9, Envelope(CUTOFF)), vec, edges, hidden)
     op = edge_degree_embedding(*arguments, splines=splines)
     reference = edge_degree_embedding_reference(*arguments)
     assert (op - reference).abs().max() < 1e-8 * reference.abs().max()

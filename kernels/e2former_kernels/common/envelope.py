@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -65,15 +68,41 @@ def bell_envelope(distance: Tensor, lower: float, upper: float) -> Tensor:
     return gap * gap
 
 
-def envelope(distance: Tensor, cutoff: float, exponent: int, bell: tuple[float, float] | None = None) -> Tensor:
-    """:func:`polynomial_envelope`, or :func:`bell_envelope` between two radii, Å, where they are given."""
-    return polynomial_envelope(distance, cutoff, exponent) if bell is None else bell_envelope(distance, *bell)
+@dataclass(frozen=True)
+class Envelope:
+    """One envelope: what the network, its specifications and the kernels' arguments know of it.
 
+    cutoff: Å; the radial basis ends there too. exponent: p of the polynomial. bell: (lower, upper), Å: a bell between
+    these two in place of the polynomial.
+    """
 
-def envelope_constants(cutoff: float, exponent: int, bell: tuple[float, float] | None) -> dict[str, float | int | bool]:
-    """The same choice as arguments of the kernels that call :func:`envelope_of` and :func:`envelope_bend`."""
-    lower, upper = (0.0, cutoff) if bell is None else bell
-    return {"lower": float(lower), "upper": float(upper), "P": exponent, "BELL": bell is not None}
+    cutoff: float
+    exponent: int = 5
+    bell: tuple[float, float] | None = None
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        """:func:`polynomial_envelope` or :func:`bell_envelope`."""
+        if self.bell is None:
+            return polynomial_envelope(distance, self.cutoff, self.exponent)
+        return bell_envelope(distance, *self.bell)
+
+    @property
+    def arguments(self) -> dict[str, float | tuple]:
+        """The same choice for kernels that call :func:`envelope_of` and :func:`envelope_bend`: (exponent, bell or not)
+        and the radii in which it ends."""
+        lower, upper = (0.0, self.cutoff) if self.bell is None else self.bell
+        return {"lower": float(lower), "upper": float(upper), "ENVELOPE": (self.exponent, self.bell is not None)}
+
+    @property
+    def numbers(self) -> list[float]:
+        """All of it as numbers, for :meth:`of`."""
+        return [float(x) for x in (self.cutoff, self.exponent, *(self.bell or ()))]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Envelope:
+        """The inverse of :attr:`numbers`."""
+        cutoff, exponent, *bell = numbers
+        return cls(cutoff, int(exponent), tuple(bell) if bell else None)
 
 
 @triton.jit
@@ -111,22 +140,22 @@ def _bell(d, lower, upper):
 
 
 @triton.jit
-def envelope_of(d, lower, upper, P: tl.constexpr, BELL: tl.constexpr):
-    """The envelope and its derivative."""
-    if BELL:
+def envelope_of(d, lower, upper, ENVELOPE: tl.constexpr):
+    """The envelope and its derivative; arguments of :attr:`Envelope.arguments`."""
+    if ENVELOPE[1]:
         u, du = _bell(d, lower, upper)
     else:
-        u, du = polynomial(d, upper, P)
+        u, du = polynomial(d, upper, ENVELOPE[0])
     return u, du
 
 
 @triton.jit
-def envelope_bend(d, lower, upper, P: tl.constexpr, BELL: tl.constexpr):
+def envelope_bend(d, lower, upper, ENVELOPE: tl.constexpr):
     """Second derivative of the envelope by the distance."""
-    if BELL:
+    if ENVELOPE[1]:
         t = (2.0 * d - (lower + upper)) / (upper - lower)
         gap = 1.0 - t * t
         bend = tl.where(gap > 0.0, (2.0 * t * t - gap) * (16.0 / ((upper - lower) * (upper - lower))), 0.0)
     else:
-        bend = polynomial_bend(d, upper, P)
+        bend = polynomial_bend(d, upper, ENVELOPE[0])
     return bend

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.envelope import polynomial, polynomial_bend
+from e2former_kernels.common.envelope import envelope_bend, envelope_of
 from e2former_kernels.common.harmonics import (
     add_slopes,
     harmonic_scales,
@@ -27,7 +27,7 @@ from e2former_kernels.edge_degree.reference import AVERAGE_DEGREE, EmbeddingSpec
 
 
 def _constants(spec: EmbeddingSpec) -> dict:
-    return {"cutoff": float(spec.cutoff), "L": spec.lmax, "P": spec.envelope_exponent, "BLOCK": 128}
+    return spec.envelope.arguments | {"L": spec.lmax, "BLOCK": 128}
 
 
 def _grid_and_scales(vec: Tensor, spec: EmbeddingSpec) -> tuple[tuple[int], Tensor]:
@@ -35,13 +35,15 @@ def _grid_and_scales(vec: Tensor, spec: EmbeddingSpec) -> tuple[tuple[int], Tens
 
 
 @triton.jit
-def harmonics_kernel(vec, scales, distance, out, E, cutoff, L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+def harmonics_kernel(
+    vec, scales, distance, out, E, lower, upper, L: tl.constexpr, ENVELOPE: tl.constexpr, BLOCK: tl.constexpr
+):
     """distance [E] and out [E, (L+1)^2]. scales: [L+1, L+1], the factor of each degree and order."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
     x, y, z, d = vector_of(vec, e, inside, True)
     tl.store(distance + e, d, mask=inside)
-    u, _ = polynomial(d, cutoff, P)
+    u, _ = envelope_of(d, lower, upper, ENVELOPE)
     to = out + e * ((L + 1) * (L + 1))
     c = 0.0 * x + 1.0
     s = 0.0 * x
@@ -64,13 +66,13 @@ def harmonics_kernel(vec, scales, distance, out, E, cutoff, L: tl.constexpr, P: 
 
 @triton.jit
 def harmonics_backward_kernel(
-    grad, grad_distance, vec, scales, out, E, cutoff, L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
+    grad, grad_distance, vec, scales, out, E, lower, upper, L: tl.constexpr, ENVELOPE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Gradient by vec from those by out [E, (L+1)^2] and by distance [E] of harmonics_kernel."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
     x, y, z, d = vector_of(vec, e, inside, True)
-    u, du = polynomial(d, cutoff, P)
+    u, du = envelope_of(d, lower, upper, ENVELOPE)
     at = grad + e * ((L + 1) * (L + 1))
     c = 0.0 * x + 1.0
     s = 0.0 * x
@@ -123,8 +125,8 @@ def weighted_harmonics_backward(
 
 @triton.jit
 def harmonics_tangent_kernel(
-    vec, vec_dot, scales, distance, distance_dot, out, out_dot, E, cutoff,
-    L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    vec, vec_dot, scales, distance, distance_dot, out, out_dot, E, lower, upper,
+    L: tl.constexpr, ENVELOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """distance [E] and out [E, (L+1)^2], as harmonics_kernel, and their changes along vec_dot."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +135,7 @@ def harmonics_tangent_kernel(
     x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
     tl.store(distance + e, d, mask=inside)
     tl.store(distance_dot + e, d_dot, mask=inside)
-    u, du = polynomial(d, cutoff, P)
+    u, du = envelope_of(d, lower, upper, ENVELOPE)
     u_dot = du * d_dot
     at = e * ((L + 1) * (L + 1))
     c = 0.0 * x + 1.0
@@ -163,8 +165,8 @@ def harmonics_tangent_kernel(
 
 @triton.jit
 def harmonics_second_kernel(
-    grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, E, cutoff,
-    L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    grad, grad_dot, grad_distance, grad_distance_dot, vec, vec_dot, scales, out, E, lower, upper,
+    L: tl.constexpr, ENVELOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient by vec from those by everything that harmonics_tangent_kernel returns.
 
@@ -174,7 +176,7 @@ def harmonics_second_kernel(
     inside = e < E
     x, y, z, d = vector_of(vec, e, inside, True)
     x_dot, y_dot, z_dot, d_dot = vector_dot(vec_dot, e, inside, x, y, z, d, True)
-    u, du = polynomial(d, cutoff, P)
+    u, du = envelope_of(d, lower, upper, ENVELOPE)
     at = e * ((L + 1) * (L + 1))
     zero = 0.0 * x
     c = zero + 1.0
@@ -232,7 +234,7 @@ def harmonics_second_kernel(
     by_g = u / d
     by_h = (du - by_g) * d_dot / d
     radial = du * total + tl.load(grad_distance + e, mask=inside, other=0.0)
-    radial += polynomial_bend(d, cutoff, P) * d_dot * other + du * other_dot
+    radial += envelope_bend(d, lower, upper, ENVELOPE) * d_dot * other + du * other_dot
     turn = du * other + tl.load(grad_distance_dot + e, mask=inside, other=0.0)
     vx = by_g * (gx - along * x + hx_dot - across_dot * x - across * x_dot) + by_h * (hx - across * x)
     vy = by_g * (gy - along * y + hy_dot - across_dot * y - across * y_dot) + by_h * (hy - across * y)

@@ -22,6 +22,7 @@ from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.call import Call, Change, apply_call
 from e2former_kernels.common.checks import check_device, check_edges, check_float, check_radial, check_same
 from e2former_kernels.common.chunks import EdgeChunk, EdgeList, Plan
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.edge_degree import harmonics as edge
 from e2former_kernels.edge_degree import kernels as kernel
@@ -68,7 +69,7 @@ class _Embedding(Call):
         """Of the networks, which are the same in all passes of a training step."""
         network = self.cache.get("network")
         if network is None:
-            network = RadialNetwork(self.weights(tensors[1:]), self.spec.cutoff, last=False)
+            network = RadialNetwork(self.weights(tensors[1:]), self.spec.envelope.cutoff, last=False)
         if self.trained:
             self.cache["network"] = network
         return RadialFeatures(network)
@@ -181,13 +182,15 @@ def _call(
 
 
 def _make_call(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> _Embedding:
-    lmax, num_basis, exponent, max_edges, intervals, *known = settings.integers
-    cutoff, *spline_numbers = settings.numbers
+    lmax, num_basis, max_edges, intervals, *known = settings.integers
+    numbers, of_splines = settings.numbers, []
     edges = EdgeList.of(index[:6], max_edges)
     out, out_bias, *splines = index[6:]
     radial = RadialWeights(*with_gaps(tensors[1:], known), out, out_bias)
-    splines = RadialSplines(*splines, intervals, *spline_numbers) if splines else None
-    return _call(EmbeddingSpec(lmax, cutoff, num_basis, exponent), tensors[0], edges, radial, splines, mode)
+    if splines:
+        of_splines, numbers = numbers[:2], numbers[2:]
+    splines = RadialSplines(*splines, intervals, *of_splines) if splines else None
+    return _call(EmbeddingSpec(lmax, num_basis, Envelope.of(numbers)), tensors[0], edges, radial, splines, mode)
 
 
 def _shape(tensors: list[Tensor], index: list[Tensor], settings: Settings) -> Tensor:
@@ -221,8 +224,8 @@ def edge_degree_embedding(
     if mode.compiled:
         index = [*edges.tensors(), radial.out.detach(), radial.out_bias.detach(), *(splines or ())[:2]]
         numbers = [0] if splines is None else [splines.intervals]
-        integers = [spec.lmax, spec.num_basis, spec.envelope_exponent, edges.max_edges or 0, *numbers]
-        settings = Settings([*integers, *flags(radial[:-2])], [spec.cutoff, *(splines or ())[3:]])
+        integers = [spec.lmax, spec.num_basis, edges.max_edges or 0, *numbers]
+        settings = Settings([*integers, *flags(radial[:-2])], [*(splines or ())[3:], *spec.envelope.numbers])
         sums = _registered([vec, *there(radial[:-2])], mode, index, settings)
     else:
         tensors = [vec, *(t for t in radial[:-2] if t is not None)]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_radial
 from e2former_kernels.common.chunks import EDGE, WHOLE, EdgeChunk, EdgeList, Plan, plan_of
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.linear.reference import degree_of_row, so3_linear_reference
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_hidden
@@ -21,12 +22,11 @@ PAD = 4  # columns beside the sums of features, of which one is used: rows stay 
 
 
 class EmbeddingSpec(NamedTuple):
-    """Static description of the embedding: L; r_c, Å; n_b; p of the polynomial envelope."""
+    """Static description of the embedding: L; n_b, of the Gaussian basis; the envelope, at whose cutoff it ends."""
 
     lmax: int
-    cutoff: float
     num_basis: int
-    envelope_exponent: int = 5
+    envelope: Envelope
 
 
 def edge_degree_sums(

@@ -137,7 +137,7 @@ class FusedAttention(Call):
         return attention_plan(self.spec, self.form, self.outline.like(tensors), self.edges, coupling)
 
     def _make_networks(self) -> RadialNetwork | GateNetworks:
-        return RadialNetwork(self.radial, self.spec.cutoff)
+        return RadialNetwork(self.radial, self.spec.envelope.cutoff)
 
     def _networks(self) -> RadialNetwork | GateNetworks:
         """The radial networks, the same for all passes without splines: their first layer is a product in float64."""
@@ -359,7 +359,7 @@ class DirectionalAttention(FusedAttention):
     first_weight: ClassVar[int] = _DOT + 1
 
     def _make_networks(self) -> GateNetworks:
-        return GateNetworks.of(self.radial, self.dot_weights, self.spec.cutoff)
+        return GateNetworks.of(self.radial, self.dot_weights, self.spec.envelope.cutoff)
 
     def gate(self, tensors: list[Tensor], *changes: Tensor) -> DirectionalFeatures:
         return DirectionalFeatures(self.spec, self._networks(), self.dot_weights, tensors[_DOT], *changes)

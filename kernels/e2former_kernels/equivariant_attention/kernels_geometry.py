@@ -9,7 +9,7 @@ import functools
 import triton
 import triton.language as tl
 
-from e2former_kernels.common.envelope import envelope_bend, envelope_constants, envelope_of
+from e2former_kernels.common.envelope import envelope_bend, envelope_of
 from e2former_kernels.common.harmonics import (
     degree_two,
     degree_two_back,
@@ -24,8 +24,12 @@ from e2former_kernels.radial.splines import place
 @functools.lru_cache(maxsize=64)
 def constants_of(spec: AttentionSpec, directions: int, block: int) -> dict:
     """Arguments of all of these kernels but the edges'."""
-    envelope = envelope_constants(spec.cutoff, spec.envelope_exponent, spec.bell)
-    return envelope | {"V2": spec.inverse_distance == "v2", "ORDER": spec.order, "B": directions, "BLOCK": block}
+    return spec.envelope.arguments | {
+        "V2": spec.inverse_distance == "v2",
+        "ORDER": spec.order,
+        "B": directions,
+        "BLOCK": block,
+    }
 
 
 @triton.jit
@@ -55,7 +59,7 @@ def store_scale(scale, e, inside, x, y, z, s, B: tl.constexpr):
 def geometry_kernel(
     vec, distance, envelope, scale, row, source, target, species, target_species, pair_row,
     E, Z, intervals, knots_per_length, lower, upper,
-    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr,
+    ENVELOPE: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr,
     SPLINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Envelope, message scale (direction and harmonics of degree 2; direction; 1/d; or 1) and length of every edge.
@@ -67,7 +71,7 @@ def geometry_kernel(
     inside = e < E
     x, y, z = load_vector(vec, e, inside, 1.0)
     d = tl.sqrt(x * x + y * y + z * z)
-    u, _ = envelope_of(d, lower, upper, P, BELL)
+    u, _ = envelope_of(d, lower, upper, ENVELOPE)
     tl.store(envelope + e, u, mask=inside)
     if SPLINE:
         zi = tl.load(target_species + tl.load(target + e, mask=inside, other=0), mask=inside, other=0)
@@ -99,7 +103,7 @@ def _total(parts, e, stride, inside, S: tl.constexpr):
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def geometry_backward_kernel(
     vec, grad_distance, grad_parts, grad_vec, E, lower, upper,
-    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, S: tl.constexpr,
+    ENVELOPE: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, S: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the edge vector.
@@ -111,7 +115,7 @@ def geometry_backward_kernel(
     inside = e < E
     x, y, z = load_vector(vec, e, inside, 1.0)
     d = tl.sqrt(x * x + y * y + z * z)
-    _, du = envelope_of(d, lower, upper, P, BELL)
+    _, du = envelope_of(d, lower, upper, ENVELOPE)
     inv, slope = inverse_of(d, V2)
     stride = E.to(tl.int64)
     plane = stride * S
@@ -161,7 +165,7 @@ def _inverse_bend(d, V2: tl.constexpr):
 @triton.jit
 def geometry_tangent_kernel(
     vec, vec_dot, distance, distance_dot, envelope, envelope_dot, scale, scale_dot, E, lower, upper,
-    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+    ENVELOPE: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Length, envelope and message scale of every edge, and their changes along vec_dot."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -170,7 +174,7 @@ def geometry_tangent_kernel(
     cx, cy, cz = load_vector(vec_dot, e, inside, 0.0)
     d = tl.sqrt(x * x + y * y + z * z)
     d_dot = (x * cx + y * cy + z * cz) / d
-    u, du = envelope_of(d, lower, upper, P, BELL)
+    u, du = envelope_of(d, lower, upper, ENVELOPE)
     tl.store(distance + e, d, mask=inside)
     tl.store(distance_dot + e, d_dot, mask=inside)
     tl.store(envelope + e, u, mask=inside)
@@ -208,7 +212,7 @@ def _totals(parts, e, inside, E, tiles, N: tl.constexpr):
 def geometry_second_kernel(
     vec, vec_dot, grad_distance, grad_distance_dot, grad_envelope, grad_envelope_dot, grad_scale, grad_vec,
     E, lower, upper, tiles,
-    P: tl.constexpr, BELL: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+    ENVELOPE: tl.constexpr, V2: tl.constexpr, ORDER: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient by vec from those by everything that geometry_tangent_kernel returns.
 
@@ -221,12 +225,12 @@ def geometry_second_kernel(
     d = tl.sqrt(x * x + y * y + z * z)
     x_unit, y_unit, z_unit = x / d, y / d, z / d
     d_dot = x_unit * cx + y_unit * cy + z_unit * cz
-    _, du = envelope_of(d, lower, upper, P, BELL)
+    _, du = envelope_of(d, lower, upper, ENVELOPE)
     inv, slope = inverse_of(d, V2)
     gu_dot = tl.load(grad_envelope_dot + e, mask=inside, other=0.0)
     # by d and by d'
     g = tl.load(grad_distance + e, mask=inside, other=0.0) + du * tl.load(grad_envelope + e, mask=inside, other=0.0)
-    g += gu_dot * envelope_bend(d, lower, upper, P, BELL) * d_dot
+    g += gu_dot * envelope_bend(d, lower, upper, ENVELOPE) * d_dot
     g_dot = tl.load(grad_distance_dot + e, mask=inside, other=0.0) + gu_dot * du
     vx = 0.0 * x
     vy = vx

@@ -17,6 +17,7 @@ from e2former_kernels.common.backend import EXACT, Mode
 from e2former_kernels.common.call import apply_call
 from e2former_kernels.common.checks import check_device, check_float, check_radial, check_same, check_tensors
 from e2former_kernels.common.chunks import EdgeList
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.equivariant_attention.attention_norm import NORMS
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
@@ -120,23 +121,21 @@ def _settings(
     """All that is no tensor, for :func:`_make_call`; first the rows of the value."""
     relative = spec.order > 0 and form == "relative"
     rows = coupling.shape[0] if relative else pieces.value.shape[1]
-    integers = [spec.lmax, spec.num_heads, spec.num_basis, spec.order, spec.envelope_exponent, edges.max_edges or 0]
+    integers = [spec.lmax, spec.num_heads, spec.num_basis, spec.order, edges.max_edges or 0]
     intervals, *of_splines = (0,) if splines is None else splines[2:]
     known = flags([coupling, *(splines or (None, None))[:2], *pieces.every()])
     words = f"{form} {spec.score} {spec.norm} {spec.inverse_distance}"
-    return Settings([rows, intervals, *integers, *known], [*of_splines, spec.cutoff, *(spec.bell or ())], words)
+    return Settings([rows, intervals, *integers, *known], [*of_splines, *spec.envelope.numbers], words)
 
 
 def _make_call(tensors: list[Tensor], index: list[Tensor], settings: Settings, mode: Mode) -> FusedAttention:
-    _, intervals, lmax, heads, basis, order, exponent, max_edges, *known = settings.integers
+    _, intervals, lmax, heads, basis, order, max_edges, *known = settings.integers
     form, score, norm, inverse_distance = settings.words.split()
     coupling, knots, pair_row = with_gaps(index[6:], known[:3])
     numbers, splines = list(settings.numbers), None
     if knots is not None:
         splines = RadialSplines(knots, pair_row, intervals, numbers.pop(0), numbers.pop(0))
-    cutoff, *bell = numbers
-    bell = tuple(bell) if bell else None
-    spec = AttentionSpec(lmax, heads, basis, cutoff, score, norm, order, inverse_distance, exponent, bell)
+    spec = AttentionSpec(lmax, heads, basis, Envelope.of(numbers), score, norm, order, inverse_distance)
     pieces = Pieces.of(with_gaps(tensors, known[3:]))
     return make_call(spec, pieces, EdgeList.of(index[:6], max_edges), coupling, form, mode, splines)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_same, check_shape
 from e2former_kernels.common.chunks import EDGE, SOURCE, TARGET, WHOLE, EdgeChunk, EdgeList, Plan, plan_of
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.common.sums import segment_outer, segment_sum
 from e2former_kernels.equivariant_attention.attention_norm import NORMS, AttentionNorm, attention_weights
@@ -46,8 +47,7 @@ class AttentionSpec:
         direction's harmonics of degrees 1 and 2.
     inverse_distance: how messages of order 1 and 2 divide by the distance, ``v2``: 1/(d + 1e-8), ``v1_5``:
         1/max(d, 1e-6).
-    num_basis, basis_cutoff: Gaussian basis from 0 to basis_cutoff (Å).
-    cutoff, envelope_exponent: polynomial envelope (Å, p). bell: (lower, upper) in Å replaces it.
+    num_basis: of the Gaussian basis, which ends at the envelope's cutoff.
 
     Made of these: num_rows M; directions B, how many numbers of an edge multiply the value (order 0: none, 1);
     attention_norm, the entry of ``norm``.
@@ -56,13 +56,11 @@ class AttentionSpec:
     lmax: int
     num_heads: int
     num_basis: int
-    cutoff: float
+    envelope: Envelope
     score: str = "qk"
     norm: str = "smooth"
     order: int = 1
     inverse_distance: InverseDistance = "v1_5"
-    envelope_exponent: int = 5
-    bell: tuple[float, float] | None = None
     num_rows: int = field(init=False, repr=False, compare=False)
     directions: int = field(init=False, repr=False, compare=False)
     attention_norm: AttentionNorm = field(init=False, repr=False, compare=False)
@@ -194,7 +192,7 @@ def edge_weights(
     query = given.query.index_select(0, chunk.target)
     dot = None if given.dot is None else given.dot.index_select(0, chunk.target)
     if geometry is None:
-        geometry = edge_geometry(given.vec, spec.cutoff, spec.num_basis, spec.envelope_exponent, spec.bell)
+        geometry = edge_geometry(given.vec, spec.num_basis, spec.envelope)
     distance, basis, envelope = geometry
 
     def network(weights: RadialWeights) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from e2former_kernels.common.envelope import envelope
+from e2former_kernels.common.envelope import Envelope
 
 
 class _EmbeddingRows(torch.autograd.Function):
@@ -152,24 +152,16 @@ class EdgeGeometry(NamedTuple):
     envelope: Tensor
 
 
-def edge_geometry(
-    vec: Tensor,
-    cutoff: float,
-    num_basis: int,
-    envelope_exponent: int,
-    bell: tuple[float, float] | None = None,
-) -> EdgeGeometry:
+def edge_geometry(vec: Tensor, num_basis: int, envelope: Envelope) -> EdgeGeometry:
     """Lengths, Gaussian basis and envelope of edges (docs/network.md, sections 3.1 and 3.2).
 
     Differentiable to any order.
 
     Args:
         vec: [E, 3], r_i - r_j, Å.
-        cutoff: end of the basis and of the polynomial envelope, Å.
         num_basis: n_b.
-        envelope_exponent: of the polynomial envelope.
-        bell: its two radii, Å, where the envelope is a bell.
+        envelope: the basis ends at its cutoff.
     """
     distance = vec.square().sum(-1).sqrt()
-    u = envelope(distance, cutoff, envelope_exponent, bell)
-    return EdgeGeometry(distance, gaussian_basis(distance, cutoff, num_basis), u)
+    basis = gaussian_basis(distance, envelope.cutoff, num_basis)
+    return EdgeGeometry(distance, basis, envelope(distance))
