@@ -24,7 +24,6 @@ from e2former_kernels.common.checks import check_device, check_edges, check_floa
 from e2former_kernels.common.chunks import EdgeChunk, EdgeList, Plan
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.edge_degree import harmonics as edge
 from e2former_kernels.edge_degree import kernels as kernel
 from e2former_kernels.edge_degree.reference import PAD, EmbeddingSpec, edge_degree_plan, last_layer
 from e2former_kernels.linear.op import so3_linear
@@ -79,7 +78,7 @@ class _Embedding(Call):
 
         def of_chunk(chunk: EdgeChunk) -> Tensor:  # a function: nothing of a chunk is there when the next begins
             part = vec[chunk.edges].contiguous()
-            distance, y = edge.weighted_harmonics(part, self.spec)
+            distance, y = kernel.weighted_harmonics(part, self.spec)
             if radial is None:
                 return kernel.spline_sum(
                     y, self.splines, kernel.place_edges(self.splines, distance, chunk), chunk.row_ptr
@@ -97,7 +96,7 @@ class _Embedding(Call):
 
         def of_chunk(chunk: EdgeChunk) -> None:
             vec, part = tensors[0][chunk.edges].detach().contiguous(), grad[chunk.nodes]
-            distance, y = edge.weighted_harmonics(vec, self.spec)
+            distance, y = kernel.weighted_harmonics(vec, self.spec)
             if radial is None:
                 placed = kernel.place_edges(self.splines, distance, chunk)
                 grad_y, slope = kernel.spline_backward(y, self.splines, placed, chunk.row_ptr, part.contiguous())
@@ -110,7 +109,7 @@ class _Embedding(Call):
                 grad_y += grad_total.index_select(0, chunk.target)
                 slope, *_ = radial.backward(grad_hidden, kept, weights)
             if 0 in wanted:
-                edge.weighted_harmonics_backward(grad_y, slope, vec, self.spec, by_vec[chunk.edges])
+                kernel.weighted_harmonics_backward(grad_y, slope, vec, self.spec, by_vec[chunk.edges])
 
         for chunk in self.training_chunks() if weights else self.chunks:
             of_chunk(chunk)
@@ -129,7 +128,7 @@ class _Embedding(Call):
 
         def of_chunk(chunk: EdgeChunk) -> None:
             edges, row_ptr = (vec[chunk.edges], vec_dot[chunk.edges]), chunk.row_ptr
-            distance, distance_dot, y, y_dot = edge.harmonics_tangent(*edges, spec)
+            distance, distance_dot, y, y_dot = kernel.harmonics_tangent(*edges, spec)
             features, kept = radial.forward(chunk, edges[0], distance, edges[1], distance_dot)
             if by_grad is not None:
                 sums = kernel.harmonic_sum(y_dot, features[0], row_ptr)
@@ -149,7 +148,7 @@ class _Embedding(Call):
                 )
             by_distance, by_distance_dot, _ = radial.backward(by_features, kept, weights, by_vec is not None)
             if by_vec is not None:
-                edge.harmonics_second(
+                kernel.harmonics_second(
                     by_y, by_y_dot, by_distance, by_distance_dot, *edges, spec, out=by_vec[chunk.edges]
                 )
 
