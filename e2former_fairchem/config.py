@@ -9,11 +9,13 @@ from typing import Any
 
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention.attention_norm import NORMS as _NORMS
+from e2former_kernels.equivariant_attention.message import DIRECTIONS
 from e2former_kernels.equivariant_attention.score import SCORES as _SCORES
 
 # Scores and norms are those of the attention; the norm of both releases is one there.
 SCORES = tuple(_SCORES)
 ATTENTION_NORMS = tuple(n for norm in _NORMS for n in (("molfm_v2", "molfm_v1_5") if norm == "molfm" else (norm,)))
+MESSAGE_ORDERS = range(len(DIRECTIONS))
 CONVOLUTIONS = ("auto", "on_the_fly", "eaas", "dense")
 KERNEL_BACKENDS = ("auto", "reference", "triton")
 MAX_LMAX = 4
@@ -159,10 +161,13 @@ class E2FormerV2Config:
             if len(orders) != self.num_layers:
                 raise ValueError(f"message_order: expected {self.num_layers} entries (num_layers), got {len(orders)}")
         for order in self.message_orders:
-            if isinstance(order, bool) or order not in (0, 1, 2):
-                raise ValueError(f"message_order: expected 0, 1 or 2 (per layer), got {self.message_order!r}")
-            if order == 2 and self.convolution == "eaas":
-                raise ValueError("convolution: expected auto, on_the_fly or dense with message_order 2, got 'eaas'")
+            if isinstance(order, bool) or order not in MESSAGE_ORDERS:
+                raise ValueError(
+                    f"message_order: expected 0 to {MESSAGE_ORDERS[-1]} (per layer), got {self.message_order!r}"
+                )
+            if order > 1 and self.convolution == "eaas":
+                known = "auto, on_the_fly or dense"
+                raise ValueError(f"convolution: expected {known} with message_order {order}, got 'eaas'")
         for key in (
             "edge_layer_norm",
             "atom_embedding",

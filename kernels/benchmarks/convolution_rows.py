@@ -21,7 +21,7 @@ from e2former_kernels.common.tiles import row_tiles
 from e2former_kernels.eaas import axis_aligned_contraction, dense_contraction_reference
 from e2former_kernels.equivariant_attention import AttentionSpec
 from e2former_kernels.equivariant_attention.kernels_value import launch_contract
-from e2former_kernels.equivariant_attention.reference import aggregate
+from e2former_kernels.equivariant_attention.message import aggregate
 
 LMAX = 2
 

@@ -18,13 +18,7 @@ def polynomial_envelope(distance: Tensor, cutoff: float, exponent: int) -> Tenso
     It equals :math:`1 - \frac{(p+1)(p+2)}{2}\rho^p + p(p+2)\rho^{p+1} - \frac{p(p+1)}{2}\rho^{p+2}`, which loses
     all its digits near the cutoff; the product does not.
 
-    Args:
-        distance: any shape, Å.
-        cutoff: r_c, Å.
-        exponent: p, at least 1.
-
-    Returns:
-        Values in [0, 1], no unit, of the shape of ``distance``.
+    distance: any shape, and cutoff r_c, Å; exponent: p, at least 1. Returns values in [0, 1], no unit.
     """
     return _Polynomial.apply(distance / cutoff, exponent)
 
@@ -53,15 +47,8 @@ class _Polynomial(torch.autograd.Function):
 def bell_envelope(distance: Tensor, lower: float, upper: float) -> Tensor:
     r""":math:`(1-t^2)^2` with :math:`t = (2d - d_0 - d_1)/(d_1 - d_0)`, zero outside [d_0, d_1].
 
-    docs/network.md, equation 3.4.
-
-    Args:
-        distance: any shape, Å.
-        lower: d_0, Å.
-        upper: d_1, Å.
-
-    Returns:
-        Values in [0, 1], no unit, of the shape of ``distance``.
+    docs/network.md, equation 3.4. distance: any shape, d_0 and d_1, Å.
+    Returns values in [0, 1], no unit.
     """
     t = (2.0 * distance - (lower + upper)) / (upper - lower)
     gap = (1.0 - t * t).clamp(min=0.0)

@@ -16,13 +16,7 @@ MAX_PADDING = 4  # padded edges for one real one
 def segment_max(values: Tensor, target: Tensor, num_nodes: int) -> Tensor:
     """Largest value per receiver, differentiable (to the first edge that attains it); 0 where there is no edge.
 
-    Args:
-        values: [E, H].
-        target: [E], receivers.
-        num_nodes: how many there are.
-
-    Returns:
-        [num_nodes, H].
+    values: [E, H]; target: [E], receivers, num_nodes of them. Returns [num_nodes, H].
     """
     num_edges, heads = values.shape
     index = target.unsqueeze(1).expand(-1, heads)
@@ -46,14 +40,7 @@ def segment_outer(left: Tensor, right: Tensor, target: Tensor, num_nodes: int) -
     A receiver's edges become the inner dimension, padded to the largest number of edges; very uneven receivers are
     summed column by column instead.
 
-    Args:
-        left: [E, I].
-        right: [E, J].
-        target: [E], receivers, ascending.
-        num_nodes: how many there are.
-
-    Returns:
-        [num_nodes, I, J].
+    left: [E, I]; right: [E, J]; target: [E], receivers, ascending, num_nodes of them. Returns [num_nodes, I, J].
     """
     with torch.no_grad():
         count = torch.bincount(target, minlength=num_nodes)

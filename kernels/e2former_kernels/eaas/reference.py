@@ -69,11 +69,7 @@ def axis_rotation(direction: Tensor) -> Tensor:
     The shortest rotation, 1 + K + K^2 / (1 + n_y), where n_y >= 0; below, n is first turned by pi about x, so the
     denominator stays above one.
 
-    Args:
-        direction: n, [N, 3], unit length.
-
-    Returns:
-        R, [N, 3, 3].
+    direction: n, [N, 3], unit length. Returns R, [N, 3, 3].
     """
     below = direction[:, 1] < 0
     flip = torch.where(below, -1.0, 1.0).to(direction.dtype)
@@ -94,13 +90,7 @@ def wigner_blocks(rotation: Tensor, recursion: Sequence[Tensor], lmax: int) -> l
 
     D^l = K (D^1 x D^(l-1)) K^T (docs/network.md, equation 6.19).
 
-    Args:
-        rotation: [N, 3, 3].
-        recursion: K of degree 2 and up.
-        lmax: highest degree.
-
-    Returns:
-        D^l, [N, 2l+1, 2l+1], for every l.
+    rotation: [N, 3, 3]; recursion: K of degree 2 and up. Returns D^l, [N, 2l+1, 2l+1], for every l up to lmax.
     """
     nodes = rotation.shape[0]
     blocks = [rotation.new_ones(nodes, 1, 1)]

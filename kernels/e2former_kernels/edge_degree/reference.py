@@ -41,15 +41,9 @@ def edge_degree_sums(
     With y = u(d) Y / 23.01 and the networks' hidden features a: :math:`\sum_j y_{jlm} a_{jl}` and, in the column behind
     them, :math:`\sum_j y_{jlm}`, of which the bias is the weight.
 
-    Args:
-        spec: what to compute.
-        chunk: the receivers and their edges.
-        vec: [e, 3], of the chunk's edges.
-        radial: as :func:`edge_degree_embedding_reference` has it; ``out`` and ``out_bias`` are not read.
-        geometry: of ``vec``, where it is known.
-
-    Returns:
-        [n, (lmax+1)^2, h + 4], the last three columns zero.
+    vec: [e, 3], of the chunk's edges; radial: as :func:`edge_degree_embedding_reference` has it, ``out`` and
+    ``out_bias`` are not read; geometry: of ``vec``, where it is known. Returns [n, (lmax+1)^2, h + 4], the last three
+    columns zero.
     """
     degrees = spec.lmax + 1
     distance, basis, envelope = geometry or edge_geometry(vec, *spec[1:])

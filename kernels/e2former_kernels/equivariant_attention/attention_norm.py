@@ -73,16 +73,7 @@ def attention_weights(
     ``molfm``:   w = U p / (sum U + c), c = 1e-3, with m = max_j a; m is part of the function and is differentiated.
     ``softplus``, ``sigmoid``: w = f(a) u p.
 
-    Args:
-        score: a, [E, H].
-        head: p, [E, H].
-        envelope: u, [E].
-        target: [E], receivers.
-        num_nodes: how many there are.
-        name: one of the above.
-
-    Returns:
-        w, [E, H], no unit.
+    score, head: [E, H]; envelope: [E]; target: [E], receivers, num_nodes of them. Returns w, [E, H], no unit.
     """
     u, norm = envelope.unsqueeze(-1), NORMS[name]
     if not norm.softmax:
@@ -242,7 +233,11 @@ def drift_of(m_dot, t, t_dot, constant, MAXIMUM: tl.constexpr):
 
 @triton.jit
 def softmax_tangent(a, change, u, u_dot, p, p_dot, m, t, sigma):
-    """w and w' of the softmax. change: a' - m'."""
+    """w = pi p and w' = (delta - pi sigma) p + pi p' of the softmax.
+
+    change: a' - m' (m' = 0 without MAXIMUM, where nothing depends on m); zeta = exp(a - m) / t, pi = zeta u,
+    delta = zeta (u (a' - m') + u').
+    """
     zeta = tl.exp(a - m) / t
     pi = zeta * u
     delta = zeta * (u * change + u_dot)

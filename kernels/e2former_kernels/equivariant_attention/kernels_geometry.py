@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 
 from e2former_kernels.common.envelope import envelope_bend, envelope_of
-from e2former_kernels.common.harmonics import (
-    degree_two,
-    degree_two_back,
-    degree_two_dot,
-    load_vector,
-    store_vector,
+from e2former_kernels.common.harmonics import load_vector, store_vector
+from e2former_kernels.equivariant_attention.message import (
+    add_scale_reverse,
+    add_scale_second,
+    store_scale,
+    store_scale_tangent,
+    total_of,
 )
 from e2former_kernels.equivariant_attention.reference import AttentionSpec
 from e2former_kernels.radial.splines import place
@@ -30,29 +31,6 @@ def constants_of(spec: AttentionSpec, directions: int, block: int) -> dict:
         "B": directions,
         "BLOCK": block,
     }
-
-
-@triton.jit
-def inverse_of(d, V2: tl.constexpr):
-    """1/d as the specification regularises it, and its derivative."""
-    if V2:
-        inv = 1.0 / (d + 1e-8)
-        slope = -inv * inv
-    else:
-        inv = 1.0 / tl.maximum(d, 1e-6)
-        slope = tl.where(d > 1e-6, -inv * inv, 0.0)
-    return inv, slope
-
-
-@triton.jit
-def store_scale(scale, e, inside, x, y, z, s, B: tl.constexpr):
-    """Row e of scale [E, B]: x, y, z and the five of degree 2."""
-    tl.store(scale + B * e, x, mask=inside)
-    tl.store(scale + B * e + 1, y, mask=inside)
-    tl.store(scale + B * e + 2, z, mask=inside)
-    if B == 8:
-        for k in tl.static_range(5):
-            tl.store(scale + B * e + 3 + k, s[k], mask=inside)
 
 
 @triton.jit
@@ -81,23 +59,7 @@ def geometry_kernel(
         tl.store(distance + e, f, mask=inside)
     else:
         tl.store(distance + e, d, mask=inside)
-    inv, _ = inverse_of(d, V2)
-    if B > 1:
-        x, y, z = x * inv, y * inv, z * inv
-        store_scale(scale, e, inside, x, y, z, degree_two(x, y, z), B)
-    else:
-        if ORDER == 0:
-            inv = 0.0 * inv + 1.0
-        tl.store(scale + e, inv, mask=inside)
-
-
-@triton.jit
-def _total(parts, e, stride, inside, S: tl.constexpr):
-    """Sum of S numbers [S, stride] for every edge."""
-    total = tl.load(parts + e, mask=inside, other=0.0)
-    for s in tl.static_range(1, S):
-        total += tl.load(parts + s * stride + e, mask=inside, other=0.0)
-    return total
+    store_scale(scale, e, inside, x, y, z, d, V2, ORDER, B)
 
 
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
@@ -116,50 +78,23 @@ def geometry_backward_kernel(
     x, y, z = load_vector(vec, e, inside, 1.0)
     d = tl.sqrt(x * x + y * y + z * z)
     _, du = envelope_of(d, lower, upper, ENVELOPE)
-    inv, slope = inverse_of(d, V2)
     stride = E.to(tl.int64)
     plane = stride * S
-    g = du * _total(grad_parts + B * plane, e, stride, inside, S)
+    g = du * total_of(grad_parts + B * plane + e, stride, inside, S)
     if PARTS:
-        g += _total(grad_parts + (B + 1) * plane, e, stride, inside, S)
+        g += total_of(grad_parts + (B + 1) * plane + e, stride, inside, S)
     else:
         g += tl.load(grad_distance + e, mask=inside, other=0.0)
-    if B > 1:
-        gx = _total(grad_parts, e, stride, inside, S)
-        gy = _total(grad_parts + plane, e, stride, inside, S)
-        gz = _total(grad_parts + 2 * plane, e, stride, inside, S)
-        if B == 8:
-            further = ()
-            for k in tl.static_range(3, 8):
-                further = further + (_total(grad_parts + k * plane, e, stride, inside, S),)
-            ax, ay, az = degree_two_back(
-                further[0], further[1], further[2], further[3], further[4], x * inv, y * inv, z * inv
-            )
-            gx += ax
-            gy += ay
-            gz += az
-        g += slope * (gx * x + gy * y + gz * z)
-    elif ORDER > 0:
-        g += slope * _total(grad_parts, e, stride, inside, S)
+    gx, gy, gz = 0.0, 0.0, 0.0
+    if ORDER > 0:
+        g, gx, gy, gz = add_scale_reverse(g, grad_parts, e, stride, plane, inside, x, y, z, d, S, V2, B)
     g = g / d
     vx, vy, vz = g * x, g * y, g * z
     if B > 1:
-        vx += gx * inv
-        vy += gy * inv
-        vz += gz * inv
+        vx += gx
+        vy += gy
+        vz += gz
     store_vector(grad_vec, e, inside, vx, vy, vz)
-
-
-@triton.jit
-def _inverse_bend(d, V2: tl.constexpr):
-    """Second derivative of 1/d as the specification regularises it."""
-    if V2:
-        inv = 1.0 / (d + 1e-8)
-        bend = 2.0 * inv * inv * inv
-    else:
-        inv = 1.0 / tl.maximum(d, 1e-6)
-        bend = tl.where(d > 1e-6, 2.0 * inv * inv * inv, 0.0)
-    return bend
 
 
 @triton.jit
@@ -179,33 +114,7 @@ def geometry_tangent_kernel(
     tl.store(distance_dot + e, d_dot, mask=inside)
     tl.store(envelope + e, u, mask=inside)
     tl.store(envelope_dot + e, du * d_dot, mask=inside)
-    inv, slope = inverse_of(d, V2)
-    inv_dot = slope * d_dot
-    if B > 1:
-        cx, cy, cz = cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot
-        x, y, z = x * inv, y * inv, z * inv
-        store_scale(scale, e, inside, x, y, z, degree_two(x, y, z), B)
-        store_scale(scale_dot, e, inside, cx, cy, cz, degree_two_dot(x, y, z, cx, cy, cz), B)
-    else:
-        if ORDER == 0:
-            inv = 0.0 * inv + 1.0
-            inv_dot = 0.0 * inv
-        tl.store(scale + e, inv, mask=inside)
-        tl.store(scale_dot + e, inv_dot, mask=inside)
-
-
-@triton.jit
-def _totals(parts, e, inside, E, tiles, N: tl.constexpr):
-    """Sum over the tiles of parts [tiles, E, N], a tuple."""
-    totals = ()
-    for n in tl.static_range(N):
-        totals = totals + (tl.load(parts + e * N + n, mask=inside, other=0.0),)
-    for k in range(1, tiles):
-        added = ()
-        for n in tl.static_range(N):
-            added = added + (totals[n] + tl.load(parts + (k * E + e) * N + n, mask=inside, other=0.0),)
-        totals = added
-    return totals
+    store_scale_tangent(scale, scale_dot, e, inside, x, y, z, d, cx, cy, cz, d_dot, V2, ORDER, B)
 
 
 @triton.jit
@@ -226,7 +135,6 @@ def geometry_second_kernel(
     x_unit, y_unit, z_unit = x / d, y / d, z / d
     d_dot = x_unit * cx + y_unit * cy + z_unit * cz
     _, du = envelope_of(d, lower, upper, ENVELOPE)
-    inv, slope = inverse_of(d, V2)
     gu_dot = tl.load(grad_envelope_dot + e, mask=inside, other=0.0)
     # by d and by d'
     g = tl.load(grad_distance + e, mask=inside, other=0.0) + du * tl.load(grad_envelope + e, mask=inside, other=0.0)
@@ -236,33 +144,9 @@ def geometry_second_kernel(
     vy = vx
     vz = vx
     if ORDER > 0:
-        # the value enters through s = p (1/d), p = vec or 1, and its change p' (1/d) + p (1/d)_d d'
-        bend = _inverse_bend(d, V2)
-        s = _totals(grad_scale, e, inside, E, tiles, 2 * B)
-        if B > 1:
-            gs0, gs1, gs2, hs0, hs1, hs2 = s[0], s[1], s[2], s[B], s[B + 1], s[B + 2]
-            if B == 8:  # and through harmonics of s, quadratic in it
-                inv_dot = slope * d_dot
-                a, b, c = degree_two_back(s[3], s[4], s[5], s[6], s[7], x * inv, y * inv, z * inv)
-                gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
-                a, b, c = degree_two_back(
-                    s[11], s[12], s[13], s[14], s[15],
-                    cx * inv + x * inv_dot, cy * inv + y * inv_dot, cz * inv + z * inv_dot,
-                )  # fmt: skip
-                gs0, gs1, gs2 = gs0 + a, gs1 + b, gs2 + c
-                a, b, c = degree_two_back(s[11], s[12], s[13], s[14], s[15], x * inv, y * inv, z * inv)
-                hs0, hs1, hs2 = hs0 + a, hs1 + b, hs2 + c
-            along = gs0 * x + gs1 * y + gs2 * z
-            along_dot = hs0 * x + hs1 * y + hs2 * z
-            g += slope * (along + hs0 * cx + hs1 * cy + hs2 * cz)
-            vx += gs0 * inv + hs0 * slope * d_dot
-            vy += gs1 * inv + hs1 * slope * d_dot
-            vz += gs2 * inv + hs2 * slope * d_dot
-        else:
-            along_dot = s[1]
-            g += slope * s[0]
-        g += bend * d_dot * along_dot
-        g_dot += slope * along_dot
+        g, g_dot, vx, vy, vz = add_scale_second(
+            g, g_dot, vx, vy, vz, grad_scale, e, inside, E, tiles, x, y, z, d, cx, cy, cz, d_dot, V2, B
+        )
     g_dot = g_dot / d
     vx += g * x_unit + g_dot * (cx - d_dot * x_unit)
     vy += g * y_unit + g_dot * (cy - d_dot * y_unit)

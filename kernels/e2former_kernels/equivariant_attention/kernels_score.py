@@ -18,6 +18,7 @@ from e2former_kernels.common.harmonics import (
     vector_dot,
     vector_of,
 )
+from e2former_kernels.equivariant_attention.message import total_of
 
 
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
@@ -65,15 +66,6 @@ def harmonics_kernel(
         c, s = next_order(c, s, x, z)
 
 
-@triton.jit
-def _parts(at, stride, inside, S: tl.constexpr):
-    """Sum of S numbers ``stride`` apart."""
-    total = tl.load(at, mask=inside, other=0.0)
-    for n in tl.static_range(1, S):
-        total += tl.load(at + n * stride, mask=inside, other=0.0)
-    return total
-
-
 @triton.jit(do_not_specialize=["E"])  # one edge would make E a constant, which has no .to
 def harmonics_backward_kernel(
     grad, vec, scales, out, E, L: tl.constexpr, UNIT: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
@@ -103,10 +95,10 @@ def harmonics_backward_kernel(
                 before, before_y, before_r = p, py, pr
                 p, py, pr = after, after_y, after_r
             scale = tl.load(scales + l * (L + 1) + m)
-            g = scale * _parts(at + l * l + l + m, stride, inside, S)
+            g = scale * total_of(at + l * l + l + m, stride, inside, S)
             gx, gy, gz, by_r2 = add_slopes(gx, gy, gz, by_r2, g, p, py, pr, c, cx, cz)
             if m > 0:
-                g = scale * _parts(at + l * l + l - m, stride, inside, S)
+                g = scale * total_of(at + l * l + l - m, stride, inside, S)
                 gx, gy, gz, by_r2 = add_slopes(gx, gy, gz, by_r2, g, p, py, pr, s, sx, sz)
         top = top * (2 * m + 1)
         cx, cz, sx, sz = next_order_slopes(c, s, cx, cz, sx, sz, x, z)
@@ -261,16 +253,16 @@ def harmonics_second_kernel(
                 before, before_y, before_r, before_dot, before_y_dot, before_r_dot = p, py, pr, p_dot, py_dot, pr_dot
                 p, py, pr, p_dot, py_dot, pr_dot = after, after_y, after_r, after_dot, after_y_dot, after_r_dot
             scale = tl.load(scales + l * (L + 1) + m)
-            g = scale * _parts(at + l * l + l + m, 2 * plane, inside, S)
-            h = scale * _parts(at + plane + l * l + l + m, 2 * plane, inside, S)
+            g = scale * total_of(at + l * l + l + m, 2 * plane, inside, S)
+            h = scale * total_of(at + plane + l * l + l + m, 2 * plane, inside, S)
             gx += g * p * cx + h * (p_dot * cx + p * cx_dot)
             gy += g * py * c + h * (py_dot * c + py * c_dot)
             gz += g * p * cz + h * (p_dot * cz + p * cz_dot)
             by_r2 += g * pr * c + h * (pr_dot * c + pr * c_dot)
             hx, hy, hz, h_r2 = add_slopes(hx, hy, hz, h_r2, h, p, py, pr, c, cx, cz)
             if m > 0:
-                g = scale * _parts(at + l * l + l - m, 2 * plane, inside, S)
-                h = scale * _parts(at + plane + l * l + l - m, 2 * plane, inside, S)
+                g = scale * total_of(at + l * l + l - m, 2 * plane, inside, S)
+                h = scale * total_of(at + plane + l * l + l - m, 2 * plane, inside, S)
                 gx += g * p * sx + h * (p_dot * sx + p * sx_dot)
                 gy += g * py * s + h * (py_dot * s + py * s_dot)
                 gz += g * p * sz + h * (p_dot * sz + p * sz_dot)

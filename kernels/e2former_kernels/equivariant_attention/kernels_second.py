@@ -1,9 +1,6 @@
 r"""Triton kernels of the attention weights along a change of everything they read, and of the gradient of both.
 
-a = g x with x = <q, k> / sqrt(S). Softmax: zeta = exp(a - m) / T, pi = zeta u, w = pi p, T = sum over the receiver's
-edges of exp(a - m) u + a constant. With ' for the change (m' = 0 without MAXIMUM, where nothing depends on m),
-delta = zeta (u (a' - m') + u') and sigma = sum of delta (the receiver's T' / T): w' = (delta - pi sigma) p + pi p'.
-The formulas, and NORM, SOFTMAX and MAXIMUM: ``attention_norm.py``.
+a = g x with x = <q, k> / sqrt(S). How weights w change with it, and NORM, SOFTMAX and MAXIMUM: ``attention_norm.py``.
 
 Triton kernels of the sum of messages along a change of weights, scales and values, and of its gradients.
 

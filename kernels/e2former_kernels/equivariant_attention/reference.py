@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +23,17 @@ from e2former_kernels.common.call import evaluate
 from e2former_kernels.common.checks import check_edges, check_same, check_shape
 from e2former_kernels.common.chunks import EDGE, SOURCE, TARGET, WHOLE, EdgeChunk, EdgeList, Plan, plan_of
 from e2former_kernels.common.envelope import Envelope
-from e2former_kernels.common.harmonics import solid_harmonics
-from e2former_kernels.common.sums import segment_outer, segment_sum
 from e2former_kernels.equivariant_attention.attention_norm import NORMS, AttentionNorm, attention_weights
+from e2former_kernels.equivariant_attention.message import (
+    DIRECTIONS,
+    INVERSE_DISTANCES,
+    Form,
+    InverseDistance,
+    aggregate,
+)
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights, OnEdges
 from e2former_kernels.radial.reference import EdgeGeometry, RadialWeights, edge_geometry, radial_network
 
-Form = Literal["dense", "relative", "sum"]
-InverseDistance = Literal["v2", "v1_5"]
 # Working memory of one chunk where chunks are recomputed, in numbers (not bytes): 64 MB in float32.
 CHUNK_NUMBERS = 1 << 24
 
@@ -69,78 +72,14 @@ class AttentionSpec:
         for key, value, allowed in (
             ("score", self.score, tuple(SCORES)),
             ("norm", self.norm, tuple(NORMS)),
-            ("order", self.order, (0, 1, 2)),
-            ("inverse_distance", self.inverse_distance, get_args(InverseDistance)),
+            ("order", self.order, tuple(range(len(DIRECTIONS)))),
+            ("inverse_distance", self.inverse_distance, INVERSE_DISTANCES),
         ):
             if value not in allowed:
                 raise ValueError(f"{key}: expected one of {allowed}, got {value!r}")
         object.__setattr__(self, "num_rows", (self.lmax + 1) ** 2)
-        object.__setattr__(self, "directions", (1, 3, 8)[self.order])
+        object.__setattr__(self, "directions", DIRECTIONS[self.order])
         object.__setattr__(self, "attention_norm", NORMS[self.norm])
-
-
-def inverse_distance(spec: AttentionSpec, distance: Tensor) -> Tensor:
-    """1/(d + 1e-8) (``v2``) or 1/max(d, 1e-6) (``v1_5``), 1/Å."""
-    return 1.0 / (distance + 1e-8) if spec.inverse_distance == "v2" else 1.0 / distance.clamp(min=1e-6)
-
-
-def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
-    """Multiply rows [E, R, C] by weights [E, H]: channel c by head c mod H."""
-    edges, num_rows, channels = rows.shape
-    heads = weights.shape[-1]
-    spread = rows.view(edges, num_rows, channels // heads, heads) * weights[:, None, None, :]
-    return spread.view(edges, num_rows, channels)
-
-
-def aggregate(
-    spec: AttentionSpec,
-    form: Form,
-    weights: Tensor,
-    distance: Tensor,
-    vec: Tensor,
-    value: Tensor,
-    target: Tensor,
-    num_nodes: int,
-    coupling: Tensor | None,
-) -> Tensor:
-    r"""Sum of messages per receiver (docs/network.md, equations 6.12 to 6.15).
-
-    order 0: sum_j w v_j. order 1: :math:`Q_p = \sum_j w_{ij} \sum_{b,m} C_{pbm} \hat r_{ij,b} v_{j,m}`, p running
-    over the path rows. order 2: the same with :math:`(\hat r, Y^2(\hat r) / \sqrt 5)` for :math:`\hat r`. With
-    ``form="sum"`` the value rows are added up as they are, divided by the distance.
-
-    Args:
-        spec: what to compute.
-        form: see the module.
-        weights: [E, H].
-        distance: [E], Å.
-        vec: [E, 3], r_i - r_j, Å.
-        value: [E, M, C], of the edges' senders.
-        target: [E], receivers.
-        num_nodes: how many there are.
-        coupling: C, [P, B, M]; for orders 1 and 2 but with ``form="sum"``.
-
-    Returns:
-        [num_nodes, M, C] or, orders 1 and 2, [num_nodes, P, C].
-    """
-    if spec.order == 0:
-        return segment_sum(_weighted(weights, value), target, num_nodes)
-    scale = inverse_distance(spec, distance).to(weights.dtype).unsqueeze(-1)
-    if form == "sum":
-        return segment_sum(_weighted(weights * scale, value), target, num_nodes)
-    assert coupling is not None
-    direction = vec.to(weights.dtype) * scale
-    if spec.order == 2:
-        direction = torch.cat([direction, solid_harmonics(direction, 2)[:, 4:] / math.sqrt(5)], 1)
-    rows, directions, num_rows = coupling.shape
-    if form == "dense":
-        by_axis = coupling.to(weights.dtype).transpose(0, 1).reshape(directions, rows * num_rows)
-        matrix = (direction @ by_axis).view(-1, rows, num_rows)
-        return segment_sum(torch.bmm(matrix, _weighted(weights, value)), target, num_nodes)
-    weighted = _weighted(weights, value)
-    outer = segment_outer(direction, weighted.flatten(1), target, num_nodes)
-    outer = outer.view(num_nodes, directions * num_rows, value.shape[-1])
-    return torch.einsum("pk,nkc->npc", coupling.to(outer.dtype).reshape(rows, -1), outer)
 
 
 class Pieces(NamedTuple):

@@ -79,13 +79,7 @@ def gaussian_basis(distance: Tensor, cutoff: float, num_basis: int) -> Tensor:
     r""":math:`\phi_k(d) = \exp(-\frac12 ((d-\mu_k)/(2\Delta))^2)`, :math:`\mu_k = k\Delta`,
     :math:`\Delta = r_c/(n_b-1)` (docs/network.md, equation 3.1).
 
-    Args:
-        distance: [E], Å.
-        cutoff: r_c, Å.
-        num_basis: n_b, at least 2.
-
-    Returns:
-        [E, num_basis], no unit.
+    distance: [E], and cutoff r_c, Å; num_basis: n_b, at least 2. Returns [E, n_b], no unit.
     """
     spacing = cutoff / (num_basis - 1)
     centre = torch.arange(num_basis, dtype=distance.dtype, device=distance.device) * spacing
@@ -129,16 +123,8 @@ def radial_hidden(basis: Tensor, target_species: Tensor, source_species: Tensor,
 def radial_network(basis: Tensor, target_species: Tensor, source_species: Tensor, weights: RadialWeights) -> Tensor:
     r"""``Linear(SiLU(LN(Linear(SiLU(LN(W0 [phi; T[Z_i]; S[Z_j]] + b0))))))`` for G networks at once.
 
-    docs/network.md, equation 3.5.
-
-    Args:
-        basis: [E, n_b].
-        target_species: [E], rows of the embeddings by element, of the receivers.
-        source_species: [E], of the senders.
-        weights: of G networks with K outputs.
-
-    Returns:
-        [E, G, K].
+    docs/network.md, equation 3.5. basis: [E, n_b]; target_species, source_species: [E], rows of the embeddings by
+    element, of receivers and senders; weights: of G networks with K outputs. Returns [E, G, K].
     """
     x = hidden_layers(first_layer(basis, target_species, source_species, weights), weights)
     return last_layer(x, weights).transpose(0, 1)
@@ -155,12 +141,7 @@ class EdgeGeometry(NamedTuple):
 def edge_geometry(vec: Tensor, num_basis: int, envelope: Envelope) -> EdgeGeometry:
     """Lengths, Gaussian basis and envelope of edges (docs/network.md, sections 3.1 and 3.2).
 
-    Differentiable to any order.
-
-    Args:
-        vec: [E, 3], r_i - r_j, Å.
-        num_basis: n_b.
-        envelope: the basis ends at its cutoff.
+    Differentiable to any order. vec: [E, 3], r_i - r_j, Å; the basis of n_b numbers ends at the envelope's cutoff.
     """
     distance = vec.square().sum(-1).sqrt()
     basis = gaussian_basis(distance, envelope.cutoff, num_basis)
