@@ -52,6 +52,15 @@ def test_kernels_on_float16_rows_are_named_in_one_place() -> None:
     assert {str(path.relative_to(KERNELS)) for path in found} == told
 
 
+def test_float16_is_named_in_one_place() -> None:
+    """Another format of rows is a change of ``common/half.py``, and of when they are taken."""
+    home = {KERNELS / "common/half.py", ROOT / "e2former_fairchem/execution.py"}
+    named = re.compile(r"\b(torch|tl)\.float16\b|\.half\(\)")
+    found = {path for root in OURS for path in root.rglob("*.py") if named.search(path.read_text())}
+    assert KERNELS / "common/half.py" in found
+    assert found <= home, found - home
+
+
 def test_the_norms_stand_in_one_file() -> None:
     """Which attention norms there are, ``attention_norm.py`` alone says: nobody else compares with a norm's name."""
     from e2former_kernels.equivariant_attention.attention_norm import NORMS

@@ -6,10 +6,11 @@ TF32 rounds the factors of a product to 10 bits and keeps float32's range. float
 rows are divided by their largest number first: what is smaller than :math:`2^{-14}` of that loses bits, by at most
 :math:`2^{-25}` of it, less than the rounding of a float32 sum over the row. Sums are taken in float32.
 
-Kernels that read or write such rows take ``HALF`` or are called ``half_...``, in ``layer_norm/kernels.py``,
-``query_key/kernels.py``, ``feedforward/kernels.py``, ``equivariant_attention/kernels_value.py`` and
-``equivariant_attention/kernels_reverse.py``. The ``half.py`` beside them, ``layer_norm/op.py`` and ``fused.py`` launch
-them.
+The format is :data:`FORMAT` and the helpers below: kernels load numbers of rows, and of their products, with
+:func:`load_numbers` (or, where rows may be float32 too, as what they point to) and store with :func:`store_numbers`.
+Those that do take ``HALF`` or are called ``half_...``, in ``layer_norm/kernels.py``, ``query_key/kernels.py``,
+``feedforward/kernels.py``, ``equivariant_attention/kernels_value.py`` and ``equivariant_attention/kernels_reverse.py``.
+The ``half.py`` beside them, ``layer_norm/op.py`` and ``fused.py`` launch them.
 """
 
 from __future__ import annotations
@@ -31,12 +32,32 @@ class Rows(NamedTuple):
     factor: Tensor | None
 
 
+FORMAT = torch.float16  # of the numbers of a row
+
+
+@triton.jit
+def load_numbers(at, inside):
+    """Numbers of a row, or of products of rows, without their factor, in float32."""
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_numbers(at, y, inside):
+    """Numbers of a row, of at most 1."""
+    tl.store(at, y.to(tl.float16), mask=inside)
+
+
+@triton.jit
+def factor_of(top):
+    """The factor of a row whose largest number is ``top``."""
+    return tl.where(top > 0.0, top, 1.0)
+
+
 @triton.jit
 def store_half(y, out, at, inside, factor):
     """Numbers y of a node as float16 of at most 1 to out[at], and what they are multiplied by to ``factor``."""
-    top = tl.max(tl.abs(y))
-    top = tl.where(top > 0.0, top, 1.0)
-    tl.store(out + at, (y / top).to(tl.float16), mask=inside)
+    top = factor_of(tl.max(tl.abs(y)))
+    store_numbers(out + at, y / top, inside)
     tl.store(factor, top)
 
 
@@ -60,7 +81,7 @@ def _launch_rows(x: Tensor, out: Tensor, scale: Tensor, nodes: int, strides: tup
 
 def new_rows(like: Tensor, *shape: int, leading: int = 1) -> Rows:
     """Uninitialised rows on the device of ``like`` (float32), a factor for each index of the leading dimensions."""
-    return Rows(torch.empty(shape, dtype=torch.float16, device=like.device), like.new_empty(shape[:leading]))
+    return Rows(torch.empty(shape, dtype=FORMAT, device=like.device), like.new_empty(shape[:leading]))
 
 
 def half_rows(x: Tensor, out: Rows | None = None) -> Rows:
@@ -84,7 +105,7 @@ def half_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [D, ...] as float16 numbers of at most 1, and each degree's factor [D], float32."""
     scale = weight.flatten(1).abs().amax(1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (weight / scale.view(-1, *[1] * (weight.ndim - 1))).half(), scale
+    return (weight / scale.view(-1, *[1] * (weight.ndim - 1))).to(FORMAT), scale
 
 
 def row_bias(bias: Tensor, rows: int) -> Tensor:
@@ -100,7 +121,7 @@ def _from_products_kernel(
     n, m = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)
     factor = tl.load(rows + n * row_stride + m * row_group_stride) * tl.load(groups + m)
-    v = tl.load(x + n * stride + m * group_stride + c, mask=c < C, other=0.0).to(tl.float32) * factor
+    v = load_numbers(x + n * stride + m * group_stride + c, c < C) * factor
     if BIAS:
         v += tl.load(bias + m * C + c, mask=c < C, other=0.0)
     at = n * out_stride + m * out_group_stride + c
@@ -142,7 +163,7 @@ def _rows_from_products_kernel(
     inside = (m[:, None] < M) & (c[None, :] < C)
     at = m[:, None] * C + c[None, :]
     factor = tl.load(rows + n * row_stride) * tl.load(groups + m, mask=m < M, other=0.0)
-    y = tl.load(x + n * stride + m[:, None] * group_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = load_numbers(x + n * stride + m[:, None] * group_stride + c[None, :], inside)
     y *= factor[:, None]
     if BIAS:
         y += tl.load(bias + at, mask=inside, other=0.0)

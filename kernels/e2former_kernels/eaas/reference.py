@@ -236,7 +236,7 @@ def axis_aligned_contraction_reference(value: Tensor, position: Tensor, constant
     Returns:
         [N, P, C], in that unit times the value's.
     """
-    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+    dtype = torch.float32 if value.dtype.itemsize == 2 else value.dtype
     return _Contract.apply(value.to(dtype), position.to(dtype), constants, False)
 
 

@@ -184,7 +184,7 @@ def equivariant_attention(
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
 
     def cast(t: Tensor | None) -> Tensor | None:
-        return t.to(dtype) if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
+        return t.to(dtype) if t is not None and t.dtype.itemsize == 2 else t
 
     nodes = vec.to(dtype), cast(query), cast(key), cast(value).contiguous(), cast(dot)
     pieces = Pieces(*nodes, radial, dot_weights)

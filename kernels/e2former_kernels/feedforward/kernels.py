@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e2former_kernels.common.half import Rows
+from e2former_kernels.common.half import Rows, factor_of, load_numbers, store_numbers
 from e2former_kernels.common.tiles import next_power
 
 
@@ -134,26 +134,25 @@ def half_gate_kernel(
     inverse = 1.0
     for storing in tl.static_range(2):
         for l in tl.static_range(D):
-            a = tl.load(gates + (n * D + l) * C + c, mask=inside, other=0.0).to(tl.float32) * of_gate
+            a = load_numbers(gates + (n * D + l) * C + c, inside) * of_gate
             a += tl.load(gate_bias + l * C + c, mask=inside, other=0.0)
             s = 1.0 / (1.0 + tl.exp(-a))
             if l == 0:
                 z = SILU * a * s
                 if storing:
-                    tl.store(out + n * D * D * C + c, (z * inverse).to(tl.float16), mask=inside)
+                    store_numbers(out + n * D * D * C + c, z * inverse, inside)
                 else:
                     top = tl.maximum(top, tl.abs(z))
             else:
                 gate = SIGMOID * s * of_node * tl.load(degrees + l)
                 for m in tl.static_range(l * l, (l + 1) * (l + 1)):
-                    z = gate * tl.load(y + (n * (D * D - 1) + m - 1) * C + c, mask=inside, other=0.0).to(tl.float32)
+                    z = gate * load_numbers(y + (n * (D * D - 1) + m - 1) * C + c, inside)
                     if storing:
-                        tl.store(out + (n * D * D + m) * C + c, (z * inverse).to(tl.float16), mask=inside)
+                        store_numbers(out + (n * D * D + m) * C + c, z * inverse, inside)
                     else:
                         top = tl.maximum(top, tl.abs(z))
         if storing == 0:
-            largest = tl.max(top, axis=0)
-            largest = tl.where(largest > 0.0, largest, 1.0)
+            largest = factor_of(tl.max(top, axis=0))
             tl.store(out_factor + n, largest)
             inverse = 1.0 / largest
 
@@ -178,33 +177,32 @@ def half_gate_backward_kernel(
     for storing in tl.static_range(2):
         for l in tl.static_range(D):
             at_gate = gates + (n * D + l) * C + c
-            a = tl.load(at_gate, mask=inside, other=0.0).to(tl.float32) * of_gate
+            a = load_numbers(at_gate, inside) * of_gate
             a += tl.load(gate_bias + l * C + c, mask=inside, other=0.0)
             s = 1.0 / (1.0 + tl.exp(-a))
             of_degree = of_grad * tl.load(grad_degrees + l)
             if l == 0:
-                g = tl.load(grad + n * D * D * C + c, mask=inside, other=0.0).to(tl.float32) * of_degree
+                g = load_numbers(grad + n * D * D * C + c, inside) * of_degree
                 by_gate = g * SILU * s * (1.0 + a * (1.0 - s))
             else:
                 by_gate = tl.zeros([BC], dtype=tl.float32)
                 of_y = of_node * tl.load(degrees + l)
                 for m in tl.static_range(l * l, (l + 1) * (l + 1)):
                     at = y + (n * (D * D - 1) + m - 1) * C + c
-                    g = tl.load(grad + (n * D * D + m) * C + c, mask=inside, other=0.0).to(tl.float32) * of_degree
-                    by_gate += g * tl.load(at, mask=inside, other=0.0).to(tl.float32) * of_y
+                    g = load_numbers(grad + (n * D * D + m) * C + c, inside) * of_degree
+                    by_gate += g * load_numbers(at, inside) * of_y
                     by_y = g * SIGMOID * s
                     if storing:
-                        tl.store(at, (by_y * inverse).to(tl.float16), mask=inside)
+                        store_numbers(at, by_y * inverse, inside)
                     else:
                         top = tl.maximum(top, tl.abs(by_y))
                 by_gate *= SIGMOID * s * (1.0 - s)
             if storing:
-                tl.store(at_gate, (by_gate * inverse).to(tl.float16), mask=inside)
+                store_numbers(at_gate, by_gate * inverse, inside)
             else:
                 top = tl.maximum(top, tl.abs(tl.where(inside, by_gate, 0.0)))
         if storing == 0:
-            largest = tl.max(top, axis=0)
-            largest = tl.where(largest > 0.0, largest, 1.0)
+            largest = factor_of(tl.max(top, axis=0))
             tl.store(out_factor + n, largest)
             inverse = 1.0 / largest
 

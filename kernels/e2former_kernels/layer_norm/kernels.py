@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from e2former_kernels.common.half import store_half
+from e2former_kernels.common.half import load_numbers, store_half
 from e2former_kernels.common.harmonics import degree_of
 
 
@@ -137,10 +137,10 @@ def half_norm_reverse_kernel(
     v = _centre(tl.load(x + row, mask=inside, other=0.0), m, inside, C)
     scale = 1.0 / tl.sqrt(tl.sum(v * v * balance) + EPS)
     factor = tl.load(grad_factor + n) * tl.load(row_factors + m, mask=m < M, other=0.0)
-    a = tl.load(grad + row, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    a = load_numbers(grad + row, inside) * factor[:, None]
     if MORE:
         factor = tl.load(more_factor + n) * tl.load(more_row_factors + m, mask=m < M, other=0.0)
-        a += tl.load(more + row, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+        a += load_numbers(more + row, inside) * factor[:, None]
     a *= gamma
     by_v = a * scale - (scale * scale * scale * tl.sum(a * v)) * balance * v
     by_x = _centre(by_v, m, inside, C)

@@ -191,7 +191,7 @@ def equivariant_rms_norm(
     A shift of 16 bits (autocast) is taken to the dtype of x. Raises ValueError, TypeError or RuntimeError for
     arguments that do not fit or a device without Triton. Compiled: see :mod:`e2former_kernels.common.registered`.
     """
-    if shift is not None and shift.dtype in (torch.float16, torch.bfloat16):
+    if shift is not None and shift.dtype.itemsize == 2:
         shift = shift.to(x.dtype)
     tensors = [t for t in (x, shift, weight, bias) if t is not None]
     return _registered(tensors, mode) if mode.compiled else apply_call(_call(*tensors), tensors)

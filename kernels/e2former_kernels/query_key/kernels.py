@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e2former_kernels.common.half import factor_of, load_numbers, store_numbers
+
 
 @triton.jit(do_not_specialize=["N"])  # a chunk of one node would make N a constant, which has no .to
 def invariants_kernel(both, bias, out, N, G, D: tl.constexpr, BG: tl.constexpr, TANGENT: tl.constexpr):
@@ -85,17 +87,12 @@ def invariants_backward_kernel(
 
 
 @triton.jit
-def _one_if_zero(top):
-    return tl.where(top > 0.0, top, 1.0)
-
-
-@triton.jit
 def _degree_sum(both, g, inside, b, stride, G, factor, L: tl.constexpr):
     """Sum over the orders of degree L of the products of both factors."""
     total = 0.0 * b
     for m in tl.static_range(L * L, (L + 1) * (L + 1)):
-        left = tl.load(both + m * stride + g, mask=inside, other=0.0).to(tl.float32) * factor
-        right = tl.load(both + m * stride + G + g, mask=inside, other=0.0).to(tl.float32) * factor
+        left = load_numbers(both + m * stride + g, inside) * factor
+        right = load_numbers(both + m * stride + G + g, inside) * factor
         if L == 0:
             left += b
         total += left * right
@@ -121,15 +118,15 @@ def half_invariants_kernel(both, bias, out, out_factor, rows, degrees, N, G, D: 
     top = 0.0 * b
     for l in tl.static_range(D):
         top = tl.maximum(top, tl.abs(_degree_sum(at, g, inside, b, stride, G, row * tl.load(degrees + l), l)))
-    query_top = _one_if_zero(tl.max(tl.where(of_key, 0.0, top), axis=0))
-    key_top = _one_if_zero(tl.max(tl.where(of_key, top, 0.0), axis=0))
+    query_top = factor_of(tl.max(tl.where(of_key, 0.0, top), axis=0))
+    key_top = factor_of(tl.max(tl.where(of_key, top, 0.0), axis=0))
     tl.store(out_factor + n, query_top)
     tl.store(out_factor + nodes + n, key_top)
     inverse = 1.0 / tl.where(of_key, key_top, query_top)
     to = out + tl.where(of_key, (nodes + n) * D * width + g - width, n * D * width + g)
     for l in tl.static_range(D):
         total = _degree_sum(at, g, inside, b, stride, G, row * tl.load(degrees + l), l)
-        tl.store(to + l * width, (total * inverse).to(tl.float16), mask=inside)
+        store_numbers(to + l * width, total * inverse, inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -157,7 +154,7 @@ def half_invariants_backward_kernel(
     column = grad + tl.where(of_key, (nodes + n) * D * width + g - width, n * D * width + g)
     top = 0.0 * b
     for l in tl.static_range(D):
-        top = tl.maximum(top, tl.abs(tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale))
+        top = tl.maximum(top, tl.abs(load_numbers(column + l * width, inside) * scale))
     bound = tl.max(top, axis=0) * (tl.load(largest) * row + tl.load(largest + 1))
     bound = tl.maximum(bound, smallest)
     tl.store(bounds + n, bound)
@@ -165,15 +162,15 @@ def half_invariants_backward_kernel(
     for l in tl.static_range(D):
         factor = row * tl.load(degrees + l)
         # over the bound first: that is finite where products of large numbers are not
-        s = tl.load(column + l * width, mask=inside, other=0.0).to(tl.float32) * scale * inverse
+        s = load_numbers(column + l * width, inside) * scale * inverse
         for m in tl.static_range(l * l, (l + 1) * (l + 1)):
             at = both + m * stride + n * 2 * G + g
-            left = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
-            right = tl.load(at + G, mask=inside, other=0.0).to(tl.float32) * factor
+            left = load_numbers(at, inside) * factor
+            right = load_numbers(at + G, inside) * factor
             if l == 0:
                 left += b
-            tl.store(at, (s * right).to(tl.float16), mask=inside)
-            tl.store(at + G, (s * left).to(tl.float16), mask=inside)
+            store_numbers(at, s * right, inside)
+            store_numbers(at + G, s * left, inside)
 
 
 @triton.jit
@@ -183,7 +180,7 @@ def _normal(x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, fir
     inside = c < W
     factor = tl.load(x_factor + first + n, mask=n < N, other=0.0) * tl.load(weights + group)
     at = x + first * W + n[:, None] * W + c[None, :]
-    v = tl.load(at, mask=here, other=0.0).to(tl.float32) * factor[:, None]
+    v = load_numbers(at, here) * factor[:, None]
     v = tl.where(here, v + tl.load(bias + group * W + c, mask=inside, other=0.0)[None, :], 0.0)
     v = tl.where(here, v - (tl.sum(v, axis=1) / W)[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / W + EPS)
@@ -196,9 +193,9 @@ def _normal(x, x_factor, weights, bias, norm_weight, norm_bias, n, c, group, fir
 @triton.jit
 def _store_rows(y, out, out_factor, n, c, W, E):
     """Rows as float16 with their factor."""
-    top = _one_if_zero(tl.max(tl.abs(y), axis=1))
+    top = factor_of(tl.max(tl.abs(y), axis=1))
     here = (n[:, None] < E) & (c[None, :] < W)
-    tl.store(out + n[:, None] * W + c[None, :], (y / top[:, None]).to(tl.float16), mask=here)
+    store_numbers(out + n[:, None] * W + c[None, :], y / top[:, None], here)
     tl.store(out_factor + n, top, mask=n < E)
 
 
@@ -233,7 +230,7 @@ def half_layer_backward_kernel(
     sigmoid = 1.0 / (1.0 + tl.exp(-t))
     at = n[:, None] * W + c[None, :]
     here = (n[:, None] < N) & (c[None, :] < W)
-    a = tl.load(grad + first * W + at, mask=here, other=0.0).to(tl.float32)
+    a = load_numbers(grad + first * W + at, here)
     a *= (tl.load(grad_factor + first + n, mask=n < N, other=0.0) * tl.load(grad_weights + group))[:, None]
     a *= sigmoid * (1.0 + t * (1.0 - sigmoid)) * gamma
     a -= (tl.sum(a, axis=1) / W)[:, None] + normal * (tl.sum(a * normal, axis=1) / W)[:, None]
