@@ -62,7 +62,7 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
         self.card = check_given(card)
         super().__init__(*args, **kwargs)
         #: Called after every replayed step with the losses by task and the numbers of structures and atoms.
-        self.loss_listeners: list[Callable[[dict[str, Tensor], int, int], None]] = []
+        self.replayed_step_listeners: list[Callable[[dict[str, Tensor], int, int], None]] = []
         self._replays: Replays | None = None
         self._update: Update | None = None
         #: What the weights were trained on before, for the checkpoint's card.
@@ -108,7 +108,7 @@ class TrainEvalUnit(MLIPTrainEvalUnit):
         except Exception:
             logging.error(f"Exception during training! On step {self.train_progress.num_steps_completed}: {data.sid}")
             raise
-        for listener in self.loss_listeners:
+        for listener in self.replayed_step_listeners:
             listener(losses, data.structures, data.atoms)
         self.last_loss = sum(losses.values())
         self._update()

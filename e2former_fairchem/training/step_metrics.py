@@ -1,4 +1,8 @@
-"""What the callbacks read off fairchem's units by hooks: losses of training steps, forces of the validation data."""
+"""What metrics read off a step: losses of training steps, eager or replayed, and forces of the validation data.
+
+Off an eager step by hooks on fairchem's losses; a replayed one calls none, and the unit hands over what it has
+(`training.unit.TrainEvalUnit.replayed_step_listeners`). The gradient's norm is the unit's ``last_grad_norm`` in both.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +26,18 @@ class LossRecorder:
 
     Args:
         unit: the unit that trains; `detach` takes the hooks off its losses. Steps that it replays call no loss: it
-            hands theirs over (`training.unit.TrainEvalUnit.loss_listeners`).
+            hands theirs over (`training.unit.TrainEvalUnit.replayed_step_listeners`).
     """
 
     def __init__(self, unit: TTrainUnit) -> None:
         self._recording = False
         self._first = unit.tasks[0].name
         self._hooks = [
-            task.loss_fn.register_forward_hook(partial(self._record, task.name), with_kwargs=True)
+            task.loss_fn.register_forward_hook(partial(self._of_eager_step, task.name), with_kwargs=True)
             for task in unit.tasks
         ]
-        self._listeners = getattr(unit, "loss_listeners", [])
-        self._listeners.append(self._add)
+        self._listeners = getattr(unit, "replayed_step_listeners", [])
+        self._listeners.append(self._of_replayed_step)
         self.tasks = [task.name for task in unit.tasks]
         self.reset()
 
@@ -53,7 +57,7 @@ class LossRecorder:
         """A training step ends: losses from here on are an evaluation's."""
         self._recording = False
 
-    def _record(self, task: str, _module: Any, _args: Any, kwargs: Mapping[str, Any], loss: Tensor) -> None:
+    def _of_eager_step(self, task: str, _module: Any, _args: Any, kwargs: Mapping[str, Any], loss: Tensor) -> None:
         if not self._recording:
             return
         self.losses[task] = self.losses.get(task, 0.0) + loss.detach()
@@ -61,7 +65,7 @@ class LossRecorder:
             self.structures += kwargs["natoms"].numel()
             self.atoms = self.atoms + kwargs["natoms"].sum()
 
-    def _add(self, losses: Mapping[str, Tensor], structures: int, atoms: int) -> None:
+    def _of_replayed_step(self, losses: Mapping[str, Tensor], structures: int, atoms: int) -> None:
         for task, loss in losses.items():
             self.losses[task] = self.losses.get(task, 0.0) + loss
         self.structures += structures
@@ -76,8 +80,8 @@ class LossRecorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._add in self._listeners:
-            self._listeners.remove(self._add)
+        if self._of_replayed_step in self._listeners:
+            self._listeners.remove(self._of_replayed_step)
 
 
 def task_of(tasks: Sequence[Task], prop: str, dataset: str) -> Task | None:
