@@ -272,7 +272,7 @@ def draw(folder: Path) -> None:
             label = f"{TITLES[record['network']]}, {record['steps']:,} steps, seed {record['seed']}"
             axes.plot(1000 * (found - exact.min()), lw=1, label=label)
         axes.set(title=title, xlabel="structure", ylabel="energy, meV")
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=7)
     figure.savefig(folder / "curves.png", dpi=120)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,6 @@ def fit_element_references(
     numbers: Sequence[np.ndarray],
     energies: Sequence[float],
     charges: Sequence[int] = (),
-    spins: Sequence[int] = (),
 ) -> FittedReferences:
     r"""Least squares of total energies on the counts of the elements and on the charge,
     :math:`\min_r \sum_i (E_i - n_i \cdot r - Q_i r_0)^2`.
@@ -116,8 +114,6 @@ def fit_element_references(
         numbers: atomic numbers of each structure.
         energies: total energies, eV.
         charges: of each structure. Where all are the same, or none are given, :math:`r_0` is zero.
-        spins: of each structure. All but the most common one get an energy of their own in the fit, which is not kept,
-            so that unpaired electrons do not count as elements' energies.
 
     Raises:
         ValueError: no structures, or an energy that is not finite.
@@ -135,10 +131,7 @@ def fit_element_references(
     starts = [np.nan_to_num(read_element_references(BUNDLED["omol25"]))[present], np.zeros(len(present))]
     start = min(starts, key=lambda r: np.abs((target - counts @ r) / atoms).mean())
     charge = np.reshape(charges, (-1, 1)).astype(float) if len(set(charges)) > 1 else np.zeros((len(counts), 1))
-    common = [spin for spin, _ in Counter(spins).most_common()]
-    other = np.array([[spin == one for one in common[1:]] for spin in spins], float).reshape(len(counts), -1)
-    columns = np.hstack([counts, charge, other])
-    correction = np.linalg.lstsq(columns, target - counts @ start, rcond=None)[0][: len(present) + 1]
+    correction = np.linalg.lstsq(np.hstack([counts, charge]), target - counts @ start, rcond=None)[0]
     table = np.full(NUM_ELEMENTS + 1, math.nan)
     table[present], table[0] = start + correction[:-1], correction[-1]
     # An element is undetermined where some change of the table that no energy sees changes it.

@@ -46,8 +46,8 @@ def fit_references(frames: Sequence[Frame]) -> tuple[np.ndarray, list[str]]:
 def shift_references(frames: Sequence[Frame], predicted: Sequence[float], of_checkpoint: np.ndarray) -> np.ndarray:
     """References for a network that is trained already: those of the checkpoint, moved to another level of theory.
 
-    The least-squares change of the references that takes the predicted total energies (eV) to the given ones, apart
-    from what spins add. The network's own part then starts where it was good. Elements that the frames do not have keep
+    The least-squares change of the references that takes the predicted total energies (eV) to the given ones. The
+    network's own part then starts where it was good. Elements that the frames do not have keep
     the checkpoint's, and so does the charge where all are the same.
     Returns the table as `fit_references` does.
     """
@@ -55,7 +55,6 @@ def shift_references(frames: Sequence[Frame], predicted: Sequence[float], of_che
         [frame.atoms.numbers for frame in frames],
         [frame.energy - energy for frame, energy in zip(frames, predicted, strict=True)],
         [frame.atoms.info["charge"] for frame in frames],
-        [frame.atoms.info["spin"] for frame in frames],
     ).table
     return np.where(np.isfinite(change), np.nan_to_num(of_checkpoint) + change, of_checkpoint)
 
