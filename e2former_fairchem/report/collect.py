@@ -15,7 +15,7 @@ from torchtnt.framework.unit import TEvalUnit
 
 from e2former_fairchem.compat import dataset_and_row
 from e2former_fairchem.report.errors import SAMPLE_SIZE, Predictions, SetErrors
-from e2former_fairchem.training.step_metrics import task_of, valid
+from e2former_fairchem.training.recorders import task_of, valid
 
 
 class ErrorCollector:

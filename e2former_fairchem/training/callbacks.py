@@ -25,9 +25,9 @@ from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 from e2former_fairchem.files import replacing, write_text
 from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.card import validation_errors, versions, write_card
+from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
 from e2former_fairchem.training.resume import make_movable
 from e2former_fairchem.training.signals import StopRequest, end_on_signal, status
-from e2former_fairchem.training.step_metrics import LossRecorder, ZeroForceRecorder
 from e2former_fairchem.training.unit import TrainEvalUnit
 
 # property -> metric -> (what a reader wants to see, factor, format)

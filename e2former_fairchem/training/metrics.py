@@ -21,7 +21,7 @@ from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 from e2former_fairchem.files import write_text
 from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.callbacks import collect_metrics
-from e2former_fairchem.training.step_metrics import LossRecorder, ZeroForceRecorder
+from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -28,9 +28,9 @@ from e2former_fairchem.graph import Graph
 from e2former_fairchem.training import replay
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.padding import PaddedBatch, PaddingCollater, padded_sizes
+from e2former_fairchem.training.recorders import LossRecorder
 from e2former_fairchem.training.replay import Captures, Replays, Update, why_eager, why_no_graphs
 from e2former_fairchem.training.schedule import warmup_cosine
-from e2former_fairchem.training.step_metrics import LossRecorder
 from e2former_fairchem.training.unit import TrainEvalUnit
 from e2former_kernels.common.chunks import EdgeList, SeveralChunks
 
