@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from e2former_fairchem.config import ATTENTION_SPECIES_WIDTH, E2FormerV2Config
 from e2former_fairchem.execution import REFERENCE, Execution
 from e2former_fairchem.nn.axis_aligned import eaas_constants
+from e2former_fairchem.nn.directional_gate import DirectionalGate
 from e2former_fairchem.nn.images import ImageNodes
 from e2former_fairchem.nn.linear import SO3Linear
 from e2former_fairchem.nn.query_key import QueryKey
 from e2former_fairchem.nn.radial import RadialMLP, SpeciesEmbedding
-from e2former_fairchem.nn.score import DirectionalGate
 from e2former_fairchem.so3 import make_paths
 from e2former_kernels.common.backend import float32_products
 from e2former_kernels.common.envelope import Envelope

@@ -261,7 +261,7 @@ def test_third_derivative_is_recomputed(make, recomputed, score: str) -> None:
 def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
     """The kernel's harmonics and their derivative against PyTorch."""
     from e2former_kernels.common.harmonics import harmonic_scales
-    from e2former_kernels.equivariant_attention import kernels_score as kernel
+    from e2former_kernels.equivariant_attention import kernels_directional as kernel
 
     if device == "cuda":
         make.device, make.dtype = device, torch.float32
@@ -288,7 +288,7 @@ def test_harmonics(make, lmax: int, unit: bool, device: str) -> None:
 def test_harmonics_with_tangents(make, lmax: int, unit: bool, device: str) -> None:
     """The harmonics' change along a change of the vectors, and the gradient of both, against PyTorch."""
     from e2former_kernels.common.harmonics import harmonic_scales
-    from e2former_kernels.equivariant_attention import kernels_score as kernel
+    from e2former_kernels.equivariant_attention import kernels_directional as kernel
 
     def harmonics(vec: Tensor) -> Tensor:
         y = solid_harmonics(vec / vec.norm(dim=-1, keepdim=True) if unit else vec, lmax)

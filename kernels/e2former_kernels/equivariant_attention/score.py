@@ -2,7 +2,7 @@
 
 docs/network.md, section 6.2. A score is g <q, k> / sqrt(S): the gate g and the head p, which multiplies the weight, are
 what scores differ in. A new one is an entry of :data:`SCORES`. Kernels know those whose entry says so: gate and head of
-the directional ones are in ``score_directional.py`` and ``kernels_score.py``, other scores have a radial network's.
+the directional ones are in ``score_directional.py`` and ``kernels_directional.py``, others are the radial network's.
 """
 
 from __future__ import annotations

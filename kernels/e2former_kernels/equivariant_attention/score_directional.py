@@ -15,7 +15,7 @@ from torch import Tensor
 from e2former_kernels.common.chunks import EdgeChunk
 from e2former_kernels.common.harmonics import harmonic_scales
 from e2former_kernels.common.tiles import next_power
-from e2former_kernels.equivariant_attention import kernels_score as kernel
+from e2former_kernels.equivariant_attention import kernels_directional as kernel
 from e2former_kernels.equivariant_attention.reference import AttentionSpec
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights
 from e2former_kernels.radial import kernels as layers

@@ -1,4 +1,4 @@
-"""Parameters of the attention's scores that have some beside the radial network."""
+"""Parameters of the attention's directional scores, beside those of the radial network."""
 
 from __future__ import annotations
 
