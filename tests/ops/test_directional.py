@@ -78,6 +78,16 @@ def test_a_score_without_kernels_is_refused(make, monkeypatch: pytest.MonkeyPatc
 
 
 @interpreted
+def test_kernels_of_qk_stand_for_no_other_score(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score without directions that says ``kernels`` while they compute the gate of ``qk`` is refused."""
+    qk = ALL_SCORES["qk"]
+    monkeypatch.setitem(ALL_SCORES, "mine", qk._replace(gate_and_head=lambda *given: qk.gate_and_head(*given)[::-1]))
+    arguments = make.attention("qk")
+    with pytest.raises(ValueError, match="score: without directions the kernels compute .* not those of 'mine'"):
+        equivariant_attention(replace(arguments[0], score="mine"), *arguments[1:])
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("score", "norm", "order", "lmax"),
     [  # degrees in turn: each meets every score, norm and order

@@ -19,9 +19,8 @@ from e2former_kernels.common.checks import check_device, check_float, check_radi
 from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
-from e2former_kernels.equivariant_attention.attention_norm import NORMS
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
-from e2former_kernels.equivariant_attention.reference import AttentionSpec, Form, Pieces, check_nodes_and_edges
+from e2former_kernels.equivariant_attention.reference import AttentionSpec, Form, Pieces, check_nodes_and_edges, refusal
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.splines import RadialSplines, check_splines
@@ -41,10 +40,8 @@ def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupli
     value, score = pieces.value, SCORES[spec.score]
     check_nodes_and_edges(spec, pieces, edges, coupling, form)
     check_device("equivariant_attention", value.device)
-    for key, name, table in (("score", spec.score, SCORES), ("norm", spec.norm, NORMS)):
-        if not table[name].kernels:
-            known = ", ".join(other for other, entry in table.items() if entry.kernels)
-            raise ValueError(f"{key}: the kernels compute {known}, got {name!r}")
+    if (problem := refusal(spec.score, spec.norm)) is not None:
+        raise ValueError(problem)
     if score.directional:
         shapes = score.weights(spec, pieces.dot_weights, value, pieces.dot.shape[-1])
         named = {f"dot_weights.{name}": (getattr(pieces.dot_weights, name), *shapes[name]) for name in shapes}

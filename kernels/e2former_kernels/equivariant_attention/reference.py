@@ -82,6 +82,17 @@ class AttentionSpec:
         object.__setattr__(self, "attention_norm", NORMS[self.norm])
 
 
+def refusal(score: str, norm: str) -> str | None:
+    """Why kernels do not compute a score and a norm; None where they do."""
+    for key, name, table in (("score", score, SCORES), ("norm", norm, NORMS)):
+        if not table[name].kernels:
+            known = ", ".join(other for other, entry in table.items() if entry.kernels)
+            return f"{key}: the kernels compute {known}, got {name!r}"
+    if not SCORES[score].directional and SCORES[score].gate_and_head is not SCORES["qk"].gate_and_head:
+        return f"score: without directions the kernels compute gate and head of 'qk', not those of {score!r}"
+    return None
+
+
 class Pieces(NamedTuple):
     """What the attention reads, in the order in which plans and calls take it."""
 
