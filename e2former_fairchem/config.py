@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from e2former_kernels.common.envelope import Envelope
-from e2former_kernels.equivariant_attention.attention_norm import NORMS as _NORMS
+from e2former_kernels.equivariant_attention.attention_norm import NORM_OF_KEY
 from e2former_kernels.equivariant_attention.message import DIRECTIONS
 from e2former_kernels.equivariant_attention.score import SCORES as _SCORES
 
-# Scores and norms are those of the attention; the norm of both releases is one there.
+# Scores and norms are those of the attention.
 SCORES = tuple(_SCORES)
-ATTENTION_NORMS = tuple(n for norm in _NORMS for n in (("molfm_v2", "molfm_v1_5") if norm == "molfm" else (norm,)))
+ATTENTION_NORMS = tuple(NORM_OF_KEY)
 MESSAGE_ORDERS = range(len(DIRECTIONS))
 CONVOLUTIONS = ("auto", "on_the_fly", "eaas", "dense")
 KERNEL_BACKENDS = ("auto", "reference", "triton")
@@ -198,6 +198,11 @@ class E2FormerV2Config:
         if isinstance(self.message_order, tuple):
             return self.message_order
         return (self.message_order,) * self.num_layers
+
+    @property
+    def norm(self) -> str:
+        """The attention norm that ``attention_norm`` means; that of both releases is one."""
+        return NORM_OF_KEY[self.attention_norm]
 
     @property
     def hidden_radial_width(self) -> int:

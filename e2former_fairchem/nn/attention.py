@@ -81,7 +81,7 @@ class EquivariantAttention(nn.Module):
             num_basis=config.num_radial_basis,
             envelope=envelope or config.envelope,
             score=config.score,
-            norm="molfm" if config.attention_norm.startswith("molfm") else config.attention_norm,
+            norm=config.norm,
             order=order,
             inverse_distance=config.inverse_distance,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.edge_degree import EmbeddingSpec, edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+from e2former_kernels.equivariant_attention.attention_norm import NORMS as ALL_NORMS
 from e2former_kernels.radial.reference import gaussian_basis, radial_hidden, radial_network
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
-NORMS = ["smooth", "molfm", "softplus", "sigmoid"]
+NORMS = [name for name, norm in ALL_NORMS.items() if norm.kernels]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -86,6 +88,14 @@ def check(make, find_leaves, called):
 @pytest.mark.parametrize(("norm", "order"), list(itertools.product(NORMS, [0, 1])))
 def test_attention(make, check, norm: str, order: int) -> None:
     check(make.attention(norm=norm, order=order))
+
+
+@interpreted
+def test_a_norm_without_its_branch_is_no_other(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that says ``kernels`` while a formula for them is missing stops in the kernel."""
+    monkeypatch.setitem(ALL_NORMS, "mine", replace(ALL_NORMS["sigmoid"], name="mine"))
+    with pytest.raises(Exception, match="AssertionError"):
+        equivariant_attention(*make.attention(norm="mine"))
 
 
 @interpreted

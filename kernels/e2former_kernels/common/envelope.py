@@ -47,8 +47,7 @@ class _Polynomial(torch.autograd.Function):
 def bell_envelope(distance: Tensor, lower: float, upper: float) -> Tensor:
     r""":math:`(1-t^2)^2` with :math:`t = (2d - d_0 - d_1)/(d_1 - d_0)`, zero outside [d_0, d_1].
 
-    docs/network.md, equation 3.4. distance: any shape, d_0 and d_1, Å.
-    Returns values in [0, 1], no unit.
+    docs/network.md, equation 3.4. distance: any shape, d_0 and d_1, Å. Returns values in [0, 1], no unit.
     """
     t = (2.0 * distance - (lower + upper)) / (upper - lower)
     gap = (1.0 - t * t).clamp(min=0.0)

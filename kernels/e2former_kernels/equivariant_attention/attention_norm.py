@@ -1,10 +1,9 @@
 r"""How weights are made of scores: the table of attention norms, and the formula of each in PyTorch and for kernels.
 
-docs/network.md, section 6.3. A norm is an entry of :data:`NORMS`, whose name is the configuration's, and the branches
-below that its flags lead to: of value, first derivative (``_reverse``), change along a direction (``_tangent``, and
-``_dot``) and second derivative. Nothing else asks which norms there are. Norms without a sum over neighbours are one
-function f of the score, w = f(a) u p, and need only :func:`activation`, :func:`times_slope` and
-:func:`activation_bend`.
+docs/network.md, section 6.3. A norm is an entry of :data:`NORMS` and the branches below that its flags lead to: of
+value, first derivative (``_reverse``), change along a direction (``_tangent``, and ``_dot``) and second derivative.
+Nothing else asks which norms there are. Norms without a sum over neighbours are one function f of the score,
+w = f(a) u p, and need only :func:`activation`, :func:`times_slope` and :func:`activation_bend`.
 
 In the kernels NORM is the name, SOFTMAX and MAXIMUM are the flags of :meth:`AttentionNorm.flags`. Softmax: m is the
 shift, t the sum, inv = 1 / t, ``constant`` what stands beside the sum, z = exp(a - m) inv.
@@ -29,7 +28,8 @@ class AttentionNorm:
 
     softmax: weights are divided by a sum over the receiver's edges, plus ``constant``; else they are ``function`` of
     the score. maximum: the softmax's shift m, the largest score, is part of the function and is differentiated; without
-    it the constant goes as exp(-m), and the function does not depend on m. kernels: it has its branches below.
+    it the constant goes as exp(-m), and the function does not depend on m. kernels: it has its branches below. keys:
+    what the configuration calls it, its name by default.
     """
 
     name: str
@@ -38,6 +38,7 @@ class AttentionNorm:
     maximum: bool = False
     constant: float = 0.0
     kernels: bool = False
+    keys: tuple[str, ...] = ()
 
     @property
     def flags(self) -> dict[str, str | bool]:
@@ -51,16 +52,18 @@ class AttentionNorm:
 MOLFM_CONSTANT = 1e-3
 SMOOTH_CONSTANT = 1.0
 
-#: By name, as the specification and the key ``attention_norm`` say it.
+#: By name, as the specification says it.
 NORMS: Mapping[str, AttentionNorm] = {
     norm.name: norm
     for norm in (
         AttentionNorm("smooth", softmax=True, constant=SMOOTH_CONSTANT, kernels=True),
-        AttentionNorm("molfm", softmax=True, maximum=True, constant=MOLFM_CONSTANT, kernels=True),
+        AttentionNorm("molfm", None, True, True, MOLFM_CONSTANT, kernels=True, keys=("molfm_v2", "molfm_v1_5")),
         AttentionNorm("softplus", F.softplus, kernels=True),
         AttentionNorm("sigmoid", torch.sigmoid, kernels=True),
     )
 }
+#: Name by what the key ``attention_norm`` says.
+NORM_OF_KEY = {key: norm.name for norm in NORMS.values() for key in norm.keys or (norm.name,)}
 
 
 def attention_weights(
@@ -109,6 +112,7 @@ def activation(a, NORM: tl.constexpr):
     if NORM == "softplus":
         f = softplus(a)
     else:
+        tl.static_assert(NORM == "sigmoid")
         f = sigmoid(a)
     return f
 
@@ -119,6 +123,7 @@ def times_slope(w, a, f, NORM: tl.constexpr):
     if NORM == "softplus":
         w = w * sigmoid(a)
     else:
+        tl.static_assert(NORM == "sigmoid")
         w = w * f * (1.0 - f)
     return w
 
@@ -132,6 +137,7 @@ def activation_bend(a, NORM: tl.constexpr):
         slope = s
         bend = s * (1.0 - s)
     else:
+        tl.static_assert(NORM == "sigmoid")
         f = s
         slope = s * (1.0 - s)
         bend = slope * (1.0 - 2.0 * s)

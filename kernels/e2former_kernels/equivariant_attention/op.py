@@ -165,18 +165,16 @@ def equivariant_attention(
 ) -> Tensor:
     r"""Equivariant attention, the function of :func:`equivariant_attention_reference`, with Triton kernels.
 
-    Arguments as there (form ``relative`` or ``sum``). splines: splines of the radial network
-    (:func:`e2former_kernels.radial.splines.build_splines`), for score ``qk`` and weights that need no
-    gradient; they stand for the network in value and first derivative, for every pair of elements that occurs.
-    recompute_value: gives ``value`` once more, so that it is not kept (:mod:`e2former_kernels.common.call`). half: the
-    rows of atoms that edges gather are float16 with a factor (``common/half.py``), for float32 inputs whose products
-    may be rounded as TF32 does and weights without gradient.
+    Arguments as there (form ``relative`` or ``sum``). splines: of the radial network (``radial/splines.py``), for score
+    ``qk`` and weights that need no gradient; they stand for the network in value and first derivative, for every pair
+    of elements that occurs. recompute_value: gives ``value`` once more, so that it is not kept (``common/call.py``).
+    half: the rows of atoms that edges gather are float16 with a factor (``common/half.py``), for float32 inputs whose
+    products may be rounded as TF32 does and weights without gradient.
 
     Inputs of 16 bits (autocast) are taken to float32; the result is float32. float64 runs in Triton's interpreter
     only. Differentiable to any order in every floating-point input; value, first and second derivative have the same
-    bits every time. Raises ValueError,
-    TypeError or RuntimeError for arguments that do not fit or a device without Triton. Where ``mode`` is compiled,
-    ``recompute_value`` and ``half`` have no effect; see :mod:`e2former_kernels.common.registered`.
+    bits every time. Raises ValueError, TypeError or RuntimeError for arguments that do not fit or a device without
+    Triton. Where ``mode`` is compiled (``common/registered.py``), ``recompute_value`` and ``half`` have no effect.
     """
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
 
