@@ -2,7 +2,7 @@
 
 | name | taken when | what runs |
 |---|---|---|
-| ``reference`` | ``kernel_backend: reference``; ``auto`` without a GPU, or in float64 | PyTorch |
+| ``reference`` | ``kernel_backend: reference``; ``auto`` without a GPU, in float64, or without kernels | PyTorch |
 | ``kernels`` | Triton runs, and weights may change: training, a model that nobody froze | Triton kernels, float32 |
 | ``compiled`` | the same inside ``torch.compile`` | the kernels as operations of ``torch.library`` |
 | ``frozen`` | ``model.freeze()``, which fairchem's inference calls | and splines for radial networks, merged maps |
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.chunks import EdgeList
+from e2former_kernels.equivariant_attention.reference import refusal
 from e2former_kernels.radial.reference import EdgeGeometry, edge_geometry
 
 if TYPE_CHECKING:
@@ -105,17 +106,17 @@ class Execution:
 REFERENCE = Execution()
 
 
-def takes_kernels(backend: str, like: Tensor) -> bool:
+def takes_kernels(config: E2FormerV2Config, like: Tensor) -> bool:
     """Whether kernels compute a network: ``triton``, or ``auto`` in float32 on a GPU that they run on.
 
     Args:
-        backend: the key ``kernel_backend``.
+        config: of the network, whose score and norm must have kernels.
         like: a weight, for device and dtype.
 
     Raises:
-        RuntimeError: ``kernel_backend: triton`` cannot run here.
+        RuntimeError: ``kernel_backend: triton`` cannot run here, or not this network.
     """
-    problem = triton_problem(like.device)
+    backend, problem = config.kernel_backend, refusal(config.score, config.norm) or triton_problem(like.device)
     if backend == "triton" and problem is not None:
         raise RuntimeError(f"kernel_backend=triton: {problem}")
     wanted = like.device.type == "cuda" and like.dtype != torch.float64 if backend == "auto" else backend == "triton"
@@ -144,7 +145,7 @@ def choose_execution(
     forms = {"dense": "dense", "eaas": "sum"}
     device = like.device
     given = {
-        "kernels": takes_kernels(config.kernel_backend, like),
+        "kernels": takes_kernels(config, like),
         "form": forms.get(config.convolution, "relative"),
         "node_factored": config.convolution == "eaas",
     }
@@ -204,6 +205,8 @@ def _first(*reasons: tuple[bool, str]) -> str | None:
 def _no_kernels(config: E2FormerV2Config, like: Tensor) -> str:
     if config.kernel_backend == "reference":
         return "kernel_backend is reference"
+    if (missing := refusal(config.score, config.norm)) is not None:
+        return missing
     return "float64 is the reference's" if like.dtype == torch.float64 else f"weights are on {like.device}"
 
 

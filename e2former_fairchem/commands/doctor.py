@@ -17,13 +17,14 @@ from ase.build import molecule
 from torch import Tensor
 
 from e2former_fairchem.compat import fairchem_state
-from e2former_fairchem.config import SCORES, E2FormerV2Config
+from e2former_fairchem.config import E2FormerV2Config
 from e2former_fairchem.execution import EXECUTIONS, Execution
 from e2former_fairchem.files import write_text
 from e2former_fairchem.graph import Graph, build_graph
 from e2former_fairchem.model import E2FormerV2
 from e2former_fairchem.nn.readouts import EnergyMLP
 from e2former_kernels.common.backend import triton_problem
+from e2former_kernels.equivariant_attention.score import SCORES
 
 PACKAGES = """
     e2former-fairchem fairchem-core torch triton e3nn numpy ase vesin torch-geometric nvalchemi-toolkit-ops warp-lang
@@ -137,13 +138,13 @@ def taken_executions(device: torch.device) -> dict[str, str]:
 
 
 def self_test(device: torch.device, molecules: int, kernels: bool) -> list[Check]:
-    """Every form of the convolution and every score in PyTorch, and with ``kernels`` each score in Triton."""
+    """Every form of the convolution and every score in PyTorch, with ``kernels`` also each that has some in Triton."""
     checks = []
     for score in SCORES:
         forms = [
             ("reference", form) for form in ("dense", "eaas", "on_the_fly") if score == "qk" or form == "on_the_fly"
         ]
-        forms += [("triton", "on_the_fly")] if kernels else []
+        forms += [("triton", "on_the_fly")] if kernels and SCORES[score].kernels else []
         exact = Network(device, torch.float64, score, "reference", "dense")
         energy, forces = exact(*_water(molecules, device, torch.float64))
         for backend, form in forms:

@@ -80,7 +80,7 @@ def why_no_graphs(model: nn.Module) -> str | None:
         return f"training runs on {weight.device.type}"
     if weight.dtype != torch.float32:
         return f"weights are {weight.dtype}"
-    if not takes_kernels(model.backbone.config.kernel_backend, weight):
+    if not takes_kernels(model.backbone.config, weight):
         return "kernels do not compute it"
     return None
 

@@ -8,6 +8,8 @@ in the mean of some networks: for three atoms it scatters tenfold.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +17,11 @@ import torch
 from torch import Tensor
 
 from e2former_fairchem.config import E2FormerV2Config
-from e2former_fairchem.execution import takes_kernels
+from e2former_fairchem.execution import choose_execution, takes_kernels
 from e2former_fairchem.graph import build_graph
 from e2former_fairchem.model import E2FormerV2
+from e2former_kernels.equivariant_attention.attention_norm import NORMS
+from e2former_kernels.equivariant_attention.score import SCORES
 
 ROUNDING = 2.0**-11
 CONFIGS = {
@@ -64,9 +68,10 @@ ELEMENTS = (1, 6, 8)
 
 def test_kernels_are_taken_by_name_and_refused_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.empty(0, device="meta")
-    assert not takes_kernels("reference", like) and not takes_kernels("auto", like)
+    reference, auto, triton = (E2FormerV2Config(kernel_backend=name) for name in ("reference", "auto", "triton"))
+    assert not takes_kernels(reference, like) and not takes_kernels(auto, like)
     with pytest.raises(RuntimeError, match="kernel_backend=triton: Triton needs a CUDA device.*got meta"):
-        takes_kernels("triton", like)
+        takes_kernels(triton, like)
     # as a GPU would be asked
     for problem, dtype, expected in (
         (None, torch.float32, True),
@@ -75,8 +80,27 @@ def test_kernels_are_taken_by_name_and_refused_loudly(monkeypatch: pytest.Monkey
     ):
         monkeypatch.setattr("e2former_fairchem.execution.triton_problem", lambda device, found=problem: found)
         like = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-        assert takes_kernels("auto", like) is expected
-        assert not takes_kernels("reference", like) and not takes_kernels("auto", torch.empty(0))
+        assert takes_kernels(auto, like) is expected
+        assert not takes_kernels(reference, like) and not takes_kernels(auto, torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "without"),
+    [(SCORES, "qk", lambda entry: entry._replace(kernels=False)), (NORMS, "smooth", partial(replace, kernels=False))],
+)
+def test_what_has_no_kernels_runs_in_the_reference(
+    monkeypatch: pytest.MonkeyPatch, table: dict, name: str, without: Callable
+) -> None:
+    """With ``auto`` also on a GPU; ``triton`` refuses it."""
+    monkeypatch.setitem(table, name, without(table[name]))
+    monkeypatch.setattr("e2former_fairchem.execution.triton_problem", lambda device: None)
+    like = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    auto, triton = (E2FormerV2Config(kernel_backend=name) for name in ("auto", "triton"))
+    assert not takes_kernels(auto, like)
+    why = choose_execution(auto, None, like, None, None).why_not["kernels"]
+    assert why.endswith(f"got {name!r}")
+    with pytest.raises(RuntimeError, match=f"kernel_backend=triton: {why}"):
+        choose_execution(triton, None, like, None, None)
 
 
 class System:

@@ -37,7 +37,6 @@ ALLOWED = {
     ("kernels/e2former_kernels/common/backend.py", "triton"): "the package's name",
     ("kernels/e2former_kernels/common/checks.py", "triton_problem"): "an operation that cannot run says so",
     ("e2former_fairchem/config.py", "kernel_backend"): "the key, checked",
-    ("e2former_fairchem/training/replay.py", "kernel_backend"): "handed to the choice",
     ("e2former_fairchem/commands/doctor.py", "triton_problem"): "reported",
     ("e2former_fairchem/commands/doctor.py", "triton"): "a package",
 }
