@@ -44,7 +44,7 @@ def load_numbers(at, inside):
 @triton.jit
 def store_numbers(at, y, inside):
     """Numbers of a row, of at most 1."""
-    tl.store(at, y.to(tl.float16), mask=inside)
+    tl.store(at, y.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
