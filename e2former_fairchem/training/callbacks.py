@@ -25,16 +25,11 @@ from torchtnt.framework.unit import TEvalUnit, TTrainUnit
 from e2former_fairchem.files import replacing, write_text
 from e2former_fairchem.training.arguments import integer
 from e2former_fairchem.training.card import validation_errors, versions, write_card
+from e2former_fairchem.training.properties import PROPERTIES
 from e2former_fairchem.training.recorders import LossRecorder, ZeroForceRecorder
 from e2former_fairchem.training.resume import make_movable
 from e2former_fairchem.training.signals import StopRequest, end_on_signal, status
 from e2former_fairchem.training.unit import TrainEvalUnit
-
-# property -> metric -> (what a reader wants to see, factor, format)
-_SHOWN = {
-    "energy": {"per_atom_mae": ("E {} meV/atom", 1000.0, "{:.1f}")},
-    "forces": {"mae": ("F {} eV/Å", 1.0, "{:.3f}")},
-}
 
 
 def keep_old(*paths: Path) -> None:
@@ -93,10 +88,10 @@ def format_metrics(metrics: dict[str, float], properties: dict[str, str], zero_f
     for name, value in metrics.items():
         task, metric = name.rsplit(",", 1)
         prop = properties.get(task, "")
-        if metric not in _SHOWN.get(prop, {}):
+        known = PROPERTIES.get(prop)
+        if known is None or known.line is None or known.metric != metric:
             continue
-        text, factor, number = _SHOWN[prop][metric]
-        word = text.format(number.format(value * factor))
+        word = known.line.format(known.digits.format(value * known.line_factor))
         if prop == "forces" and zero_force:
             word += f" ({100 * value / zero_force:.1f} % of zero forces)"
         words.append(word)

@@ -30,13 +30,11 @@ from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 
 from e2former_fairchem.files import replacing
 from e2former_fairchem.states import SeenStates, described
+from e2former_fairchem.training.properties import PROPERTIES
 from e2former_fairchem.validation import plain
 
 #: What a config may say of its data.
 GIVEN = ("data", "level_of_theory", "licence", "started_from")
-#: Property: its metric among fairchem's.
-METRICS = {"energy": "per_atom_mae", "forces": "mae", "stress": "mae"}
-_UNITS = {"energy": (1000.0, "meV/atom"), "forces": (1000.0, "meV/Å"), "stress": (1000.0, "meV/Å^3")}
 _SEEN, _STATES = "backbone.elements_seen", "backbone.states_seen"
 #: Entries of a card that the cards of checkpoints keep that are trained on from it.
 _KEPT = ("level_of_theory", "data", "structures", "states", "licence")
@@ -68,7 +66,8 @@ def validation_errors(metrics: Mapping[str, Mapping[str, float]], properties: Ma
     for name, values in metrics.items():
         for key, value in values.items():
             task, metric = key.rsplit(",", 1)
-            if METRICS.get(properties.get(task)) == metric:
+            known = PROPERTIES.get(properties.get(task))
+            if known is not None and known.metric == metric:
                 found.setdefault(name, {})[properties[task]] = value
     return found
 
@@ -156,7 +155,8 @@ def describe(checkpoint: MLIPInferenceCheckpoint) -> Iterator[str]:
             "of theory"
         )
     for name, errors in card.get("validation", {}).items():
-        said = (f"{kind} {value * _UNITS[kind][0]:.4g} {_UNITS[kind][1]}" for kind, value in errors.items())
+        known = ((kind, value, PROPERTIES[kind]) for kind, value in errors.items())
+        said = (f"{kind} {value * of.factor:.4g} {of.unit}" for kind, value, of in known)
         yield f"errors on {name}: {', '.join(said)}"
     if not card.get("validation"):
         yield "errors on validation data: not recorded"

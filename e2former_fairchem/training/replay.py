@@ -32,6 +32,7 @@ from e2former_fairchem.backbone import E2FormerV2Backbone
 from e2former_fairchem.execution import takes_kernels
 from e2former_fairchem.training.losses import PerSystemSumLoss
 from e2former_fairchem.training.padding import PaddedBatch, Sizes, counted, padded_graph
+from e2former_fairchem.training.properties import PROPERTIES
 from e2former_fairchem.validation import log_once
 from e2former_kernels.common.chunks import SeveralChunks
 from e2former_kernels.compat import foreach_copy_
@@ -88,7 +89,7 @@ def why_no_graphs(model: nn.Module) -> str | None:
 def _why_not_loss(task: Task) -> str | None:
     loss = task.loss_fn
     known = isinstance(loss, PerSystemSumLoss) or (type(loss) is DDPMTLoss and loss.reduction in ("mean", "sum"))
-    if known and type(loss.loss_fn) in _LOSSES and task.property in ("energy", "forces", "stress"):
+    if known and type(loss.loss_fn) in _LOSSES and task.property in PROPERTIES and PROPERTIES[task.property].replayed:
         return None
     reduction = getattr(loss, "reduction", None)
     return f"the loss of {task.name} is {type(loss).__name__} ({type(loss.loss_fn).__name__}, {reduction})"
