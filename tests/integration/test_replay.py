@@ -388,7 +388,12 @@ def test_replays_are_padded_steps(build: Callable, batches: Callable, kind: str,
         for name in a
         if not torch.equal(a[name], b[name])
     ]
-    assert not different, f"{len(different)} in steps {sorted({step for step, *_ in different})}: {different[:3]}"
+    first = [name for step, name, _ in different if step == different[0][0]]
+    equal = [name for name in losses[different[0][0]] if name not in first] if different else []
+    assert not different, (
+        f"{len(different)} in steps {sorted({step for step, *_ in different})}: {different[:3]}; "
+        f"equal in the first: {equal}"
+    )
     assert same(state_of(ours), state_of(again))
     rtol = {"strict": 1e-5, "tf32": 2e-3, "bf16": 2e-2}[precision]
     for a, b in zip(expected, captured[:4], strict=False):
