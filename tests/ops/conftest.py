@@ -18,6 +18,7 @@ from e2former_kernels.common.backend import Mode
 from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention import AttentionSpec, DotWeights
+from e2former_kernels.equivariant_attention.score import SCORES
 from e2former_kernels.radial.reference import RadialWeights
 
 ELEMENTS = 4
@@ -155,7 +156,9 @@ class Make:
             dot = self(nodes, rows, heads // (lmax + 1) + 1)
             square = self(heads, heads), self(heads)
             dot_weights = DotWeights(None, *square, self(heads), self(heads), self(heads, heads), self(heads))
-        outputs = heads if score == "qk_dot" else 2 * heads
+        elif SCORES[score].directional:
+            raise NotImplementedError(f"weights of {score}")
+        outputs = SCORES[score].outputs * heads
         coupling = self(PATHS[lmax], spec.directions, rows).detach() if order > 0 else None
         nodes_in = (self(nodes, heads, width), self(nodes, heads, width), self(nodes, rows, heads * per_head), dot)
         weights = (self.radial(1, outputs, hidden, basis), dot_weights, coupling)
@@ -416,9 +419,7 @@ def so3_operation(make: Make, size: int = 7, compiled: bool = False, channels: i
 
 
 OPERATIONS = {
-    "attention": attention_operation,
-    "attention_dot": functools.partial(attention_operation, score="qk_dot"),
-    "attention_dot_scalar": functools.partial(attention_operation, score="qk_dot_scalar"),
+    **{f"attention{s.removeprefix('qk')}": functools.partial(attention_operation, score=s) for s in SCORES},
     "edge_degree": edge_degree_operation,
     "norm": norm_operation,
     "feedforward": feedforward_operation,

@@ -16,11 +16,13 @@ from e2former_kernels.common.chunks import Plan
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.harmonics import solid_harmonics
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+from e2former_kernels.equivariant_attention.attention_norm import NORMS as ALL_NORMS
 from e2former_kernels.equivariant_attention.score import SCORES as ALL_SCORES
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
-SCORES = ["qk_dot", "qk_dot_scalar"]
+SCORES = [name for name, score in ALL_SCORES.items() if score.directional and score.kernels]
+NORMS = [name for name, norm in ALL_NORMS.items() if norm.kernels]
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 MOVING = (5, 1, 2, 3, 4)  # vec, query, key, value, dot
 
@@ -92,9 +94,7 @@ def test_kernels_of_qk_stand_for_no_other_score(make, monkeypatch: pytest.Monkey
     ("score", "norm", "order", "lmax"),
     [  # degrees in turn: each meets every score, norm and order
         (score, norm, order, 1 + (s + n + order) % 3)
-        for (s, score), (n, norm), order in itertools.product(
-            enumerate(SCORES), enumerate(["smooth", "molfm", "softplus"]), [0, 1]
-        )
+        for (s, score), (n, norm), order in itertools.product(enumerate(SCORES), enumerate(NORMS), [0, 1])
     ],
 )
 def test_frozen_weights(make, recomputed, score: str, norm: str, order: int, lmax: int) -> None:
@@ -175,10 +175,10 @@ def test_single_precision(make, spy, score: str, half: bool) -> None:
 @pytest.mark.parametrize(
     ("norm", "order", "lmax", "chunk"),
     [
-        ("smooth", 1, 1, 4), ("smooth", 0, 3, None), ("molfm", 1, 4, None), ("molfm", 0, 2, 4),
-        ("softplus", 1, 3, 4), ("softplus", 0, 1, None), ("sigmoid", 1, 2, None), ("sigmoid", 0, 4, 4),
+        (norm, order, 1 + (3 * n + 2 - 2 * order) % 4, 4 if (n + order) % 2 else None)
+        for (n, norm), order in itertools.product(enumerate(NORMS), [1, 0])
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("score", SCORES)
 def test_training(
     make, find_leaves, recomputed, score: str, norm: str, order: int, lmax: int, chunk: int | None
@@ -215,7 +215,7 @@ def test_training_the_same_bits_twice(make, find_leaves, score: str) -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_without_layer_norms(make, find_leaves, score: str) -> None:
     arguments = list(make.attention(score, lmax=2))
-    arguments[7] = make.radial(1, 3 if score == "qk_dot" else 6, 4, 5, norms=False)
+    arguments[7] = make.radial(1, 3 * ALL_SCORES[score].outputs, 4, 5, norms=False)
     inputs = find_leaves(arguments)
     expected = of_training(equivariant_attention_reference(*arguments, recompute=False), arguments, inputs)
     assert_close(of_training(equivariant_attention(*arguments), arguments, inputs), expected)

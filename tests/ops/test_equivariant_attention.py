@@ -12,12 +12,13 @@ from e2former_kernels.common.backend import triton_installed
 from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
+from e2former_kernels.equivariant_attention.attention_norm import NORMS
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
 
 CASES = [
-    *itertools.product(["qk"], ["smooth", "molfm", "softplus", "sigmoid"], [0, 1]),
+    *itertools.product(["qk"], [name for name, norm in NORMS.items() if norm.kernels], [0, 1]),
     ("qk_dot", "molfm", 1),
     ("qk_dot_scalar", "smooth", 0),
 ]

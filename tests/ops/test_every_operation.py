@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from e2former_kernels.common.backend import triton_installed
+from e2former_kernels.equivariant_attention.attention_norm import NORMS as ALL_NORMS
+from e2former_kernels.equivariant_attention.message import DIRECTIONS, INVERSE_DISTANCES
+from e2former_kernels.equivariant_attention.score import SCORES as ALL_SCORES
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
 ON_NODES = ["norm", "feedforward", "feedforward_power", "query_key", "grouped_linear", "so3_linear"]
 KERNELS = ["attention", "edge_degree", "norm", "feedforward", "feedforward_power", "query_key"]
-ALL = ["attention", "attention_dot", "attention_dot_scalar", "edge_degree", *ON_NODES]
+SCORES = [f"attention{name.removeprefix('qk')}" for name, score in ALL_SCORES.items() if score.kernels]
+ALL = [*SCORES, "edge_degree", *ON_NODES]
 PREFIXES = ["radial.", "dot_weights.radial."]
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -110,11 +114,17 @@ def test_strided_inputs(operation, name: str) -> None:
 
 # Every score with every order and every way to weigh edges, v1.5's and v2's softmax among them; degrees in turn, so
 # that each meets every score, order and way.
-WEIGHTS = [("smooth", "v1_5"), ("molfm", "v1_5"), ("molfm", "v2"), ("softplus", "v1_5"), ("sigmoid", "v2")]
-SCORES = ["attention", "attention_dot", "attention_dot_scalar"]
+NORMS = [name for name, norm in ALL_NORMS.items() if norm.kernels]
+WEIGHTS = [
+    (norm, distance)
+    for (n, norm), (m, distance) in itertools.product(enumerate(NORMS), enumerate(INVERSE_DISTANCES))
+    if norm == "molfm" or m != n % 2
+]
 COMBINATIONS = [
     pytest.param(score, order, *weights, 1 + (s + 2 * order + n) % 4, id=f"{score}-{order}-{'-'.join(weights)}")
-    for (s, score), order, (n, weights) in itertools.product(enumerate(SCORES), (0, 1, 2), enumerate(WEIGHTS))
+    for (s, score), order, (n, weights) in itertools.product(
+        enumerate(SCORES), range(len(DIRECTIONS)), enumerate(WEIGHTS)
+    )
     if order < 2 or n == s or score == "attention"
 ]
 
@@ -242,7 +252,7 @@ def test_errors_stay_within_twice_the_references(make, operation, precise, name:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["attention", "attention_dot", "attention_dot_scalar"])
+@pytest.mark.parametrize("name", SCORES)
 def test_errors_in_half_precision(operation, name: str) -> None:
     """Query, key and value as bfloat16 autocast makes them: within twice the error of the reference in bfloat16."""
     case = operation(name, **SMALL["attention"])
@@ -266,7 +276,7 @@ def test_errors_in_half_precision(operation, name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", [*KERNELS, "attention_dot", "attention_dot_scalar"])
+@pytest.mark.parametrize("name", [*KERNELS, *SCORES[1:]])
 def test_frozen_weights_cost_nothing(operation, spy, name: str) -> None:
     """In forces and their derivatives, which are the reference's, nothing of the weights' gradients is computed."""
     from e2former_kernels.common.sums import ChunkSums
