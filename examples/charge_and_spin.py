@@ -4,8 +4,8 @@
 
 Geometries are ASE's, with a hydrogen less for anions and radicals; nothing is relaxed. In brackets stands GFN2-xTB, the
 level of theory that gfn2-small learned, by tblite 0.8.0 on the same geometries. It is not experiment: acetone's
-ionisation energy is 5 eV above the measured 9.7. Ions of three and four atoms are not what gfn2-small is good at: the
-energies of H2O+, CH3+ and NO2- are 0.8 to 1.4 eV away from GFN2-xTB's.
+ionisation energy is 5 eV above the measured 9.7. Small ions that training has not seen are not what gfn2-small is good
+at: the energy of H3O+ is 0.7 eV away from GFN2-xTB's.
 """
 
 from __future__ import annotations
