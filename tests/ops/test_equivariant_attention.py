@@ -13,6 +13,7 @@ from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention import equivariant_attention, equivariant_attention_reference
 from e2former_kernels.equivariant_attention.attention_norm import NORMS
+from e2former_kernels.equivariant_attention.kernels_value import fits
 
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs the triton package")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
@@ -47,6 +48,18 @@ def test_degrees(make, compare, find_leaves, lmax: int) -> None:
         torch.autograd.grad(op, inputs, cotangent), torch.autograd.grad(reference, inputs, cotangent), strict=True
     )
     assert all((a - b).abs().max() < 1e-10 * b.abs().max().clamp(min=1) for a, b in pairs)
+
+
+@interpreted
+def test_contraction_that_no_program_holds(make, compare, find_leaves) -> None:
+    """Order 2 with lmax 4 and cross products has 154 path rows of 8 x 25 numbers: a product of PyTorch's."""
+    small = {"nodes": 3, "edges": 5, "heads": 2, "width": 1, "per_head": 1, "basis": 3, "hidden": 3}
+    *arguments, coupling = make.attention(order=2, lmax=4, **small)
+    arguments.append(make(154, *coupling.shape[1:]).detach())
+    assert not fits(arguments[-1].flatten(1)) and not fits(arguments[-1].flatten(1).t())
+    op, reference = equivariant_attention(*arguments), equivariant_attention_reference(*arguments)
+    compare(op, reference, find_leaves(arguments))
+    assert fits(make(90, 128)) and fits(make(94, 200))  # lmax 3, and lmax 4 without cross products
 
 
 @interpreted

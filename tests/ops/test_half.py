@@ -47,11 +47,13 @@ def test_product(nodes_first: bool, device: str) -> None:
     torch.testing.assert_close(biased, out + bias.unsqueeze(1))
 
 
-@pytest.mark.parametrize("channels", [6, kernels_value.LARGEST_CONTRACTION // 5])
-def test_contraction(channels: int, device: str) -> None:
-    """Rows of a contraction, also where a program cannot hold them all."""
-    matrix = torch.randn(5, 7).to(device)
-    x = (torch.randn(len(SIZES), 7, channels) * torch.tensor(SIZES).view(-1, 1, 1)).to(device)
+@pytest.mark.parametrize(
+    ("paths", "channels"), [((5, 7), 6), ((5, 7), kernels_value.LARGEST_CONTRACTION // 5), ((154, 200), 6)]
+)
+def test_contraction(paths: tuple[int, int], channels: int, device: str) -> None:
+    """Rows of a contraction, also where a program cannot hold them all, or the matrix."""
+    matrix = torch.randn(*paths).to(device)
+    x = (torch.randn(len(SIZES), paths[1], channels) * torch.tensor(SIZES).view(-1, 1, 1)).to(device)
     rows, factor = kernels_value.contract_rows(matrix, x, "tf32x3")
     expected = torch.einsum("pk,nkc->npc", matrix.double(), x.double())
     back = rows.double() * factor.double().view(-1, 1, 1)

@@ -132,10 +132,9 @@ def score_backward_kernel(
 ):  # fmt: skip
     """From the gradients by the weights of one receiver's edges, in ``weight``, those by what the weights are made of.
 
-    Replaces pair by dL/d<q, k> and weight by w, [e, h]; writes grad_query [n, H, S], grad_features [E, 2H]
-    (without SPLINE), and this program's part of the sums over heads, grad_parts [1 (+ 1), programs, E]: by the
-    envelope and (with SPLINE) the length. Edges are taken BE at a time.
-    Long: all scores share what is loaded and stored.
+    Replaces pair by dL/d<q, k> and weight by w, [e, h]; writes grad_query [n, H, S], grad_features [E, 2H] (without
+    SPLINE), and this program's part of the sums over heads, grad_parts [1 (+ 1), programs, E]: by the envelope and
+    (with SPLINE) the length. Edges are taken BE at a time. Long: all scores share what is loaded and stored.
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.max_contiguous(tl.program_id(1) * BH + tl.arange(0, BH), EACH)

@@ -3,15 +3,13 @@ r"""Triton kernels of the attention's value: neighbours are streamed. First deri
 Layout: a value row of C channels with head c mod H is a [C/H, H] matrix, so the value of an atom is a [R, H] matrix,
 R = (lmax+1)^2 C/H, and a head's weight multiplies a column. B numbers of an edge multiply a row (8: order 2, harmonics
 of degrees 1 and 2; 3: order 1, the direction; 1: a plain weighted sum). A program has one atom and BH heads, so nothing
-crosses a warp but sums over heads; its rows are split in RA + RB (``row_tiles``). What there is for each of the B
-is a tuple.
+crosses a warp but sums over heads; its rows are split in RA + RB (``row_tiles``). What each of the B has is a tuple.
 
 Features of an edge are the gate g (columns 0 to H) and the head's input p (columns H to 2H) of the radial network: an
 array [E, 2H], or with SPLINE a spline (``radial/splines.py``) at row ``row[e]``, position ``position[e]``.
 Scores are a = g <q, k> / sqrt(S). How weights w are made of them, and NORM, SOFTMAX and MAXIMUM: ``attention_norm.py``.
 
-With HALF the rows that programs gather are float16 (``common/half.py``); what is called *_factor has a number for each
-of their atoms.
+With HALF the rows that programs gather are float16 (``common/half.py``); *_factor has a number for each of their atoms.
 """
 
 from __future__ import annotations
@@ -230,15 +228,22 @@ def contract_kernel(
 
 
 CONTRACTION_NUMBERS = 3 << 13  # of matrix and x in a program of contract_kernel: 96 KiB of shared memory
+LARGEST_MATRIX = 5 << 13  # of matrix and 16 columns of x, the least that a program takes: 160 KiB
+
+
+def fits(matrix: Tensor) -> bool:
+    """Whether a program of :func:`contract_kernel` holds a matrix; not so order 2, lmax 4, cross products."""
+    paths, inner = (max(next_power(n), 16) for n in matrix.shape)
+    return (paths + 16) * inner <= LARGEST_MATRIX
 
 
 def launch_contract(matrix: Tensor, x: Tensor, out: Tensor, precision: str) -> None:
-    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous; x and out may be float16.
-
-    precision: ``input_precision`` of ``tl.dot``.
-    """
+    """out[n, P, C] = matrix [P, K] times x[n, K, C], all contiguous; x, out may be float16. precision: ``tl.dot``'s."""
     nodes, inner, channels = x.shape
     if not out.numel():
+        return
+    if not fits(matrix):
+        out.copy_(matrix @ x.to(matrix.dtype))
         return
     paths, padded = max(next_power(matrix.shape[0]), 16), max(next_power(inner), 16)
     block = min(max(next_power(channels), 16), 128)
@@ -258,7 +263,7 @@ def contract_rows(matrix: Tensor, x: Tensor, precision: str) -> Rows:
     nodes, inner, channels = x.shape
     paths = matrix.shape[0]
     block, padded = max(next_power(channels), 16), max(next_power(paths), 16)
-    if block * padded > LARGEST_CONTRACTION:
+    if block * padded > LARGEST_CONTRACTION or not fits(matrix):
         out = x.new_empty(nodes, paths, channels)
         launch_contract(matrix, x, out, precision)
         return half_rows(out)
