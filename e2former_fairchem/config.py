@@ -1,4 +1,7 @@
-"""The network's configuration: one key, one meaning, checked when it is made."""
+"""The network's configuration: one key, one meaning, checked when it is made.
+
+Every key stands with its default in `configs/backbone/e2former_v2.yaml`, too, where the run files' groups begin.
+"""
 
 from __future__ import annotations
 

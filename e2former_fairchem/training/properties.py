@@ -1,4 +1,8 @@
-"""The properties that training knows by name: how errors of each are measured and shown. A new one is an entry."""
+"""The properties that training knows by name: how errors of each are measured and shown. A new one is an entry.
+
+Its labels come by `a2g_args` and `key_mapping` of the groups in `run_files/dataset` (and of `configs/own_data.yaml`),
+its loss by a task in `run_files/tasks`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What metrics read off a step: losses of training steps, eager or replayed, and forces of the validation data.
+"""What `metrics.py`, where a metric begins, reads off a step: losses, eager or replayed, and validation forces.
 
 Off an eager step by hooks on fairchem's losses; a replayed one calls none, and the unit hands over what it has
 (`training.unit.TrainEvalUnit.replayed_step_listeners`). The gradient's norm is the unit's ``last_grad_norm`` in both.

@@ -10,7 +10,7 @@ The format is :data:`FORMAT` and the helpers below: kernels load numbers of rows
 :func:`load_numbers` (or, where rows may be float32 too, as what they point to) and store with :func:`store_numbers`.
 Those that do take ``HALF`` or are called ``half_...``, in ``layer_norm/kernels.py``, ``query_key/kernels.py``,
 ``feedforward/kernels.py``, ``equivariant_attention/kernels_value.py`` and ``equivariant_attention/kernels_reverse.py``.
-The ``half.py`` beside them, ``layer_norm/op.py`` and ``fused.py`` launch them.
+The ``half.py`` beside them, ``layer_norm/op.py`` and ``fused.py`` launch them; ``linear/op.py`` multiplies rows, too.
 """
 
 from __future__ import annotations
