@@ -52,8 +52,9 @@ def _member(checkpoint: str, task_name: str | None, options: dict[str, Any]) -> 
     for task in calculator.predictor.dataset_to_tasks[calculator.task_name]:
         if task.property == "energy" and task.element_references is not None:
             values = np.nan_to_num(task.element_references.element_references.cpu().numpy()).round(4)
-            facts["reference of the charge"], values[0] = float(values[0]), 0.0
+            of_charge, values[0] = float(values[0]), 0.0
             facts |= {f"element reference of {chemical_symbols[z]}": float(values[z]) for z in np.flatnonzero(values)}
+            facts["reference of the charge"] = of_charge
     return calculator, facts
 
 

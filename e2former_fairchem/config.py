@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from e2former_kernels.common.envelope import Envelope
@@ -184,12 +185,12 @@ class E2FormerV2Config:
                 raise ValueError(f"{key}: expected true or false, got {getattr(self, key)!r}")
         object.__setattr__(self, "long_range", LongRange.parse(self.long_range))
 
-    @property
+    @cached_property
     def envelope(self) -> Envelope:
         """Of the edges within the cutoff."""
         return Envelope(self.cutoff, self.envelope_exponent)
 
-    @property
+    @cached_property
     def long_range_envelope(self) -> Envelope:
         """Of the edges of the long-range blocks."""
         far = self.long_range
@@ -202,7 +203,7 @@ class E2FormerV2Config:
             return self.message_order
         return (self.message_order,) * self.num_layers
 
-    @property
+    @cached_property
     def norm(self) -> str:
         """The attention norm that ``attention_norm`` means; that of both releases is one."""
         return NORM_OF_KEY[self.attention_norm]

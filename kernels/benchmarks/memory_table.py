@@ -31,6 +31,7 @@ from torch import Tensor
 from workload import GIB, TINY, Network, Results, System, attempt, common_arguments, free, measure, table
 
 from e2former_kernels.common.backend import Mode
+from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.edge_degree import edge_degree_embedding, edge_degree_embedding_reference
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.splines import RadialSplines, build_splines
@@ -50,7 +51,7 @@ class Attention(AttentionCase):
 
     def __init__(self, atoms: int, operation: str, device: str, tiny: bool = False) -> None:
         super().__init__(atoms, SCORES[operation], device, tiny)
-        self.spec = dataclasses.replace(self.spec, cutoff=CUTOFF)
+        self.spec = dataclasses.replace(self.spec, envelope=Envelope(CUTOFF))
 
     def connect(self, system: System) -> None:
         """Take the edges of ``system``."""
@@ -68,7 +69,7 @@ class EdgeDegree:
         layer, config = trunk.edge_degree, trunk.config
         radial = layer.radial(layer.target_embedding.weight, layer.source_embedding.weight)
         self.radial = RadialWeights(*(None if t is None else t.detach().clone().requires_grad_() for t in radial))
-        self.spec = layer.spec._replace(cutoff=CUTOFF)
+        self.spec = layer.spec._replace(envelope=Envelope(CUTOFF))
         torch.manual_seed(1)
         self.grad = torch.randn(atoms // 3 * 3, (config.lmax + 1) ** 2, config.sphere_channels, device=device)
 

@@ -398,7 +398,9 @@ def test_the_command_fits_what_training_then_takes(
 def test_the_fit_of_the_sample_is_the_bundled_one() -> None:
     with connect(f"{resolvers.sample('train')}/data.aselmdb", readonly=True, use_lock_file=False) as db:
         rows = list(db.select())
-    fitted = fit_element_references([r.numbers for r in rows], [r.energy for r in rows])
+    fitted = fit_element_references(
+        [r.numbers for r in rows], [r.energy for r in rows], [r.data["charge"] for r in rows]
+    )
     np.testing.assert_allclose(np.nan_to_num(fitted.table), np.nan_to_num(SAMPLE), atol=1e-6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,10 +73,9 @@ class Envelope:
             return polynomial_envelope(distance, self.cutoff, self.exponent)
         return bell_envelope(distance, *self.bell)
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, float | tuple]:
-        """The same choice for kernels that call :func:`envelope_of` and :func:`envelope_bend`: (exponent, bell or not)
-        and the radii in which it ends."""
+        """For kernels that call :func:`envelope_of`, :func:`envelope_bend`: (exponent, bell or not) and radii."""
         lower, upper = (0.0, self.cutoff) if self.bell is None else self.bell
         return {"lower": float(lower), "upper": float(upper), "ENVELOPE": (self.exponent, self.bell is not None)}
 

@@ -1,10 +1,8 @@
 r"""float16 with a scale, where products may be rounded to TF32: the same 10 bits of mantissa, half the bytes.
 
-docs/network.md, section 13.3.
-
-TF32 rounds the factors of a product to 10 bits and keeps float32's range. float16 has the 10 bits and a small range, so
-rows are divided by their largest number first: what is smaller than :math:`2^{-14}` of that loses bits, by at most
-:math:`2^{-25}` of it, less than the rounding of a float32 sum over the row. Sums are taken in float32.
+TF32 rounds factors of products to 10 bits and keeps float32's range. float16 has a small one, so rows are divided by
+their largest number (docs/network.md, section 13.3): what is below :math:`2^{-14}` of that loses bits, at most
+:math:`2^{-25}` of it, less than a float32 sum over the row rounds. Sums are taken in float32.
 
 The format is :data:`FORMAT` and the helpers below: kernels load numbers of rows, and of their products, with
 :func:`load_numbers` (or, where rows may be float32 too, as what they point to) and store with :func:`store_numbers`.

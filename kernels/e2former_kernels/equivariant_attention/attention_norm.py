@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class AttentionNorm:
     kernels: bool = False
     keys: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def flags(self) -> dict[str, str | bool]:
         """Constants of the kernels."""
         return {"NORM": self.name, "SOFTMAX": self.softmax, "MAXIMUM": self.maximum}

@@ -10,6 +10,7 @@ Three forms of the message are here. They are the same function:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ class AttentionSpec:
         object.__setattr__(self, "attention_norm", NORMS[self.norm])
 
 
+@functools.cache
 def refusal(score: str, norm: str) -> str | None:
     """Why kernels do not compute a score and a norm; None where they do."""
     for key, name, table in (("score", score, SCORES), ("norm", norm, NORMS)):
