@@ -14,6 +14,7 @@ from typing import Any
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.equivariant_attention.attention_norm import NORM_OF_KEY
 from e2former_kernels.equivariant_attention.message import DIRECTIONS
+from e2former_kernels.equivariant_attention.reference import refusal
 from e2former_kernels.equivariant_attention.score import SCORES as _SCORES
 
 # Scores and norms are those of the attention.
@@ -207,6 +208,11 @@ class E2FormerV2Config:
     def norm(self) -> str:
         """The attention norm that ``attention_norm`` means; that of both releases is one."""
         return NORM_OF_KEY[self.attention_norm]
+
+    @cached_property
+    def refusal(self) -> str | None:
+        """Why kernels do not compute this score and norm; None where they do."""
+        return refusal(self.score, self.norm)
 
     @property
     def hidden_radial_width(self) -> int:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from e2former_fairchem.config import E2FormerV2Config
 from e2former_kernels.common.backend import EXACT, Mode, triton_problem
 from e2former_kernels.common.chunks import EdgeList
-from e2former_kernels.equivariant_attention.reference import refusal
 from e2former_kernels.radial.reference import EdgeGeometry, edge_geometry
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def takes_kernels(config: E2FormerV2Config, like: Tensor) -> bool:
     Raises:
         RuntimeError: ``kernel_backend: triton`` cannot run here, or not this network.
     """
-    backend, problem = config.kernel_backend, refusal(config.score, config.norm) or triton_problem(like.device)
+    backend, problem = config.kernel_backend, config.refusal or triton_problem(like.device)
     if backend == "triton" and problem is not None:
         raise RuntimeError(f"kernel_backend=triton: {problem}")
     wanted = like.device.type == "cuda" and like.dtype != torch.float64 if backend == "auto" else backend == "triton"
@@ -205,8 +204,8 @@ def _first(*reasons: tuple[bool, str]) -> str | None:
 def _no_kernels(config: E2FormerV2Config, like: Tensor) -> str:
     if config.kernel_backend == "reference":
         return "kernel_backend is reference"
-    if (missing := refusal(config.score, config.norm)) is not None:
-        return missing
+    if config.refusal is not None:
+        return config.refusal
     return "float64 is the reference's" if like.dtype == torch.float64 else f"weights are on {like.device}"
 
 

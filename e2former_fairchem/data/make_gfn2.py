@@ -177,8 +177,7 @@ class Molecule:
     @property
     def is_test(self) -> bool:
         """Of the tenth that no training sees. Of one heavy atom none is: no other molecule would teach it."""
-        heavy = int((self.numbers > 1).sum())
-        return heavy > 1 and hashlib.sha256(self.smiles.encode()).digest()[-1] * 10 < 256
+        return bool((self.numbers > 1).sum() > 1) and hashlib.sha256(self.smiles.encode()).digest()[-1] * 10 < 256
 
     def any_conformer(self) -> np.ndarray:
         """A copy of one of them."""

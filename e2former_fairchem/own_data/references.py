@@ -47,8 +47,8 @@ def shift_references(frames: Sequence[Frame], predicted: Sequence[float], of_che
     """References for a network that is trained already: those of the checkpoint, moved to another level of theory.
 
     The least-squares change of the references that takes the predicted total energies (eV) to the given ones. The
-    network's own part then starts where it was good. Elements that the frames do not have keep
-    the checkpoint's, and so does the charge where all are the same.
+    network's own part then starts where it was good. Elements that the frames do not have keep the checkpoint's, and so
+    does the charge where all are the same.
     Returns the table as `fit_references` does.
     """
     change = fit_element_references(

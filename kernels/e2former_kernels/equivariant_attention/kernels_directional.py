@@ -125,6 +125,18 @@ def _columns(D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
     return l, block, d, d < D, (d < D) & (l * D + d < K)
 
 
+@triton.jit
+def _rows_of_degree(M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """Receiver, block, columns k of x, rows m of their degree, and where its matrix [m, d] stands in [n, M, D]."""
+    i = tl.program_id(0).to(tl.int64)
+    l, block, d, in_d, in_k = _columns(D, K, BK)
+    m = tl.arange(0, BM)
+    in_m = m < 2 * l + 1
+    m += l * l
+    at = i * (M * D) + m[:, None] * D + d[None, :]
+    return i, block, l * D + d, in_k, m, in_m, at, in_m[:, None] & in_d[None, :]
+
+
 @triton.jit(do_not_specialize=["E"])
 def directional_kernel(
     harmonics, dot, dot_dot, factor, row_ptr, out, E,
@@ -135,17 +147,10 @@ def directional_kernel(
     TANGENT: out [2, E, K], x and x', from harmonics, dot and factor and their changes. One program: a receiver's edges
     and BK columns of one degree, whose 2l+1 rows are padded to BM.
     """
-    i = tl.program_id(0).to(tl.int64)
-    l, _, d, in_d, in_k = _columns(D, K, BK)
-    m = tl.arange(0, BM)
-    in_m = m < 2 * l + 1
-    m += l * l
-    at = i * (M * D) + m[:, None] * D + d[None, :]
-    mask = in_m[:, None] & in_d[None, :]
+    i, _, k, in_k, m, in_m, at, mask = _rows_of_degree(M, D, K, BM, BK)
     rows = tl.load(dot + at, mask=mask, other=0.0)
     if TANGENT:
         rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
-    k = l * D + d
     edges = E.to(tl.int64)
     for e in range(tl.load(row_ptr + i), tl.load(row_ptr + i + 1)):
         y = tl.load(harmonics + e * M + m, mask=in_m, other=0.0)[:, None]
@@ -168,17 +173,10 @@ def directional_backward_kernel(
 
     The last in parts, grad_harmonics [blocks of columns of a degree, T, E, M]. T = 1, with TANGENT 2.
     """
-    i = tl.program_id(0).to(tl.int64)
-    l, block, d, in_d, in_k = _columns(D, K, BK)
-    m = tl.arange(0, BM)
-    in_m = m < 2 * l + 1
-    m += l * l
-    at = i * (M * D) + m[:, None] * D + d[None, :]
-    mask = in_m[:, None] & in_d[None, :]
+    i, block, k, in_k, m, in_m, at, mask = _rows_of_degree(M, D, K, BM, BK)
     rows = tl.load(dot + at, mask=mask, other=0.0)
     if TANGENT:
         rows_dot = tl.load(dot_dot + at, mask=mask, other=0.0)
-    k = l * D + d
     edges = E.to(tl.int64)
     T: tl.constexpr = 2 if TANGENT else 1
     part = grad_harmonics + block * (T * edges * M)

@@ -20,7 +20,7 @@ from e2former_kernels.common.chunks import EdgeList
 from e2former_kernels.common.envelope import Envelope
 from e2former_kernels.common.registered import Settings, flags, register, there, with_gaps
 from e2former_kernels.equivariant_attention.fused import DirectionalAttention, FusedAttention
-from e2former_kernels.equivariant_attention.reference import AttentionSpec, Form, Pieces, check_nodes_and_edges, refusal
+from e2former_kernels.equivariant_attention.reference import AttentionSpec, Form, Pieces, check_nodes_and_edges
 from e2former_kernels.equivariant_attention.score import SCORES, DotWeights
 from e2former_kernels.radial.reference import RadialWeights
 from e2former_kernels.radial.splines import RadialSplines, check_splines
@@ -40,8 +40,8 @@ def check_arguments(spec: AttentionSpec, pieces: Pieces, edges: EdgeList, coupli
     value, score = pieces.value, SCORES[spec.score]
     check_nodes_and_edges(spec, pieces, edges, coupling, form)
     check_device("equivariant_attention", value.device)
-    if (problem := refusal(spec.score, spec.norm)) is not None:
-        raise ValueError(problem)
+    if spec.refusal is not None:
+        raise ValueError(spec.refusal)
     if score.directional:
         shapes = score.weights(spec, pieces.dot_weights, value, pieces.dot.shape[-1])
         named = {f"dot_weights.{name}": (getattr(pieces.dot_weights, name), *shapes[name]) for name in shapes}

@@ -10,7 +10,6 @@ Three forms of the message are here. They are the same function:
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -54,7 +53,7 @@ class AttentionSpec:
     num_basis: of the Gaussian basis, which ends at the envelope's cutoff.
 
     Made of these: num_rows M; directions B, how many numbers of an edge multiply the value (order 0: none, 1);
-    attention_norm, the entry of ``norm``.
+    attention_norm, the entry of ``norm``; refusal, why kernels do not compute it.
     """
 
     lmax: int
@@ -68,6 +67,7 @@ class AttentionSpec:
     num_rows: int = field(init=False, repr=False, compare=False)
     directions: int = field(init=False, repr=False, compare=False)
     attention_norm: AttentionNorm = field(init=False, repr=False, compare=False)
+    refusal: str | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
@@ -81,9 +81,9 @@ class AttentionSpec:
         object.__setattr__(self, "num_rows", (self.lmax + 1) ** 2)
         object.__setattr__(self, "directions", DIRECTIONS[self.order])
         object.__setattr__(self, "attention_norm", NORMS[self.norm])
+        object.__setattr__(self, "refusal", refusal(self.score, self.norm))
 
 
-@functools.cache
 def refusal(score: str, norm: str) -> str | None:
     """Why kernels do not compute a score and a norm; None where they do."""
     for key, name, table in (("score", score, SCORES), ("norm", norm, NORMS)):
